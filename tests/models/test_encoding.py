@@ -1,0 +1,230 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.encoding import Encoder, EncodingError, Event, Request, concat, history
+from models.schema import OOV, PAD, FieldSpec, Schema, SchemaSpec, canonical
+
+SCHEMA: Schema = SchemaSpec(
+    user_key="user",
+    item_key="ad",
+    history_length=3,
+    fields=(
+        FieldSpec(name="user", kind="categorical", group="user"),
+        FieldSpec(name="age", kind="numeric", group="user"),
+        FieldSpec(name="device", kind="categorical", group="context"),
+        FieldSpec(name="hour", kind="time", group="context", part="hour"),
+        FieldSpec(name="weekday", kind="time", group="context", part="weekday"),
+        FieldSpec(name="ad", kind="categorical", group="item"),
+        FieldSpec(name="tags", kind="multi", group="item"),
+        FieldSpec(name="price", kind="numeric", group="item"),
+        FieldSpec(name="ad", kind="sequence", group="behaviour", of="ad"),
+        FieldSpec(name="tags", kind="sequence", group="behaviour", of="tags"),
+        FieldSpec(name="hour", kind="sequence", group="behaviour", of="hour"),
+    ),
+).fit(
+    {
+        "user": ["u1", "u2"],
+        "age": [20, 40],
+        "device": ["mobile", "desktop"],
+        "ad": [1, 2, 3],
+        "tags": [["a", "b"], ["a"]],
+        "price": [0.0, 2.0],
+    }
+)
+ENCODER = Encoder(SCHEMA)
+SUNDAY_21H = 1_795_000_000.25 - 1_795_000_000.25 % 86400 + 21 * 3600  # 2026-11-18 is a Wednesday
+
+
+def request(**changes) -> Request:
+    values = {
+        "user": {"user": "u1", "age": 40},
+        "context": {"device": "mobile"},
+        "ts": 1000.0,
+        "behaviours": (),
+        "items": {"ad": [1, 9, None], "tags": [["b", "zz"], [], None], "price": [2.0, None, 1.0]},
+        "num_items": 3,
+    }
+    return Request(**{**values, **changes})
+
+
+def test_known_unknown_and_absent_values_are_told_apart():
+    arrays = ENCODER.encode(request())
+
+    assert arrays["item.ad"].tolist() == [2, OOV, PAD]
+    assert arrays["item.tags"].tolist() == [[3, OOV], [PAD, PAD], [PAD, PAD]]
+    assert arrays["item.price"].tolist() == [1.0, 0.0, 0.0]
+    assert arrays["user.age"].tolist() == [1.0]
+
+
+def test_inputs_have_the_names_types_and_shapes_the_schema_says():
+    arrays = ENCODER.encode(request())
+
+    sizes = {"U": 1, "C": 3}
+    expected = {i.name: (i.dtype, tuple(sizes.get(d, d) for d in i.dims)) for i in SCHEMA.inputs}
+    assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == expected
+
+
+def test_an_absent_column_is_absent_in_every_row():
+    arrays = ENCODER.encode(request(items={}, user={}, context={}))
+
+    assert not arrays["item.ad"].any()
+    assert not arrays["item.tags"].any()
+    assert not arrays["item.price"].any()
+    assert arrays["user.user"].tolist() == [PAD]
+
+
+@pytest.mark.parametrize(("ts", "hour", "weekday"), [(0.0, 0, 3), (4 * 86400 + 3599.9, 0, 0), (-1.0, 23, 2)])
+def test_clock_fields_come_from_the_request_time_in_utc(ts, hour, weekday):
+    arrays = ENCODER.encode(request(ts=ts, context={"hour": 5}))
+
+    assert arrays["ctx.hour"].tolist() == [hour + 2]
+    assert arrays["ctx.weekday"].tolist() == [weekday + 2]
+
+
+@pytest.mark.parametrize(
+    ("part", "ts", "expected"), [("day", "2024-02-29T12:00", 28), ("month", "2024-12-31T23:59", 11)]
+)
+def test_calendar_parts_count_from_zero(part, ts, expected):
+    schema = SchemaSpec(fields=(FieldSpec(name="f", kind="time", group="context", part=part),)).fit({})
+    seconds = np.array([np.datetime64(ts, "s").astype(np.int64)], dtype=np.float64)
+
+    arrays = Encoder(schema).encode_requests({}, seconds)
+
+    assert arrays["ctx.f"].tolist() == [expected + 2]
+    assert expected + 2 < schema.field("f").num_ids
+
+
+def test_history_is_left_padded_newest_last_and_strictly_earlier():
+    behaviours = (
+        Event(item="3", ts=7200.0, features={"tags": ["a"]}),
+        Event(item="1", ts=3600.0, features={}),
+        Event(item="2", ts=9000.0, features={}),
+    )
+
+    arrays = ENCODER.encode(request(ts=9000.0, behaviours=behaviours))
+
+    assert arrays["hist.ad"].tolist() == [[PAD, 2, 4]]
+    assert arrays["hist.tags"].tolist() == [[[0, 0], [0, 0], [2, 0]]]
+    assert arrays["hist.hour"].tolist() == [[PAD, 3, 4]]
+    assert arrays["hist_mask"].tolist() == [[False, True, True]]
+
+
+def test_an_empty_history_is_all_padding():
+    arrays = ENCODER.encode(request(behaviours=()))
+
+    assert not arrays["hist.ad"].any()
+    assert arrays["hist.tags"].shape == (1, 3, 2)
+    assert not arrays["hist_mask"].any()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["10", "9", "a", "é"])), max_size=12), st.randoms())
+def test_history_does_not_depend_on_the_order_events_arrived_in(clicks, random):
+    events = [Event(item=item, ts=float(ts), features={}) for ts, item in clicks]
+    shuffled = random.sample(events, len(events))
+
+    chosen = history(shuffled, before=4.0, limit=3)
+
+    assert chosen == sorted((e for e in events if e.ts < 4), key=lambda e: (e.ts, e.item))[-3:]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_window_over_the_log_equals_each_request_encoded_alone(lengths, seed):
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    items = rng.integers(1, 5, size=sum(lengths))
+    ts = np.concatenate([np.sort(rng.choice(50, n, replace=False)) for n in lengths]).astype(np.float64)
+    events = ENCODER.encode_events({"ad": items}, ts)
+
+    together = ENCODER.window(events, starts, ends)
+
+    for u, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        past = [Event(item=str(items[i]), ts=ts[i], features={}) for i in range(start, end)]
+        alone = ENCODER.encode(request(ts=100.0, behaviours=past))
+        for name in ("hist.ad", "hist.tags", "hist.hour", "hist_mask"):
+            np.testing.assert_array_equal(together[name][u], alone[name][0])
+
+
+scalars = st.one_of(st.none(), st.text(max_size=3), st.integers(0, 9), st.floats(), st.booleans())
+candidates = st.fixed_dictionaries(
+    {
+        "ad": scalars,
+        "tags": st.one_of(st.none(), st.lists(scalars, max_size=4)),
+        "price": st.one_of(st.none(), st.integers(-(10**9), 10**9), st.floats(allow_infinity=False)),
+    }
+)
+
+
+@given(rows=st.lists(candidates, max_size=20), cut=st.integers(0, 20))
+def test_rows_do_not_influence_each_other(rows, cut):
+    def encode(part):
+        return ENCODER.encode_items({name: [row[name] for row in part] for name in ("ad", "tags", "price")}, len(part))
+
+    together = encode(rows)
+
+    first, second = encode(rows[:cut]), encode(rows[cut:])
+    for name, array in together.items():
+        np.testing.assert_array_equal(array, np.concatenate([first[name], second[name]]))
+
+
+@given(st.lists(scalars, max_size=20))
+def test_ids_are_the_vocabulary_looked_up_one_by_one(values):
+    encoded = ENCODER.encode_items({"ad": values}, len(values))["item.ad"]
+
+    vocabulary = SCHEMA.field("ad").vocabulary
+    assert vocabulary is not None
+    for value, value_id in zip(values, encoded, strict=True):
+        spelling = canonical(value)
+        expected = PAD if spelling is None else vocabulary.index(spelling) + 2 if spelling in vocabulary else OOV
+        assert value_id == expected
+
+
+def test_a_list_and_an_array_of_the_same_values_encode_alike():
+    for values in ([3, 1, 7], [3.0, 1.0, float("nan")], ["3", "x", ""]):
+        listed = ENCODER.encode_items({"ad": values}, 3)
+        arrayed = ENCODER.encode_items({"ad": np.array(values)}, 3)
+
+        np.testing.assert_array_equal(listed["item.ad"], arrayed["item.ad"])
+
+
+def test_concat_points_every_candidate_at_its_own_user():
+    one = ENCODER.encode(request())
+    two = ENCODER.encode(request(user={"user": "u2"}, num_items=1, items={"ad": [3]}))
+
+    joined = concat([one, two, one])
+
+    assert joined["user_index"].tolist() == [0, 0, 0, 1, 2, 2, 2]
+    assert joined["user.user"].tolist() == [2, 3, 2]
+    assert joined["item.ad"].tolist() == [2, OOV, PAD, 4, 2, OOV, PAD]
+
+
+@pytest.mark.parametrize(
+    ("items", "field", "row", "expected"),
+    [
+        ({"ad": [1, [2], 3]}, "ad", 1, "a string or a number"),
+        ({"ad": [1, 2, {"x": 1}]}, "ad", 2, "a string or a number"),
+        ({"ad": [1, (2,), 3]}, "ad", 1, "a string or a number"),
+        ({"tags": [["a"], "a", ["b"]]}, "tags", 1, "a list of strings or numbers"),
+        ({"tags": [["a"], ["b"], ["a", ["b"]]]}, "tags", 2, "a list of strings or numbers"),
+        ({"price": [1.0, "9.5", 2.0]}, "price", 1, "a number"),
+        ({"price": [True, 1, 2]}, "price", 0, "a number"),
+        ({"price": [1.0, 1.0, float("inf")]}, "price", 2, "a finite number"),
+        ({"price": [1.0, 10**400, 1.0]}, "price", 1, "a number that fits a double"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_field_and_row(items, field, row, expected):
+    with pytest.raises(EncodingError) as caught:
+        ENCODER.encode(request(items=items))
+
+    assert (caught.value.field.name, caught.value.row, caught.value.expected) == (field, row, expected)
+
+
+def test_an_absurd_number_stays_within_float32():
+    arrays = ENCODER.encode(request(items={"price": [1e300, -1e300, 2.0]}))
+
+    assert arrays["item.price"].tolist() == [100.0, -100.0, 1.0]
