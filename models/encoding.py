@@ -112,7 +112,7 @@ class Encoder:
 
     def _encode_history(self, behaviours: Sequence[Event], ts: float) -> Arrays:
         past = history(behaviours, before=ts, limit=self.schema.history_length)
-        names = {s.of for s in self.schema.group("behaviour")}
+        names = {s.of for s in self.schema.group("behaviour") if s.of is not None}
         columns: dict[str, Column] = {n: [e.features.get(n) for e in past] for n in names if n != self.schema.item_key}
         if self.schema.item_key is not None:
             columns[self.schema.item_key] = [e.item for e in past]
@@ -212,10 +212,10 @@ def _ids(field: Field, lookup: Mapping[Any, int], values: Sequence[Any]) -> NDAr
     except TypeError:  # unhashable: a list or an object where one value goes
         row = next(i for i, v in enumerate(values) if not isinstance(v, _SCALARS))
         raise EncodingError(field=field, row=row, expected="a string or a number", got=values[row]) from None
-    for row in np.flatnonzero(ids == OOV):
+    for row in np.flatnonzero(ids == OOV).tolist():
         value = values[row]
         if not isinstance(value, _SCALARS):
-            raise EncodingError(field=field, row=int(row), expected="a string or a number", got=value)
+            raise EncodingError(field=field, row=row, expected="a string or a number", got=value)
         if isinstance(value, float) and math.isnan(value):  # NaN is how tables spell an absent value
             ids[row] = PAD
     return ids
@@ -257,6 +257,8 @@ def _clock(field: Field, ts: NDArray[np.float64]) -> NDArray[np.int64]:
             return (seconds // 86400 + 3) % 7 + FIRST  # Monday is 0, and 1970 began on a Thursday
         case "day":
             days = seconds.astype("datetime64[s]").astype("datetime64[D]")
-            return (days - days.astype("datetime64[M]")).astype(np.int64) + FIRST
+            since_first: NDArray[np.int64] = (days - days.astype("datetime64[M]")).astype(np.int64)
+            return since_first + FIRST
         case _:
-            return seconds.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64) % 12 + FIRST
+            months: NDArray[np.int64] = seconds.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64)
+            return months % 12 + FIRST

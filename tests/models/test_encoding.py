@@ -61,7 +61,7 @@ def test_known_unknown_and_absent_values_are_told_apart():
 def test_inputs_have_the_names_types_and_shapes_the_schema_says():
     arrays = ENCODER.encode(request())
 
-    sizes = {"U": 1, "C": 3}
+    sizes: dict[str | int, int] = {"U": 1, "C": 3}
     expected = {i.name: (i.dtype, tuple(sizes.get(d, d) for d in i.dims)) for i in SCHEMA.inputs}
     assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == expected
 

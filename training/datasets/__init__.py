@@ -1,0 +1,1 @@
+"""One file per source: raw files in, a `training.log.Log` out."""

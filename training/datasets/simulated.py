@@ -1,0 +1,73 @@
+"""The log that `training.simulate` wrote."""
+
+from pathlib import Path
+
+import polars as pl
+
+from models.schema import FieldSpec, SchemaSpec
+from training.errors import UserError
+from training.log import Log, split_by_time
+
+SPEC = SchemaSpec(
+    user_key="user_id",
+    item_key="ad_id",
+    history_length=20,
+    fields=(
+        FieldSpec(name="user_id", kind="categorical", group="user", min_count=20),
+        FieldSpec(name="gender", kind="categorical", group="user"),
+        FieldSpec(name="age", kind="categorical", group="user"),
+        FieldSpec(name="country", kind="categorical", group="user"),
+        FieldSpec(name="interest", kind="categorical", group="user"),
+        FieldSpec(name="hour", kind="time", group="context", part="hour"),
+        FieldSpec(name="weekday", kind="time", group="context", part="weekday"),
+        FieldSpec(name="device", kind="categorical", group="context"),
+        FieldSpec(name="ad_id", kind="categorical", group="item", min_count=5),
+        FieldSpec(name="category", kind="categorical", group="item"),
+        FieldSpec(name="advertiser", kind="categorical", group="item"),
+        FieldSpec(name="price", kind="numeric", group="item"),
+        FieldSpec(name="tags", kind="multi", group="item"),
+        FieldSpec(name="ad_id", kind="sequence", group="behaviour", of="ad_id"),
+        FieldSpec(name="category", kind="sequence", group="behaviour", of="category"),
+        FieldSpec(name="tags", kind="sequence", group="behaviour", of="tags"),
+    ),
+)
+TRUTH = ("true_ctr", "true_ctr_top", "true_ctr_blind")
+
+
+COLUMNS = {
+    "impressions": ("user", "ts", "ad", "device", "click", *TRUTH),
+    "users": ("id", "gender", "age", "country", "interest"),
+    "ads": ("id", "category", "advertiser", "price", "tags"),
+}
+
+
+def load(source: Path) -> Log:
+    """Rows, split by global time 80/10/10. `position` stays out: it is not known when a request is scored."""
+    files = {name: source / f"{name}.parquet" for name in COLUMNS}
+    impressions, users, ads = (_read(files[name], columns) for name, columns in COLUMNS.items())
+    rows = (
+        impressions.sort("ts", maintain_order=True)
+        .join(users, left_on="user", right_on="id", how="left", maintain_order="left")
+        .join(ads, left_on="ad", right_on="id", how="left", maintain_order="left")
+        .rename({"ad": "item", "click": "label"})
+    )
+    part = split_by_time(rows["ts"].to_numpy(), valid=0.1, test=0.1)
+    return Log(
+        name="simulated",
+        source=source,
+        spec=SPEC,
+        rows=rows.with_columns(part),
+        files=tuple(files.values()),
+        truth=TRUTH,
+    )
+
+
+def _read(file: Path, columns: tuple[str, ...]) -> pl.DataFrame:
+    if not file.exists():
+        raise UserError(f"{file}: no such file; `python -m training simulate --out {file.parent}` writes it")
+    try:
+        return pl.read_parquet(file, columns=list(columns))
+    except pl.exceptions.ColumnNotFoundError as err:
+        raise UserError(f"{file}: expected the columns {', '.join(columns)} of a simulated log") from err
+    except pl.exceptions.PolarsError as err:
+        raise UserError(f"{file}: not a Parquet file that can be read ({err})") from err
