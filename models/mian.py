@@ -1,0 +1,270 @@
+"""MIAN: K. Zhang et al., "Multi-Interactive Attention Network for Fine-grained Feature Learning in CTR Prediction".
+
+WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the ambiguities of models.md section 2.3.
+"""
+
+# U requests, C candidates, T history length, N elements a candidate attends to (T clicks, J user or K context fields)
+# D width of one field, I = item fields * D, B = sequence fields * D, F + 1 = first head layer + GIM score
+# L groups of the global module
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import (
+    MLP,
+    CTRModel,
+    FieldEmbeddings,
+    Inputs,
+    SelfAttention,
+    UserState,
+    masked_softmax,
+    start_linears,
+    sum_of_squares,
+    truncated_normal,
+)
+from models.config import Config, Count, Share, Weight
+from models.schema import Group, Schema
+from models.scorers import AdditiveScorer, BilinearScorer, MLPScorer, Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIANConfig(Config):
+    """The paper's model; options named M.. settle what the paper leaves open (models.md section 2.3)."""
+
+    emb_dim: Count = 16  # M1
+    heads: Count = 8
+    transformer: Literal["pre_ln", "post_ln", "none"] = "pre_ln"
+    ffn_mult: Count = 4  # M4
+    final_ln: bool = False  # M3
+    position: Literal["none", "learned"] = "none"  # M5
+    ibim: bool = True
+    iuim: bool = True
+    icim: bool = True
+    gim: bool = True
+    ibim_score: Literal["per_position", "shared"] = "per_position"  # M6
+    ibim_scorer: Literal["additive", "bilinear", "mlp"] = "additive"  # M8
+    gim_combine: Literal["project_sum", "concat", "zero_pad"] = "project_sum"  # M9
+    gim_eb: Literal["concat", "masked_mean"] = "concat"  # M10
+    gim_width: Count | None = None  # G; by default twice the item's width, rounded up to a multiple of 8
+    ablate_drop_raw: bool = False  # M15: an ablated module takes its raw group along
+    hidden: tuple[Count, ...] = (32, 8)
+    dropout: Share = 0.2
+    l2_dense: Weight = 1e-3  # M14: weight * sum of squares of the dense kernels
+    l2_emb: Weight = 0.0  # M14: (weight / 2) * sum of squares of the tables
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final_ln and self.transformer != "pre_ln":
+            raise ValueError(f"option final_ln goes with transformer pre_ln, got transformer {self.transformer}")
+
+
+class MIAN(CTRModel):
+    """Three local attentions of the candidate (to clicks, user fields, context fields) under one global attention.
+
+    Whatever reads the candidate beside something of the request is linear in their concatenation up to its first
+    nonlinearity, so its weights are applied to the two parts apart, the request's once (models.md section 8.1).
+    """
+
+    def __init__(self, config: MIANConfig, schema: Schema) -> None:
+        super().__init__()
+        _check_schema(config, schema)
+        self.config = config
+        self.fields = FieldEmbeddings(schema, config.emb_dim, init=truncated_normal)
+        length, width = schema.history_length, config.emb_dim
+        num_user, num_context = len(schema.group("user")), len(schema.group("context"))
+        item, event = len(schema.group("item")) * width, len(schema.group("behaviour")) * width
+        self.local = nn.ModuleDict()
+        if config.ibim:
+            self.transformer = Transformer(config, length, event)
+            self.local["ibim"] = _click_scorer(config, length, item, event)
+        if config.iuim:
+            self.local["iuim"] = AdditiveScorer(num_user, item, width)
+        if config.icim:
+            self.local["icim"] = AdditiveScorer(num_context, item, width)
+        raw = {
+            "item": item,
+            "context": num_context * width,
+            "behaviour": event * (length if config.gim_eb == "concat" else 1),
+            "user": num_user * width,
+        }
+        if config.ablate_drop_raw:
+            gone = [group for group, name in _LOCAL.items() if name not in self.local]
+            raw = {name: raw[name] for name in raw if name not in gone}
+        local = {"ibim": item + event, "iuim": item + width, "icim": item + width}
+        groups = {n: w for n, w in raw.items() if w} | {n: local[n] for n in self.local}
+        self.gim = GlobalInteraction(config, groups, config.gim_width or -(-2 * item // 8) * 8)
+        self.item_width = item
+        start_linears(self, truncated_normal)
+
+    def encode_user(self, inputs: Inputs) -> UserState:
+        """The raw groups' part in the global module; of each local module, what its elements bring to any candidate."""
+        state: UserState = {}
+        for raw, local in _LOCAL.items():
+            if raw not in self.gim.groups and local not in self.gim.groups:
+                continue
+            if raw == "behaviour":
+                elements_UNX = torch.cat(self.fields.history(inputs), dim=-1)
+            else:
+                elements_UNX = torch.stack(self.fields.group(raw, inputs), dim=1)
+            if raw in self.gim.groups:
+                flat_UX = elements_UNX.flatten(1)
+                if raw == "behaviour" and self.config.gim_eb == "masked_mean":
+                    flat_UX = torch.cat(self.fields.pooled_history(inputs), dim=-1)
+                state[raw] = F.linear(flat_UX, *self.gim.kernel(raw))
+            if local == "ibim" and local in self.local:
+                state["mask"] = inputs["hist_mask"]
+                elements_UNX = self.transformer(elements_UNX, state["mask"])
+            if local in self.local:
+                kernel, _ = self.gim.kernel(local)
+                state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
+                state[f"{local}.values"] = F.linear(elements_UNX, kernel[:, self.item_width :])
+        return state
+
+    def score(self, state: UserState, inputs: Inputs) -> Tensor:
+        user_index = inputs["user_index"]
+        item_CI = torch.cat(self.fields.group("item", inputs), dim=-1)
+        parts = []
+        for group in self.gim.groups:
+            if group in state:
+                parts.append(state[group].index_select(0, user_index))
+                continue
+            kernel, bias = self.gim.kernel(group)
+            part_CF = F.linear(item_CI, kernel[:, : self.item_width], bias)
+            if group in self.local:
+                # R = sum_n alpha_n [e_i; x_n] = [e_i; sum_n alpha_n x_n], as alpha sums to 1 (eq. 9, 11, 13).
+                # That form also says what an empty history gives: [e_i; 0].
+                scores_CN = self._scorer(group)(item_CI, state[f"{group}.scores"].index_select(0, user_index))
+                mask_CN = state["mask"].index_select(0, user_index) if group == "ibim" else None
+                alpha_C1N = masked_softmax(scores_CN, mask_CN).unsqueeze(1)
+                part_CF = part_CF + (alpha_C1N @ state[f"{group}.values"].index_select(0, user_index)).squeeze(1)
+            parts.append(part_CF)
+        logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
+        return logits_C
+
+    def penalty(self) -> Tensor:
+        kernels = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return self.config.l2_dense * sum_of_squares(kernels) + self.fields.penalty(self.config.l2_emb)
+
+    def _scorer(self, local: str) -> Scorer:
+        scorer = self.local[local]
+        assert isinstance(scorer, Scorer)
+        return scorer
+
+
+_LOCAL: dict[Group, str] = {"behaviour": "ibim", "user": "iuim", "context": "icim"}  # who attends to which group
+
+
+class Transformer(nn.Module):
+    """One block over the clicks, eq. (3)-(5), with the residuals that the paper leaves unwritten (M3)."""
+
+    def __init__(self, config: MIANConfig, length: int, width: int) -> None:
+        super().__init__()
+        self.kind = config.transformer
+        # Histories are left-padded, so position T - 1 is always the newest click.
+        self.positions = nn.Parameter(torch.empty(length, width)) if config.position == "learned" else None
+        if self.positions is not None:
+            truncated_normal(self.positions)
+        if self.kind != "none":
+            inner = config.ffn_mult * width
+            self.attention = SelfAttention(width, config.heads, dropout=config.dropout)
+            self.ffn = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
+            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+            self.final_norm = nn.LayerNorm(width) if config.final_ln else nn.Identity()
+            self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_UTB: Tensor, mask_UT: Tensor) -> Tensor:
+        if self.positions is not None:
+            x_UTB = x_UTB + self.positions
+        if self.kind == "none":
+            return x_UTB
+        norm_1, norm_2 = self.norms
+        if self.kind == "post_ln":
+            y_UTB = norm_1(x_UTB + self.dropout(self.attention(x_UTB, mask_UT)))
+            h_UTB: Tensor = norm_2(y_UTB + self.dropout(self.ffn(y_UTB)))
+            return h_UTB
+        y_UTB = x_UTB + self.dropout(self.attention(norm_1(x_UTB), mask_UT))
+        h_UTB = self.final_norm(y_UTB + self.dropout(self.ffn(norm_2(y_UTB))))
+        return h_UTB  # noqa: RET504
+
+
+def _click_scorer(config: MIANConfig, length: int, item: int, event: int) -> Scorer:
+    kinds: dict[str, Callable[[int, int, int], Scorer]]
+    kinds = {"additive": AdditiveScorer, "bilinear": BilinearScorer, "mlp": MLPScorer}
+    return kinds[config.ibim_scorer](length if config.ibim_score == "per_position" else 1, item, event)
+
+
+class GlobalInteraction(nn.Module):
+    """GIM and head, eq. (14)-(17): omega = softmax_l(tanh(score of r_l)), then the MLP over the weighted groups.
+
+    Groups have unequal widths, which leaves their sum undefined (M9): `project_sum` maps each to G first, `concat`
+    weights and concatenates them, `zero_pad` pads them to the widest. Without `gim` the MLP reads their plain
+    concatenation. In each case a group enters only through its score and the MLP's first layer, both linear in it:
+    `kernel` is that one matrix, whose columns follow the group's own concatenation.
+    """
+
+    def __init__(self, config: MIANConfig, groups: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.attends = config.gim
+        self.combine = config.gim_combine if config.gim else "concat"
+        self.projections = nn.ModuleDict()
+        self.scores = nn.ModuleDict()
+        if self.combine == "project_sum":
+            self.projections.update({name: nn.Linear(raw, width) for name, raw in groups.items()})
+        if self.attends:
+            self.scores.update({n: nn.Linear(width if n in self.projections else w, 1) for n, w in groups.items()})
+        ends = dict(zip(groups, accumulate(groups.values()), strict=True))
+        self.columns = {
+            "project_sum": dict.fromkeys(groups, slice(0, width)),
+            "concat": {name: slice(ends[name] - raw, ends[name]) for name, raw in groups.items()},
+            "zero_pad": {name: slice(0, raw) for name, raw in groups.items()},
+        }[self.combine]
+        read = max(columns.stop for columns in self.columns.values())
+        self.head = MLP(read, config.hidden, dropout=config.dropout)
+
+    def kernel(self, group: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer."""
+        first_FG = self.head.first.weight[:, self.columns[group]]
+        weight, bias = first_FG, torch.zeros_like(first_FG[:, 0])
+        if self.attends:
+            score = _linear(self.scores, group)
+            weight = torch.cat([score.weight, first_FG])
+            bias = torch.cat([score.bias, bias])
+        if group in self.projections:
+            projection = _linear(self.projections, group)
+            bias = bias + weight @ projection.bias
+            weight = weight @ projection.weight
+        return weight, bias
+
+    def forward(self, parts_CLF: Tensor) -> Tensor:
+        """Logits from what each group's kernel made of it."""
+        if self.attends:
+            omega_CL1 = torch.tanh(parts_CLF[..., :1]).softmax(dim=1)
+            parts_CLF = omega_CL1 * parts_CLF[..., 1:]
+        return self.head.finish(parts_CLF.sum(dim=1) + self.head.first.bias)
+
+
+def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:
+    layer = layers[group]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _check_schema(config: MIANConfig, schema: Schema) -> None:
+    if not schema.group("item"):
+        raise ValueError("MIAN attends from the candidate and needs an item field; the schema has none")
+    for group, module in _LOCAL.items():
+        if getattr(config, module) and not schema.group(group):
+            raise ValueError(f"{module} attends to {group} fields and the schema has none; set {module} to false")
+    width = len(schema.group("behaviour")) * config.emb_dim
+    if config.ibim and config.transformer != "none" and width % config.heads:
+        raise ValueError(
+            f"a click is {width} wide ({len(schema.group('behaviour'))} sequence fields of {config.emb_dim}),"
+            f" which {config.heads} heads do not divide; change heads or emb_dim"
+        )

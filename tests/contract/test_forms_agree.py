@@ -1,0 +1,134 @@
+"""One model, two uses: what it learns from rows of training is what it answers to a request."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import zoo
+from models.encoding import concat
+from tests.models.small import encoded, lively, one_request, rows_of, tensors, with_history, without_history
+from training.export import example
+
+SCHEMA = with_history()
+MODELS = {
+    "mian": lively("mian", SCHEMA, emb_dim=4, heads=2),
+    "mian with every alternative": lively(
+        "mian", SCHEMA, emb_dim=4, heads=2, position="learned", ibim_scorer="bilinear", gim_combine="concat"
+    ),
+    "stec": lively("stec", SCHEMA, emb_dim=4),
+    "deepfm": lively("deepfm", SCHEMA, emb_dim=4, hidden=(8,), batch_norm=True),
+    "lr": lively("lr", SCHEMA, use_history=True),
+}
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+
+
+def logits_of(model, arrays):
+    with torch.no_grad():
+        return model(tensors(arrays)).numpy()
+
+
+def assert_equal(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_every_model_is_held_to_these_laws():
+    assert {name.split()[0] for name in MODELS} == set(zoo.MODELS)
+
+
+@every_model
+@pytest.mark.parametrize("history", [True, False], ids=["history", "no history"])
+def test_the_row_form_equals_the_request_form(model, history):
+    request = one_request(SCHEMA, 50, history=history)
+
+    logits = logits_of(model, request)
+
+    assert np.std(logits) > 1e-3
+    assert_equal(logits_of(model, rows_of(request)), logits)
+
+
+@every_model
+@settings(max_examples=20, deadline=None)
+@given(num_requests=st.integers(1, 4), num_candidates=st.integers(1, 12))
+def test_requests_in_one_call_answer_as_their_rows_do(model, num_requests, num_candidates):
+    arrays = example(SCHEMA, num_requests, num_candidates)
+
+    assert_equal(logits_of(model, arrays), logits_of(model, rows_of(arrays)))
+
+
+@every_model
+def test_one_call_for_n_candidates_equals_n_calls_for_one(model):
+    request = one_request(SCHEMA, 20)
+    own = ("item.", "user_index")
+    alone = [{k: v[c : c + 1] if k.startswith(own) else v for k, v in request.items()} for c in range(20)]
+
+    assert_equal(np.concatenate([logits_of(model, one) for one in alone]), logits_of(model, request))
+
+
+@every_model
+def test_requests_joined_in_one_batch_do_not_influence_each_other(model):
+    first, second = one_request(SCHEMA, 3), one_request(SCHEMA, 5, history=False)
+
+    together = logits_of(model, concat([first, second]))
+
+    assert_equal(together, np.concatenate([logits_of(model, first), logits_of(model, second)]))
+
+
+@every_model
+def test_permuting_the_candidates_permutes_the_logits(model):
+    arrays = example(SCHEMA, 3, 20)
+    order = np.random.default_rng(0).permutation(20)
+    own = ("item.", "user_index")
+
+    permuted = logits_of(model, {k: v[order] if k.startswith(own) else v for k, v in arrays.items()})
+
+    assert_equal(permuted, logits_of(model, arrays)[order])
+
+
+@every_model
+def test_padding_does_not_change_the_score(model):
+    request = one_request(SCHEMA, 5)
+    littered = {name: array.copy() for name, array in request.items()}
+    littered["hist.movie"][~request["hist_mask"]] = 5
+    littered["hist.genres"][~request["hist_mask"]] = 3
+
+    assert_equal(logits_of(model, littered), logits_of(model, request))
+
+
+@every_model
+def test_the_history_matters_where_the_model_reads_it(model):
+    request = one_request(SCHEMA, 5)
+    other = {**request, "hist.movie": np.full_like(request["hist.movie"], 5)}
+
+    changed = np.abs(logits_of(model, other) - logits_of(model, request)).max()
+
+    assert (changed > 1e-6) == (model is not MODELS["stec"])
+
+
+@every_model
+def test_awkward_values_and_empty_histories_score_finite(model):
+    arrays = encoded(SCHEMA)
+
+    logits = logits_of(model, arrays)
+
+    assert logits.shape == (7,)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_the_forms_agree_without_a_history_in_the_schema(name):
+    schema = without_history()
+    model = lively(name, schema, **({"ibim": False} if name == "mian" else {}))
+    request = one_request(schema, 10)
+
+    assert_equal(logits_of(model, rows_of(request)), logits_of(model, request))
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_an_empty_history_gives_finite_gradients(name):
+    model = lively(name, SCHEMA, **({"emb_dim": 4, "heads": 2} if name == "mian" else {}))
+
+    model(tensors(example(SCHEMA, 2, 4, history=False))).sum().backward()
+
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
