@@ -36,8 +36,9 @@ class Log:
 def complete(log: Log) -> pl.DataFrame:
     """The log's rows in time order (rows of one time as they came), with every declared field under its own name.
 
-    Adds `group`, the user's number in the order of user ids (-1 without a user), and `request`: rows of one user, time
-    and context are one request. Refuses a log that nothing can be learned from or judged by.
+    Adds `group`, the user's number in the order of user ids (-1 without a user), and `request`: rows of one user and
+    time, alike in every user and context field, are one request, so that whatever a model makes of the user holds for
+    all of them. Refuses a log that nothing can be learned from or judged by.
     """
     for part in PARTS:
         labels = log.rows.filter(pl.col("part") == part)["label"]
@@ -45,13 +46,13 @@ def complete(log: Log) -> pl.DataFrame:
             what = "no rows" if labels.is_empty() else f"{labels.len()} rows, all with label {labels[0]}"
             raise UserError(f"{log.source}: the {part} part needs rows with label 0 and with label 1, it has {what}")
     keys = {"user": log.spec.user_key, "item": log.spec.item_key}
-    context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
+    constant = [f.name for f in log.spec.fields if f.group in ("user", "context") and f.kind != "time"]
     return (
         log.rows.sort("ts", maintain_order=True)
         .with_columns([pl.col(column).alias(field) for column, field in keys.items() if field is not None])
         .with_columns((pl.col("user").rank("dense").cast(pl.Int64) - 1).fill_null(-1).alias("group"))
         .with_row_index("row")
-        .with_columns(pl.col("row").min().over("group", "ts", *context).alias("first"))
+        .with_columns(pl.col("row").min().over("group", "ts", *constant).alias("first"))
         .with_columns((pl.when(pl.col("group") < 0).then("row").otherwise("first").rank("dense") - 1).alias("request"))
         .drop("row", "first")
     )

@@ -4,7 +4,8 @@
     DIR/dataset.json        what was prepared: counts, click rates, the hash of the raw files
     DIR/golden.json         a few raw requests (as `models.artifact.request_to_json` writes them) for the artifact
     DIR/{train,valid,test}/ <input>.npy (ids int32, numbers float32), label.npy, group.npy (the user's number, -1 for
-                            none), start.npy and end.npy (the row's history in DIR/events), <truth>.npy where known
+                            none), request.npy (rows of one request are alike in all but the candidate), start.npy and
+                            end.npy (the row's history in DIR/events), <truth>.npy where known
     DIR/events/             hist.<field>.npy: every click, by user, then time, then item id
     DIR/raw/                test.parquet, behaviours.parquet (clicks before the test part), users.parquet, items.parquet
 
@@ -130,6 +131,7 @@ def _write_part(folder: Path, rows: pl.DataFrame, clicks: pl.DataFrame, schema: 
         file.flush()
     np.save(folder / "label.npy", rows["label"].to_numpy().astype(np.float32))
     np.save(folder / "group.npy", rows["group"].to_numpy())
+    np.save(folder / "request.npy", rows["request"].to_numpy().astype(np.int64))
     for name in truth:
         np.save(folder / f"{name}.npy", rows[name].to_numpy())
     if schema.history_length:

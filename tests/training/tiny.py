@@ -57,6 +57,7 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
         **encoder.encode_items(columns, num_rows),
         "label": label,
         "group": user,
+        "request": np.arange(num_rows),
         "start": np.array(starts),
         "end": np.array(ends),
         "true_ctr": true_ctr,

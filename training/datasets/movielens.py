@@ -34,7 +34,6 @@ SPEC = SchemaSpec(
         FieldSpec(name="year", kind="categorical", group="item"),
         FieldSpec(name="movie_id", kind="sequence", group="behaviour", of="movie_id"),
         FieldSpec(name="genres", kind="sequence", group="behaviour", of="genres"),
-        FieldSpec(name="year", kind="sequence", group="behaviour", of="year"),
     ),
 )
 

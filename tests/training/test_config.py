@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from training import recipes
+from training.config import Run, difference, override
+from training.errors import UserError
+
+
+def run(**changes):
+    return Run(**{"model": "stec", "batch_size": 64, "lr": 0.01, "max_epochs": 3, "patience": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"monitor": "accuracy"}, "monitor must be auc or logloss, got 'accuracy'"),
+        ({"plateau_factor": 1.5}, "plateau_factor must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused_when_it_is_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+
+
+def test_settings_are_read_as_the_type_of_their_field():
+    changed = override(
+        run(), ["lr=1e-3", "batch_size=128", "monitor=logloss", "model.hidden=[40, 20]", "model.ffn=false"]
+    )
+
+    assert (changed.lr, changed.batch_size, changed.monitor) == (0.001, 128, "logloss")
+    assert changed.model_config == {"hidden": (40, 20), "ffn": False}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("learning_rate", "wants key=value, got 'learning_rate'"),
+        ("batchsize=3", "--set batchsize: no such setting; did you mean batch_size?"),
+        ("model.emb_dims=3", "did you mean model.emb_dim?"),
+        ("model=lr", "no such setting"),
+        ("batch_size=many", "--set batch_size: expected int, got 'many'"),
+        ("batch_size=2.5", "--set batch_size: expected int, got '2.5'"),
+        ("batch_size=1", "batch_size must be at least 2, got 1"),
+        ("monitor=accuracy", "expected Literal"),
+        ("model.dropout=1.5", "option dropout: expected a number, at least 0 and below 1, got 1.5"),
+        ("model.heads=7", "7 do not divide"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_sentence(assignment, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[").replace("?", r"\?")) as refused:
+        override(run(), [assignment])
+
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_a_run_that_survives_json(name):
+    recipe = recipes.RECIPES[name]()
+
+    read_back = Run.from_json(json.loads(json.dumps(recipe.to_json())))
+
+    assert difference(recipe, read_back) is None
+    assert recipes.recipe(name, recipe.model) == recipe
+    override(recipe, ["seed=1"])
+
+
+def test_the_difference_of_two_runs_is_named():
+    assert difference(run(), run()) is None
+    assert difference(run(), run(lr=0.1)) == "lr was 0.01, now 0.1"
+    assert difference(run(), run(model_config={"ffn": False})) == "model.ffn was the default, now False"
+
+
+def test_a_data_set_has_a_recipe_for_each_model_of_its_own_or_the_general_one():
+    assert recipes.default("stec", "frappe") == "stec_frappe"
+    assert recipes.default("stec", "movielens-1m") == "stec_movielens"
+    assert recipes.default("mian", "frappe") == "mian_movielens"
+    assert recipes.default("lr", "my own csv") == "lr_movielens"
+
+
+def test_a_recipe_of_another_model_is_refused():
+    with pytest.raises(UserError, match="no such recipe for lr; there are lr_movielens, lr_frappe"):
+        recipes.recipe("stec_frappe", "lr")

@@ -1,0 +1,81 @@
+"""Where a training run stands, on disk: enough to go on from there to the same weights, bit by bit."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.errors import UserError
+
+
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands between two steps."""
+
+    epoch: int = 0
+    """Epochs finished: trained, validated, logged."""
+    step: int = 0
+    """Steps done in the epoch after those."""
+    loss_sum: float = 0.0
+    """Sum of those steps' losses."""
+    train_s: float = 0.0
+    best: float | None = None
+    best_epoch: int = 0
+    bad_epochs: int = 0
+    """Epochs in a row, up to now, without a better validation figure."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save(path: Path, model: nn.Module, optimizer: Optimizer, state: State) -> None:
+    """Replace the checkpoint at `path`. Killed at any moment, the file is the old one or the new one, whole."""
+    contents = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        # Not asdict: it would copy the best weights once more.
+        "state": {f.name: getattr(state, f.name) for f in fields(state)},
+    }
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(draft, path)
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer) -> State:
+    """Put model, optimiser and random numbers back to where `save` found them. Runs no code from the file."""
+    try:
+        contents: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(contents["model"])
+        optimizer.load_state_dict(contents["optimizer"])
+        torch.set_rng_state(contents["rng"])
+        return State(**contents["state"])
+    except Exception as err:  # torch.load has no common base for what a damaged file raises
+        raise UserError(f"{path}: not a checkpoint of this model ({type(err).__name__}: {err})") from err
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half written."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(draft, path)
+
+
+def _rename(draft: Path, path: Path) -> None:
+    draft.replace(path)
+    # The new name itself is on disk only once its folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

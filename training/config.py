@@ -1,0 +1,123 @@
+"""What a training run is: one value, checked when made, that with the data decides the weights bit by bit."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from models import zoo
+from training.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run. L2 penalties are the model's own (`model.l2_*`), so no weight decay stands here."""
+
+    model: str
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the model's defaults, by field of its Config."""
+
+    batch_size: int
+    lr: float
+    max_epochs: int
+    patience: int
+    """Epochs in a row without a better `monitor` on the validation part before training stops."""
+    monitor: Literal["auc", "logloss"] = "auc"
+    plateau_factor: float = 0.1
+    """The learning rate is multiplied by it after more than `plateau_patience` epochs without a better `monitor`."""
+    plateau_patience: int = 0
+    min_lr: float = 1e-6
+    clip_norm: float = 10.0
+    """The gradient is scaled down to this norm where it is longer."""
+    seed: int = 2026
+    checkpoint_s: float = 30.0
+    """Seconds between checkpoints inside an epoch; one more is written at the end of each epoch."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "batch_size": (self.batch_size >= 2, "at least 2"),
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "max_epochs": (self.max_epochs >= 1, "at least 1"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "monitor": (self.monitor in ("auc", "logloss"), "auc or logloss"),
+            "plateau_factor": (0 < self.plateau_factor <= 1, "above 0 and at most 1"),
+            "plateau_patience": (self.plateau_patience >= 0, "at least 0"),
+            "min_lr": (0 <= self.min_lr < math.inf, "at least 0"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "seed": (self.seed >= 0, "at least 0"),
+            "checkpoint_s": (self.checkpoint_s >= 0, "at least 0"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Run":
+        return cls(**values)
+
+
+def override(run: Run, assignments: Sequence[str]) -> Run:
+    """The run with every `key=value` applied; `model.key=value` goes to the model's Config.
+
+    A value is read as the type of its field. Raises UserError for an unknown key or a value of another type.
+    """
+    run_types = {name: hint for name, hint in get_type_hints(Run).items() if name not in ("model", "model_config")}
+    model_types = get_type_hints(zoo.MODELS[run.model][0])
+    types = run_types | {f"model.{name}": hint for name, hint in model_types.items()}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set wants key=value, got {assignment!r}")
+        if key not in types:
+            raise UserError(f"--set {key}: no such setting; {_suggestion(key, list(types))}")
+        value = _parse(key, text, types[key])
+        group, _, name = key.rpartition(".")
+        try:
+            if group:
+                run = replace(run, model_config={**run.model_config, name: value})
+                zoo.configure(run.model, run.model_config)
+            else:
+                run = replace(run, **{name: value})
+        except ValueError as err:
+            raise UserError(f"--set {assignment}: {err}") from err
+    return run
+
+
+def difference(old: Run, new: Run) -> str | None:
+    """What the first setting is that two runs differ in, in words; None when they are the same."""
+    before, after = _flat(old), _flat(new)
+    for key in ("model", *sorted(before.keys() | after.keys())):
+        if before.get(key) != after.get(key):
+            return f"{key} was {before.get(key, 'the default')}, now {after.get(key, 'the default')}"
+    return None
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    values = json.loads(json.dumps(run.to_json()))
+    return {**values, **{f"model.{k}": v for k, v in values["model_config"].items()}, "model_config": None}
+
+
+def _parse(key: str, text: str, wanted: Any) -> Any:
+    adapter = TypeAdapter(wanted)
+    try:
+        return adapter.validate_python(text)
+    except ValidationError:
+        pass
+    try:
+        return adapter.validate_python(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError):
+        name = getattr(wanted, "__name__", "") if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+        raise UserError(f"--set {key}: expected {name or wanted}, got {text!r}") from None
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"

@@ -1,0 +1,250 @@
+"""A trained model as the graphs that serving runs, ONNX and TorchScript, proven equal to it and packed for serving."""
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models import artifact
+from models.artifact import LOGIT_TOLERANCE, Golden
+from models.blocks import CTRModel
+from models.calibration import Calibration
+from models.encoding import Arrays, Encoder, Request, concat
+from models.schema import PAD, Input, Schema, input_name
+
+OUTPUTS = ("logit", "prob")
+# Exporters take a size of 0 or 1 for a constant, and equal sizes for the same dimension.
+EXAMPLE_SIZES = (3, 5)  # U, C
+CHECKED_SIZES = ((1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 2), (2, 100), (2, 1000))
+
+
+class ExportError(RuntimeError):
+    """An exported graph does not compute what the trained model does."""
+
+
+def export(
+    name: str,
+    config: Mapping[str, Any],
+    model: CTRModel,
+    schema: Schema,
+    *,
+    calibration: Calibration,
+    metrics: Mapping[str, Any],
+    golden_requests: Sequence[Request],
+    data_hash: str,
+    out: Path,
+) -> Path:
+    """Write a trained model's artifact under `out`, read it back as the service does, and return its folder.
+
+    `golden_requests`, about 32 raw ones, stay in the artifact with the scores that the model gives them now.
+    Raises ExportError where a graph and the model differ, ArtifactError where the folder does not read back.
+    """
+    model = copy.deepcopy(model).cpu().float().eval()
+    arrays = concat([Encoder(schema).encode(request) for request in golden_requests])
+    graphs = {"model.onnx": to_onnx(model, schema), "model.ts": to_torchscript(model, schema)}
+    check(model, schema, graphs, golden=arrays)
+    logits, _ = _run_eager(model)(arrays)
+    path = artifact.write(
+        out,
+        model=name,
+        config=config,
+        schema=schema,
+        calibration=calibration,
+        metrics=metrics,
+        golden=Golden(requests=tuple(golden_requests), arrays=arrays, logits=logits),
+        inputs=[i.name for i in used_inputs(model, schema)],
+        data_hash=data_hash,
+        files={**graphs, "weights.safetensors": safetensors.torch.save(model.state_dict())},
+    )
+    written = artifact.read(path)
+    scores = _run_onnx((path / "model.onnx").read_bytes())
+    artifact.check_scores(written, scores(written.golden.arrays)[0])
+    return path
+
+
+def used_inputs(model: CTRModel, schema: Schema) -> tuple[Input, ...]:
+    """Those of the schema's inputs that the model reads, in the schema's order: STEC, say, reads no history."""
+    reads = _Reads(_tensors(example(schema, *EXAMPLE_SIZES)))
+    with torch.no_grad():
+        model(reads)
+    return tuple(i for i in schema.inputs if i.name in reads.names)
+
+
+def to_onnx(model: CTRModel, schema: Schema) -> bytes:
+    """A model in eval mode as one self-contained ONNX file, dynamic in U and C; at most 2 GB, where the format ends."""
+    inputs = used_inputs(model, schema)
+    dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
+    shapes = tuple({axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs)
+    with _known_warnings():
+        program = torch.onnx.export(
+            _graph(model, inputs),
+            _example_values(schema, inputs),
+            dynamo=True,
+            verbose=False,
+            input_names=[i.name for i in inputs],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=(shapes,),
+        )
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def to_torchscript(model: CTRModel, schema: Schema) -> bytes:
+    """The same for `torch.jit.load`; inputs go by position."""
+    inputs = used_inputs(model, schema)
+    graph = _graph(model, inputs)
+    buffer = io.BytesIO()
+    with _known_warnings():
+        traced = torch.jit.trace(graph, _example_values(schema, inputs))  # type: ignore[no-untyped-call]  # torch's
+        torch.jit.save(torch.jit.freeze(traced), buffer)
+    return buffer.getvalue()
+
+
+def check(model: CTRModel, schema: Schema, graphs: Mapping[str, bytes], *, golden: Arrays) -> None:
+    """Compare `model.onnx` and `model.ts` with the model: at several sizes, without history, on the golden requests.
+
+    Raises ExportError, saying which output of which graph is off, at which sizes and by how much.
+    """
+    names = [i.name for i in used_inputs(model, schema)]
+    runs = {"model.onnx": _run_onnx(graphs["model.onnx"]), "model.ts": _run_torchscript(graphs["model.ts"], names)}
+    cases = {"the golden requests": golden}
+    for num_requests, num_candidates in CHECKED_SIZES:
+        sizes = f"U={num_requests}, C={num_candidates}"
+        cases[sizes] = example(schema, num_requests, num_candidates)
+        cases[f"{sizes}, no history"] = example(schema, num_requests, num_candidates, history=False)
+    eager = _run_eager(model)
+    for case, arrays in cases.items():
+        expected = eager(arrays)
+        for file, run in runs.items():
+            for output, wanted, found in zip(OUTPUTS, expected, run(arrays), strict=True):
+                if found.shape != wanted.shape:
+                    raise ExportError(f"{file}: {output} has shape {found.shape}, not {wanted.shape}, at {case}")
+                off = np.abs(found - wanted)
+                if not (off <= LOGIT_TOLERANCE * (1 + np.abs(wanted))).all():
+                    raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
+
+
+def example(schema: Schema, num_requests: int, num_candidates: int, *, history: bool = True) -> Arrays:
+    """Inputs of that many requests and candidates: any ids, histories of any length, or of none."""
+    draw = np.random.default_rng([num_requests, num_candidates])
+    sizes = {"U": num_requests, "C": num_candidates}
+    lengths_U1 = draw.integers(0, schema.history_length + 1, size=(num_requests, 1)) if history else 0
+    mask_UT = np.arange(schema.history_length) >= schema.history_length - lengths_U1 * np.ones((num_requests, 1))
+    num_ids = {input_name(f): schema.field(f.of or f.name).num_ids for f in schema.fields}
+    arrays: Arrays = {}
+    for i in schema.inputs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in i.dims]
+        if i.name == "user_index":
+            arrays[i.name] = draw.integers(0, num_requests, size=shape)
+        elif i.name == "hist_mask":
+            arrays[i.name] = mask_UT
+        elif i.dtype == "float32":
+            arrays[i.name] = draw.standard_normal(shape, dtype=np.float32)
+        else:
+            arrays[i.name] = draw.integers(PAD, num_ids[i.name], size=shape)
+            if i.name.startswith("hist."):
+                arrays[i.name][~mask_UT] = PAD
+    return arrays
+
+
+class ServingGraph(nn.Module):
+    """What is exported: inputs by position; out come the logits [C] and their sigmoid, not yet calibrated."""
+
+    def __init__(self, model: CTRModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, Tensor]:
+        logit_C = self.model(dict(zip(self.names, values, strict=True)))
+        return logit_C, logit_C.sigmoid()
+
+
+def _graph(model: CTRModel, inputs: Sequence[Input]) -> ServingGraph:
+    assert not model.training, "dropout and batch statistics do not belong in a graph"
+    return ServingGraph(model, [i.name for i in inputs]).eval()
+
+
+class _Reads(dict[str, Tensor]):
+    """Remembers which of its tensors were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+Outputs: TypeAlias = tuple[NDArray[Any], ...]
+"""One array [C] for each of OUTPUTS."""
+
+
+def _run_eager(model: CTRModel) -> Callable[[Arrays], Outputs]:
+    @torch.no_grad()
+    def run(arrays: Arrays) -> Outputs:
+        logit_C = model(_tensors(arrays))
+        return logit_C.numpy(), logit_C.sigmoid().numpy()
+
+    return run
+
+
+def _run_onnx(content: bytes) -> Callable[[Arrays], Outputs]:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    return lambda arrays: tuple(session.run(OUTPUTS, {name: arrays[name] for name in names}))
+
+
+def _run_torchscript(content: bytes, names: Sequence[str]) -> Callable[[Arrays], Outputs]:
+    with _known_warnings():
+        graph = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]  # torch's
+
+    @torch.no_grad()
+    def run(arrays: Arrays) -> Outputs:
+        return tuple(output.numpy() for output in graph(*(torch.from_numpy(arrays[name]) for name in names)))
+
+    return run
+
+
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _example_values(schema: Schema, inputs: Sequence[Input]) -> tuple[Tensor, ...]:
+    tensors = _tensors(example(schema, *EXAMPLE_SIZES))
+    return tuple(tensors[i.name] for i in inputs)
+
+
+@contextmanager
+def _known_warnings() -> Iterator[None]:
+    """Silences what torch 2.13's exporters say of themselves; anything else is still heard."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category, message in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message=message, category=category)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+_KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
+    (DeprecationWarning, r"`torch\.jit\.\w+` is deprecated"),  # promised to our users all the same
+    (UserWarning, "# The axis name: [UC] will not be used"),  # all U's are one dimension, as they should be
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+)

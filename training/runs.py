@@ -1,0 +1,217 @@
+"""One run's folder: begun, trained into, read back.
+
+RUN/config.json           the resolved run, and the data it saw
+RUN/schema.json           a copy of the data's
+RUN/weights.safetensors   the best epoch's weights
+RUN/calibration.json      fitted on the validation part
+RUN/metrics.json          written last: a run that has it is finished
+RUN/log.jsonl             one line per epoch
+RUN/epochs.png, RUN/reliability.png
+RUN/checkpoint.pt         while it is trained
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_weights
+from safetensors.torch import save as save_weights
+
+from models import zoo
+from models.artifact import ArtifactError
+from models.blocks import CTRModel
+from models.calibration import Calibration
+from models.schema import Schema
+from training import calibrate, loop, metrics, recipes, report
+from training.batches import Prepared
+from training.checkpoint import write_atomically
+from training.config import Run, difference, override
+from training.errors import UserError
+from training.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run, read back from its folder."""
+
+    path: Path
+    run: Run
+    data: Path
+    data_hash: str
+    schema: Schema
+    model: CTRModel
+    calibration: Calibration
+    metrics: dict[str, Any]
+
+
+def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: Sequence[str], *, resume: bool) -> Run:
+    """Settle what is trained, and write it down in a new folder; or check it against the folder to be resumed.
+
+    Without a recipe or settings a resumed run keeps its own. Raises UserError for a folder that holds something else.
+    """
+    wanted = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
+    file = path / "config.json"
+    if not file.exists():
+        if path.exists() and (not path.is_dir() or any(p.suffix != ".tmp" for p in path.iterdir())):
+            raise UserError(f"{path}: expected a new or an empty folder for the run, found something else there")
+        path.mkdir(parents=True, exist_ok=True)
+        fresh: dict[str, Any] = {
+            "run": wanted.to_json(),
+            "data": {"path": str(data.path.resolve()), "name": data.name, **_identity(data)},
+            "threads": torch.get_num_threads(),
+        }
+        write_atomically(file, json.dumps(fresh, indent=2).encode())
+        return wanted
+    if not resume:
+        raise UserError(f"{path} already holds a run; add --resume to go on with it, or name another folder")
+    config = _json(file)
+    saved = Run.from_json(config["run"])
+    change = difference(saved, wanted) if recipe or settings or model != saved.model else None
+    if change is not None:
+        raise UserError(f"{path} cannot be resumed with other settings: {change}")
+    if not _identity(data).items() <= config["data"].items():
+        raise UserError(f"{path} cannot be resumed on other data: it was begun on {config['data']['path']}")
+    # Sums of floats depend on how they are shared out, so the same bits need the same number of threads.
+    torch.set_num_threads(config["threads"])
+    return saved
+
+
+def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
+    """Train, calibrate, measure and draw; returns what metrics.json holds. A finished run is not trained again."""
+    if (path / "metrics.json").exists():
+        say(f"{path} is finished")
+        return _json(path / "metrics.json")
+    write_atomically(path / "schema.json", data.schema.to_json().encode())
+    torch.manual_seed(run.seed)
+    torch.use_deterministic_algorithms(True)
+    # Otherwise every new tensor is filled with NaN first, a tenth of the time; the operations are deterministic anyway.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+    model = _build(run, data.schema)
+    parts = {part: data.rows(part) for part in ("train", "valid", "test")}
+    done = loop.fit(model, parts["train"], parts["valid"], run, folder=path, report=say)
+
+    write_atomically(path / "weights.safetensors", save_weights(model.state_dict()))
+    valid_logits = loop.predict(model, parts["valid"], "valid")
+    calibration = calibrate.fit(valid_logits, parts["valid"].label)
+    write_atomically(path / "calibration.json", calibration.model_dump_json(indent=2).encode())
+    logits = {"valid": valid_logits, "test": loop.predict(model, parts["test"], "test")}
+    figures = {
+        "model": run.model,
+        "dataset": data.name,
+        "data_hash": data.data_hash,
+        "seed": run.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": done.epoch,
+        "best_epoch": done.best_epoch,
+        "train_seconds": round(done.train_s, 2),
+        "samples_per_s": round(done.epoch * len(parts["train"]) / done.train_s, 1),
+        "threads": torch.get_num_threads(),
+        **{part: measure(data, part, logits[part], calibration) for part in logits},
+    }
+    report.plot_epochs(done.log, done.best_epoch, path / "epochs.png")
+    report.plot_reliability(parts["test"], logits["test"], calibration, "test", path / "reliability.png")
+    write_atomically(path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False).encode())
+    (path / "checkpoint.pt").unlink(missing_ok=True)
+    return figures
+
+
+def read(path: Path) -> Trained:
+    """A finished run. Raises UserError where `path` holds none."""
+    if not (path / "metrics.json").exists():
+        what = "a run that is not finished; train it with --resume" if (path / "config.json").exists() else "no run"
+        raise UserError(f"{path} holds {what}")
+    config, schema = _json(path / "config.json"), _schema(path)
+    run = Run.from_json(config["run"])
+    model = _build(run, schema)
+    try:
+        model.load_state_dict(load_weights((path / "weights.safetensors").read_bytes()))
+        calibration = Calibration.model_validate_json((path / "calibration.json").read_bytes())
+    except (OSError, ValueError, RuntimeError) as err:
+        raise UserError(f"{path}: damaged run, train it again ({err})") from err
+    return Trained(
+        path=path,
+        run=run,
+        data=Path(config["data"]["path"]),
+        data_hash=config["data"]["data_hash"],
+        schema=schema,
+        model=model.eval(),
+        calibration=calibration,
+        metrics=_json(path / "metrics.json"),
+    )
+
+
+def score(trained: Trained, data: Prepared, part: str) -> NDArray[np.float32]:
+    """The logits of a part of `data`, which must be encoded as the run's own."""
+    if data.schema.fingerprint != trained.schema.fingerprint:
+        raise UserError(f"{data.path} is encoded by another schema than {trained.path} was trained with")
+    return loop.predict(trained.model, data.rows(part), part)
+
+
+def export(trained: Trained, out: Path) -> Path:
+    """The run's artifact, with the golden requests of the data it was trained on; returns its folder."""
+    # onnxruntime and the exporters load for seconds, and only here.
+    from training.export import ExportError
+    from training.export import export as write_artifact
+
+    data = Prepared.open(trained.data)
+    if data.schema.fingerprint != trained.schema.fingerprint:
+        raise UserError(f"{data.path} is encoded by another schema than {trained.path} was trained with")
+    try:
+        return write_artifact(
+            trained.run.model,
+            asdict(zoo.configure(trained.run.model, trained.run.model_config)),
+            trained.model,
+            trained.schema,
+            calibration=trained.calibration,
+            metrics=trained.metrics,
+            golden_requests=data.golden_requests(),
+            data_hash=trained.data_hash,
+            out=out,
+        )
+    except (ExportError, ArtifactError, OSError) as err:
+        raise UserError(f"{trained.path} was not exported: {err}") from err
+
+
+def measure(data: Prepared, part: str, logits: NDArray[np.float32], calibration: Calibration) -> dict[str, Any]:
+    """The figures of a part; beside them, where the true probabilities are known, the AUC that these have.
+
+    `bayes_auc` is of the probabilities themselves, `bayes_auc_blind` of the best guess without the ad's position.
+    """
+    rows = data.rows(part)
+    figures = report.measure(rows, logits, calibration)
+    for figure, name in (("bayes_auc", "true_ctr"), ("bayes_auc_blind", "true_ctr_blind")):
+        truth = data.truth(part, name)
+        if truth is not None:
+            figures[figure] = metrics.auc(rows.label, truth)
+    return figures
+
+
+def _identity(data: Prepared) -> dict[str, str]:
+    return {"data_hash": data.data_hash, "schema_fingerprint": data.schema.fingerprint}
+
+
+def _build(run: Run, schema: Schema) -> CTRModel:
+    try:
+        return zoo.build(run.model, run.model_config, schema)
+    except ValueError as err:
+        raise UserError(str(err)) from err
+
+
+def _schema(path: Path) -> Schema:
+    try:
+        return Schema.from_json((path / "schema.json").read_bytes())
+    except (OSError, ValueError) as err:
+        raise UserError(f"{path / 'schema.json'}: missing or damaged ({err})") from err
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as err:
+        raise UserError(f"{file}: missing or damaged ({err})") from err
+    return content
