@@ -1,0 +1,182 @@
+"""Impressions and clicks in: checked one by one, remembered once, counted for the arm that served them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from models.schema import Row, canonical
+from service.experiment import Experiment
+from service.features import Click, FeatureStore, pack_row
+from service.metrics import Metrics
+
+MAX_EVENTS = 1000  # of one call
+MAX_AHEAD_S = 300.0  # how far a client's clock may run before ours
+MAX_ID_LENGTH = 256
+
+Id = str | int | float
+Value = str | int | float | bool | list[str | int | float | bool | None] | None
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that was not taken, by its place in the call; sending it again will not help."""
+
+    index: int
+    event_id: str | None
+    reason: str
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    accepted: int
+    duplicates: int
+    rejected: list[Rejection]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """An event in the store's own words. `unit` is what the arm was drawn for: the user, or the request without one."""
+
+    type: Literal["impression", "click"]
+    event_id: str
+    ts: float
+    user: str | None
+    unit: str
+    item: str
+    features: Row
+
+
+class Events:
+    """Takes events into the store.
+
+    Assignment is sticky, so the arm that served an event's request is drawn again instead of being looked up: by the
+    user, or for an anonymous request by its `request_id`, which its events must therefore carry. Two limits follow:
+    after a change of shares, late events of the users it moved count for their new arm; and a user who is known to
+    /predict must be named in the events too.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: FeatureStore,
+        experiment: Experiment,
+        metrics: Metrics,
+        now: Callable[[], float] = time.time,
+        max_ahead_s: float = MAX_AHEAD_S,
+    ) -> None:
+        self._store = store
+        self._experiment = experiment
+        self._metrics = metrics
+        self._now = now
+        self._max_ahead_s = max_ahead_s
+
+    async def record(self, events: Sequence[Any]) -> Receipt:
+        """Take decoded JSON values, each an event of the contract or else rejected with its reason.
+
+        Clicks of users enter their pasts, and the very next fetch sees them; everything else is only remembered as
+        known and counted. Raises StoreUnavailable with a part of the events possibly taken: make the same call again,
+        what was taken is then a duplicate. (Only the counters may miss what was taken by the call that failed.)
+        """
+        latest = self._now() + self._max_ahead_s
+        checked: list[_Checked] = []
+        rejected: list[Rejection] = []
+        for index, event in enumerate(events):
+            try:
+                checked.append(_check(event, latest))
+            except ValueError as err:
+                rejected.append(
+                    Rejection(index=index, event_id=_event_id(event), reason=str(err).encode(errors="replace").decode())
+                )
+        clicks = [e for e in checked if e.type == "click" and e.user is not None]
+        others = [e for e in checked if e.type != "click" or e.user is None]
+        accepted = await self._mark(others) + await self._append(clicks)
+        return Receipt(accepted=accepted, duplicates=len(checked) - accepted, rejected=rejected)
+
+    async def _mark(self, events: Sequence[_Checked]) -> int:
+        if not events:
+            return 0
+        with self._metrics.store_call("mark"):
+            new = await self._store.mark([(e.unit, e.event_id) for e in events])
+        return self._count(events, new)
+
+    async def _append(self, events: Sequence[_Checked]) -> int:
+        if not events:
+            return 0
+        clicks = [Click(event_id=e.event_id, user=e.unit, item=e.item, ts=e.ts, features=e.features) for e in events]
+        with self._metrics.store_call("append"):
+            new = await self._store.append(clicks)
+        return self._count(events, new)
+
+    def _count(self, events: Sequence[_Checked], new: Sequence[bool]) -> int:
+        counters = {"impression": self._metrics.impressions, "click": self._metrics.clicks}
+        for event, is_new in zip(events, new, strict=True):
+            if is_new:
+                counters[event.type](self._experiment.assign(event.unit).name).inc()
+        return sum(new)
+
+
+class _Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An event as a client sends it."""
+
+    event_id: Id
+    type: Literal["impression", "click"]
+    ts: float
+    item: Id
+    user: Id | None = None
+    request_id: Id | None = None
+    position: int | None = None
+    context: dict[str, Value] | None = None
+    features: dict[str, Value] | None = None
+
+
+def _check(event: Any, latest: float) -> _Checked:
+    try:
+        sent = msgspec.convert(event, _Sent)
+    except (msgspec.ValidationError, OverflowError) as err:
+        raise ValueError(str(err)) from err
+    if not 0 <= sent.ts < float("inf"):
+        raise ValueError(f"ts: expected Unix seconds, finite and not negative, got {sent.ts}")
+    if sent.ts > latest:
+        raise ValueError(f"ts: {sent.ts:.3f} is in the future")
+    features = sent.features or {}
+    pack_row(features)
+    event_id, item = _id("event_id", sent.event_id), _id("item", sent.item)
+    user = _id("user", sent.user) if sent.user is not None else None
+    if user is not None:
+        unit = user
+    elif sent.request_id is not None:
+        unit = _id("request_id", sent.request_id)
+    else:
+        raise ValueError("user: expected one, or the request_id of an anonymous request")
+    return _Checked(type=sent.type, event_id=event_id, ts=sent.ts, user=user, unit=unit, item=item, features=features)
+
+
+def _id(name: str, value: Id) -> str:
+    """The id as everything else spells it: 42, 42.0 and "42" are one user."""
+    spelled = canonical(value)
+    if spelled is None:
+        raise ValueError(f"{name}: expected an id, got an empty one")
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{name}: expected an id, got {value}")
+    if len(spelled) > MAX_ID_LENGTH:
+        raise ValueError(f"{name}: longer than {MAX_ID_LENGTH} characters")
+    if not _is_unicode(spelled):
+        raise ValueError(f"{name}: half of a surrogate pair is no character")
+    return spelled
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can name half a surrogate pair, which is in no encoding and so can neither be stored nor answered."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _event_id(event: Any) -> str | None:
+    try:
+        return _id("event_id", msgspec.convert(event["event_id"], Id))
+    except (TypeError, KeyError, ValueError):
+        return None

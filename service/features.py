@@ -1,0 +1,252 @@
+"""What is remembered of users and items: past clicks and raw features, their keys and packing, the in-memory store."""
+
+import bisect
+import hashlib
+import logging
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from models.encoding import Event, history
+from models.schema import Row
+
+log = logging.getLogger(__name__)
+
+KEEP = 200  # past clicks kept per user: the newest
+PAST_TTL_S = 30 * 86_400  # of a user's past in Redis, after their last click
+MARK_TTL_S = (
+    86_400  # how long a repeated event is recognised; a click still in the past is recognised as long as it is there
+)
+MAX_FEATURES_BYTES = 8192  # of one row, packed
+
+
+class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, by the name the contract gives it
+    """The store gave no answer: down, frozen, loading, read-only or full. Nothing can be said about what it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Click:
+    """One click as it is stored. Without features it takes those stored for its item at the time it is appended."""
+
+    event_id: str
+    user: str
+    item: str
+    ts: float
+    features: Row = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ts < math.inf:
+            raise ValueError(f"ts is Unix seconds, finite and not negative, got {self.ts}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetched:
+    """What is known for one request. None where nothing is stored; `items` stand in the order they were asked for."""
+
+    user: Row | None
+    behaviours: list[Event]
+    items: list[Row | None]
+
+
+class FeatureStore(Protocol):
+    """Raw values only: ids exist after `encode`. Every method may raise StoreUnavailable."""
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        """One round trip: the user's features, their last `limit` clicks strictly before `before`, the items' features.
+
+        An anonymous request (no user) has neither features nor clicks.
+        """
+
+    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+        """Add clicks to their users' pasts, False for a click already known by its user and event id.
+
+        The past of a user is the same for any order, repetition and grouping of appends: the newest clicks by
+        (ts, item). So after an error, which may have stored a part, the whole call is simply made again.
+        """
+
+    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
+        """Remember events that leave no other trace, as (owner, event id); False for one already known."""
+
+    async def put_users(self, rows: Mapping[str, Row]) -> None: ...
+
+    async def put_items(self, rows: Mapping[str, Row]) -> None: ...
+
+    async def ping(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class MemoryStore:
+    """The store without a server: for tests, demos and development.
+
+    A user's past is bounded as in Redis; the numbers of users, items and marked events are not, and nothing expires.
+    """
+
+    def __init__(self, *, keep: int = KEEP) -> None:
+        self._keep = keep
+        self._users: dict[str, Row] = {}
+        self._items: dict[str, Row] = {}
+        self._pasts: dict[str, list[Click]] = {}
+        self._known: set[tuple[str, str]] = set()
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        past = [Event(item=c.item, ts=c.ts, features=c.features) for c in self._pasts.get(user or "", ())]
+        return Fetched(
+            user=self._users.get(user) if user is not None else None,
+            behaviours=history(past, before=before, limit=limit),
+            items=[self._items.get(item) for item in items],
+        )
+
+    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+        new = await self.mark([(click.user, click.event_id) for click in clicks])
+        for click, is_new in zip(clicks, new, strict=True):
+            if is_new:
+                past = self._pasts.setdefault(click.user, [])
+                bisect.insort(past, enriched(click, self._items.get(click.item)), key=_order)
+                del past[: -self._keep]
+        return new
+
+    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
+        new = []
+        for event in events:
+            new.append(event not in self._known)
+            self._known.add(event)
+        return new
+
+    async def put_users(self, rows: Mapping[str, Row]) -> None:
+        self._users.update(rows)
+
+    async def put_items(self, rows: Mapping[str, Row]) -> None:
+        self._items.update(rows)
+
+    async def ping(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        return
+
+
+def enriched(click: Click, item: Row | None) -> Click:
+    """The click with its item's stored features, if it brought none of its own."""
+    if click.features or not item:
+        return click
+    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features=item)
+
+
+def _order(click: Click) -> tuple[float, str, bytes]:
+    return click.ts, click.item, event_tag(click.event_id)
+
+
+# --- keys. One user's keys share a hash tag, and so a slot of a cluster; ids of any length and spelling are safe. ---
+
+
+def user_key(user: str) -> str:
+    return f"cs1:{{{_tag(user)}}}:p"
+
+
+def behaviours_key(user: str) -> str:
+    return f"cs1:{{{_tag(user)}}}:b"
+
+
+def mark_key(owner: str, event_id: str) -> str:
+    return f"cs1:{{{_tag(owner)}}}:e:{event_tag(event_id).hex()}"
+
+
+def item_key(item: str) -> str:
+    return f"cs1:i:{item}"
+
+
+def event_tag(event_id: str) -> bytes:
+    """Eight bytes that stand for an event among those of one user."""
+    return hashlib.blake2b(event_id.encode(), digest_size=8).digest()
+
+
+def _tag(owner: str) -> str:
+    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest()
+
+
+# --- values. Features: a msgpack map. A user's past: a header and one framed record per click, oldest first. ---
+# header  version 1 (u8), number of records (u16)
+# record  size of all of it (u16), length of the item (u16), ts (big-endian double), item (UTF-8), event tag (8 bytes),
+#         features (msgpack), size again (u16), so that it can be walked from either end
+# The bytes from ts to the tag order as (ts, item, tag) do: append.lua compares them and reads nothing else.
+
+NO_PAST = b"\x01\x00\x00"
+_FRONT = struct.Struct(">HHd")
+_SIZE = struct.Struct(">H")
+_TAG_BYTES = 8
+_FRAME_BYTES = _FRONT.size + _TAG_BYTES + _SIZE.size
+
+_FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(
+    dict[str, str | int | float | bool | list[str | int | float | bool | None] | None]
+)
+
+
+def pack_row(row: Row) -> bytes:
+    """Raises ValueError for a row that is too large or holds what is no raw value."""
+    try:
+        packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
+        _FEATURES.decode(packed)
+    except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
+        raise ValueError(f"features are strings, numbers, booleans and lists of them ({err})") from err
+    if len(packed) > MAX_FEATURES_BYTES:
+        raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
+    return packed
+
+
+def unpack_row(packed: bytes | None) -> Row | None:
+    """None where nothing is stored, or nothing that can be read: that is logged, and scored without."""
+    if packed is None:
+        return None
+    try:
+        return _FEATURES.decode(packed)
+    except msgspec.MsgspecError as err:
+        log.warning("unreadable features", extra={"error": str(err), "bytes": len(packed)})
+        return None
+
+
+def pack_click(click: Click) -> bytes:
+    item, features = click.item.encode(), pack_row(click.features)
+    size = _FRAME_BYTES + len(item) + len(features)
+    # -0.0 would sort after every other time.
+    front = _FRONT.pack(size, len(item), click.ts + 0.0)
+    return b"".join((front, item, event_tag(click.event_id), features, _SIZE.pack(size)))
+
+
+def unpack_past(packed: bytes | None, *, before: float, limit: int) -> list[Event]:
+    """The last `limit` clicks strictly earlier than `before`, oldest first; none where the value cannot be read."""
+    if packed is None:
+        return []
+    try:
+        return _unpack_past(packed, before, limit)
+    except (ValueError, struct.error, msgspec.MsgspecError) as err:
+        log.warning("unreadable behaviours", extra={"error": str(err), "bytes": len(packed)})
+        return []
+
+
+def _unpack_past(packed: bytes, before: float, limit: int) -> list[Event]:
+    if packed[:1] != NO_PAST[:1]:
+        raise ValueError(f"layout {packed[:1]!r}, expected {NO_PAST[:1]!r}")
+    events: list[Event] = []
+    view = memoryview(packed)
+    end = len(packed)
+    while end > len(NO_PAST) and len(events) < limit:
+        (size,) = _SIZE.unpack_from(packed, end - _SIZE.size)
+        start = end - size
+        if start < len(NO_PAST):
+            raise ValueError(f"a record of {size} bytes that ends at {end}")
+        front_size, item_len, ts = _FRONT.unpack_from(packed, start)
+        if front_size != size:
+            raise ValueError(f"a record of {front_size} or {size} bytes that ends at {end}")
+        if ts < before:
+            item_from = start + _FRONT.size
+            item_to = item_from + item_len
+            features = _FEATURES.decode(view[item_to + _TAG_BYTES : end - _SIZE.size])
+            events.append(Event(item=packed[item_from:item_to].decode(), ts=ts, features=features))
+        end = start
+    events.reverse()
+    return events

@@ -1,0 +1,175 @@
+"""The store in Redis (or Valkey): one MGET a request, one script an append, no waiting beyond its timeout."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from redis import exceptions
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from models.schema import Row
+from service.breaker import Breaker
+from service.features import (
+    KEEP,
+    MARK_TTL_S,
+    PAST_TTL_S,
+    Click,
+    Fetched,
+    StoreUnavailable,
+    behaviours_key,
+    enriched,
+    item_key,
+    mark_key,
+    pack_click,
+    pack_row,
+    unpack_past,
+    unpack_row,
+    user_key,
+)
+
+_APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
+_ROWS_A_COMMAND = 1000
+
+
+class RedisStore:
+    """A user's clicks, their features and the items' as three kinds of string values: see features.py for the layout.
+
+    One server (a primary with replicas is one). A user's keys share a slot, but `fetch` also reads item keys, so a
+    Redis Cluster would want the items elsewhere.
+    """
+
+    def __init__(self, client: Redis, *, connections: int, timeout_s: float, keep: int) -> None:
+        self._client = client
+        self._free = asyncio.Semaphore(connections)
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._keep = keep
+        self._append = client.register_script(_APPEND)
+        self._breaker = Breaker(self._probe)
+
+    @classmethod
+    def connect(cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = KEEP) -> Self:
+        """Connects on first use. `timeout_s` bounds the wait for a free connection, and then for each answer.
+
+        redis-py retries ten times by default, and so hangs for a minute on a frozen server: here nothing is retried.
+        """
+        # Not BlockingConnectionPool: a waiter cancelled just as it is woken takes the wake-up with it, and the next
+        # one waits out its time beside a free connection. One connection more than callers: the breaker's probe.
+        pool = ConnectionPool.from_url(
+            url,
+            max_connections=connections + 1,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=max(timeout_s, 0.05),
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=10,
+        )
+        return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep)
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        keys = [item_key(item) for item in items]
+        if user is not None:
+            keys += [user_key(user), behaviours_key(user)]
+        if not keys:
+            return Fetched(user=None, behaviours=[], items=[])
+        async with self._answering():
+            values: Sequence[Any] = await self._client.mget(keys)
+        profile, past = values[len(items) :] if user is not None else (None, None)
+        return Fetched(
+            user=unpack_row(profile),
+            behaviours=unpack_past(past, before=before, limit=limit),
+            items=[unpack_row(value) for value in values[: len(items)]],
+        )
+
+    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+        if not clicks:
+            return []
+        by_user: dict[str, list[int]] = defaultdict(list)
+        for position, click in enumerate(clicks):
+            by_user[click.user].append(position)
+        async with self._answering():
+            items = await self._items_of_bare(clicks)
+            pipeline = self._client.pipeline(transaction=False)
+            for user, positions in by_user.items():
+                own = [clicks[p] for p in positions]
+                keys = [behaviours_key(user), *(mark_key(user, click.event_id) for click in own)]
+                records = [pack_click(enriched(click, items.get(click.item))) for click in own]
+                await self._append(keys, [self._keep, PAST_TTL_S, MARK_TTL_S, *records], client=pipeline)
+            answers = await pipeline.execute()
+        new = [False] * len(clicks)
+        for positions, answer in zip(by_user.values(), answers, strict=True):
+            for position, is_new in zip(positions, answer, strict=True):
+                new[position] = bool(is_new)
+        return new
+
+    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
+        if not events:
+            return []
+        async with self._answering():
+            pipeline = self._client.pipeline(transaction=False)
+            for owner, event_id in events:
+                pipeline.set(mark_key(owner, event_id), b"", nx=True, ex=MARK_TTL_S)
+            return [bool(answer) for answer in await pipeline.execute()]
+
+    async def put_users(self, rows: Mapping[str, Row]) -> None:
+        await self._put({user_key(user): pack_row(row) for user, row in rows.items()})
+
+    async def put_items(self, rows: Mapping[str, Row]) -> None:
+        await self._put({item_key(item): pack_row(row) for item, row in rows.items()})
+
+    async def ping(self) -> None:
+        async with self._answering():
+            await self._probe()
+
+    async def aclose(self) -> None:
+        await self._breaker.aclose()
+        await self._client.aclose()
+
+    async def _probe(self) -> None:
+        await self._client.ping()
+
+    async def _items_of_bare(self, clicks: Sequence[Click]) -> dict[str, Row | None]:
+        bare = list({click.item for click in clicks if not click.features})
+        if not bare:
+            return {}
+        values: Sequence[Any] = await self._client.mget([item_key(item) for item in bare])
+        return {item: unpack_row(value) for item, value in zip(bare, values, strict=True)}
+
+    async def _put(self, values: Mapping[str, bytes]) -> None:
+        pairs = list(values.items())
+        for first in range(0, len(pairs), _ROWS_A_COMMAND):
+            async with self._answering():
+                await self._client.mset(dict(pairs[first : first + _ROWS_A_COMMAND]))
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and tells the breaker.
+
+        Only silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
+        """
+        if self._breaker.is_open:
+            raise StoreUnavailable("the store has stopped answering and is being probed")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._free.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
+        try:
+            yield
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as err:
+            self._breaker.failed()
+            raise StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}") from err
+        except exceptions.RedisError as err:
+            self._breaker.succeeded()
+            if isinstance(err, exceptions.ReadOnlyError):
+                # After a failover this was the primary: the address must be looked up again.
+                await self._client.connection_pool.disconnect(inuse_connections=False)
+            raise StoreUnavailable(f"the store refused: {type(err).__name__}: {err}") from err
+        else:
+            self._breaker.succeeded()
+        finally:
+            self._free.release()

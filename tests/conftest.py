@@ -1,0 +1,57 @@
+"""What tests share: a real Redis server, and waiting for what another process does."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from service import redis_server
+from service.redis_server import NoRedisServer, RedisServer
+
+
+@pytest.fixture(scope="session")
+def session_redis() -> Iterator[RedisServer]:
+    """One real server for all tests that need no server of their own. Skips on a laptop without one, fails in CI."""
+    try:
+        redis_server.binary()
+    except NoRedisServer as err:
+        if os.environ.get("CI"):
+            pytest.fail(str(err))
+        pytest.skip(str(err))
+    with redis_server.start() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis(session_redis: RedisServer) -> Iterator[RedisServer]:
+    """A server for one test to freeze, fill or kill."""
+    with redis_server.start() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(session_redis: RedisServer) -> str:
+    """An empty real server."""
+    import redis
+
+    with redis.Redis.from_url(session_redis.url) as client:
+        client.flushall()
+    return session_redis.url
+
+
+Condition = Callable[[], Awaitable[bool]]
+
+
+@pytest.fixture
+def eventually() -> Callable[[Condition], Awaitable[None]]:
+    """Waits until an async condition holds; fails after ten seconds. For what another process or task does."""
+
+    async def wait(condition: Condition) -> None:
+        deadline = time.monotonic() + 10
+        while not await condition():
+            assert time.monotonic() < deadline, "the condition did not come true within ten seconds"
+            await asyncio.sleep(0.005)
+
+    return wait

@@ -1,0 +1,232 @@
+"""Both stores keep the same promises: every test here runs against each."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.encoding import Event, history
+from models.schema import Row
+from service.features import KEEP, Click, FeatureStore, MemoryStore
+from service.redis_store import RedisStore
+
+NOW = 2e9
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[FeatureStore]:
+    if request.param == "memory":
+        store: FeatureStore = MemoryStore(keep=10)
+    else:
+        store = RedisStore.connect(request.getfixturevalue("redis_url"), timeout_s=5.0, keep=10)
+    yield store
+    await store.aclose()
+
+
+def click(number: int, *, user: str = "u1", item: str = "ad1", ts: float | None = None, **features) -> Click:
+    """Numbers in the order of their times, by default."""
+    return Click(event_id=f"e{number}", user=user, item=item, ts=float(number) if ts is None else ts, features=features)
+
+
+async def past(store: FeatureStore, user: str = "u1", *, before: float = NOW, limit: int = 1000) -> list[Event]:
+    return (await store.fetch(user, [], before=before, limit=limit)).behaviours
+
+
+async def test_nothing_is_known_of_a_new_user_and_a_new_item(store: FeatureStore):
+    fetched = await store.fetch("nobody", ["nothing"], before=NOW, limit=30)
+
+    assert (fetched.user, fetched.behaviours, fetched.items) == (None, [], [None])
+
+
+async def test_an_anonymous_request_has_items_and_no_past(store: FeatureStore):
+    await store.put_items({"ad1": {"price": 9.5}})
+    await store.append([click(1)])
+
+    fetched = await store.fetch(None, ["ad1"], before=NOW, limit=30)
+
+    assert (fetched.user, fetched.behaviours, fetched.items) == (None, [], [{"price": 9.5}])
+
+
+async def test_features_come_back_as_they_were_put(store: FeatureStore):
+    user: Row = {"gender": "F", "age": 25, "score": 0.1, "member": True, "tags": ["a", 1, 2.5], "empty": []}
+
+    await store.put_users({"u1": user, "u2": {}})
+
+    assert (await store.fetch("u1", [], before=NOW, limit=1)).user == user
+    assert (await store.fetch("u2", [], before=NOW, limit=1)).user == {}
+
+
+async def test_items_stand_in_the_order_asked_for_repeated_ones_too(store: FeatureStore):
+    await store.put_items({"a": {"price": 1}, "b": {"price": 2}})
+
+    fetched = await store.fetch("u1", ["b", "a", "x", "b"], before=NOW, limit=1)
+
+    assert fetched.items == [{"price": 2}, {"price": 1}, None, {"price": 2}]
+
+
+async def test_later_features_replace_earlier_ones(store: FeatureStore):
+    await store.put_items({"a": {"price": 1, "color": "red"}})
+
+    await store.put_items({"a": {"price": 2}})
+
+    assert (await store.fetch("u1", ["a"], before=NOW, limit=1)).items == [{"price": 2}]
+
+
+async def test_a_click_is_seen_by_the_very_next_fetch(store: FeatureStore):
+    for number in range(1, 6):
+        await store.append([click(number)])
+
+        assert (await past(store))[-1].ts == number
+
+
+async def test_only_clicks_strictly_before_count_and_the_last_ones_of_those(store: FeatureStore):
+    await store.append([click(number) for number in (1, 2, 3, 4)])
+
+    assert [event.ts for event in await past(store, before=4, limit=2)] == [2, 3]
+    assert await past(store, limit=0) == []
+    assert await past(store, before=1) == []
+
+
+async def test_users_do_not_see_each_other(store: FeatureStore):
+    new = await store.append([click(1, user="u1"), click(1, user="u2", item="ad2"), click(2, user="u1")])
+
+    assert new == [True, True, True]
+    assert [event.item for event in await past(store, "u1")] == ["ad1", "ad1"]
+    assert [event.item for event in await past(store, "u2")] == ["ad2"]
+
+
+async def test_a_repeated_event_is_told_and_changes_nothing(store: FeatureStore):
+    assert await store.append([click(1), click(2), click(1)]) == [True, True, False]
+
+    assert await store.append([click(2), click(3), click(1)]) == [False, True, False]
+
+    assert [event.ts for event in await past(store)] == [1, 2, 3]
+
+
+async def test_two_clicks_on_one_item_at_one_time_both_count(store: FeatureStore):
+    await store.append([click(1, ts=5.0), click(2, ts=5.0)])
+
+    assert [(event.item, event.ts) for event in await past(store)] == [("ad1", 5.0), ("ad1", 5.0)]
+
+
+async def test_a_click_keeps_the_items_features_of_its_own_time(store: FeatureStore):
+    await store.put_items({"ad1": {"brand": "old"}})
+    await store.append([click(1), click(2, brand="own"), click(3, item="unknown")])
+
+    await store.put_items({"ad1": {"brand": "new"}})
+
+    assert [event.features for event in await past(store)] == [{"brand": "old"}, {"brand": "own"}, {}]
+
+
+async def test_marks_tell_the_first_time_from_the_next(store: FeatureStore):
+    assert await store.mark([("u1", "a"), ("u1", "b"), ("u1", "a"), ("u2", "a")]) == [True, True, False, True]
+    assert await store.mark([("u1", "b"), ("u1", "c")]) == [False, True]
+    assert await store.append([click(1)]) == [True]
+    assert await store.mark([("u1", "e1")]) == [False]
+
+
+async def test_nothing_to_do_is_done(store: FeatureStore):
+    await store.put_users({})
+    await store.put_items({})
+
+    assert await store.append([]) == await store.mark([]) == []
+    assert (await store.fetch(None, [], before=NOW, limit=5)).items == []
+
+
+async def test_a_thousand_items_are_one_fetch(store: FeatureStore):
+    await store.put_items({str(number): {"n": number} for number in range(1000)})
+
+    fetched = await store.fetch("u1", [str(number) for number in range(1000)], before=NOW, limit=30)
+
+    assert fetched.items == [{"n": number} for number in range(1000)]
+
+
+@pytest.mark.parametrize("odd", ["{", "}", "{u1}", "a:b", "é日本", "\x00", " ", "u1\n", "x" * 256, "'; DROP"])
+async def test_ids_of_any_spelling_are_kept_apart(store: FeatureStore, odd: str):
+    await store.put_users({odd: {"is": "odd"}, "u1": {"is": "plain"}})
+    await store.put_items({odd: {"is": "odd"}})
+    await store.append([click(1, user=odd, item=odd), click(1, user="u1")])
+
+    fetched = await store.fetch(odd, [odd], before=NOW, limit=5)
+
+    assert fetched.user == {"is": "odd"}
+    assert fetched.items == [{"is": "odd"}]
+    assert [event.item for event in fetched.behaviours] == [odd]
+    assert [event.item for event in await past(store, "u1")] == ["ad1"]
+
+
+async def test_clicks_appended_at_once_are_all_kept(store: FeatureStore):
+    await asyncio.gather(*(store.append([click(number)]) for number in range(1, 9)))
+
+    assert [event.ts for event in await past(store)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("ts", [float("nan"), float("inf"), -1.0])
+def test_a_click_has_a_time(ts: float):
+    with pytest.raises(ValueError, match="Unix seconds"):
+        click(1, ts=ts)
+
+
+# Few values, so that times and items often coincide and a difference in the last byte decides.
+ITEMS = ["a", "aa", "ab", "b", "", "é", "\x00", "日"]
+TIMES = [0.0, -0.0, 0.5, 1.0, 255.0, 256.0, 1e9, 1e9 + 1e-6, 1.7e9]
+CLICKS = st.lists(
+    st.builds(
+        lambda number, item, ts: click(number, item=item, ts=ts, n=number),
+        st.integers(0, 10**6),
+        st.sampled_from(ITEMS),
+        st.sampled_from(TIMES),
+    ),
+    unique_by=lambda c: c.event_id,
+    max_size=30,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(clicks=CLICKS, keep=st.integers(1, 12), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+async def test_the_past_is_the_newest_clicks_whatever_the_order_repetition_and_grouping(
+    kind: str, request: pytest.FixtureRequest, clicks: list[Click], keep: int, seed: int
+):
+    chance = random.Random(seed)
+    arriving = clicks + chance.choices(clicks, k=len(clicks) // 2) if clicks else []
+    chance.shuffle(arriving)
+    store: FeatureStore
+    if kind == "memory":
+        store = MemoryStore(keep=keep)
+    else:
+        url = request.getfixturevalue("session_redis").url
+        store = RedisStore.connect(url, timeout_s=5.0, keep=keep)
+        await store._client.flushall()
+
+    while arriving:
+        size = chance.randint(1, 7)
+        await store.append(arriving[:size])
+        arriving = arriving[size:]
+    stored = await past(store)
+    await store.aclose()
+
+    # Written as the contract says it: sort the set of events, keep the newest.
+    expected = sorted(clicks, key=lambda c: (c.ts, c.item))[-keep:]
+    assert [(event.ts, event.item) for event in stored] == [(c.ts, c.item) for c in expected]
+    by_number = {c.features["n"]: c for c in clicks}
+    for event in stored:
+        assert (by_number[event.features["n"]].ts, by_number[event.features["n"]].item) == (event.ts, event.item)
+    assert stored == history(stored, before=NOW, limit=KEEP)
+
+
+async def test_both_stores_break_ties_alike(redis_url: str):
+    stores: list[FeatureStore] = [MemoryStore(keep=5), RedisStore.connect(redis_url, timeout_s=5.0, keep=5)]
+    clicks = [click(number, ts=1.0, n=number) for number in range(20)]
+    random.Random(1).shuffle(clicks)
+
+    for store in stores:
+        await store.append(clicks)
+    memory, redis = [await past(store) for store in stores]
+    for store in stores:
+        await store.aclose()
+
+    assert memory == redis
