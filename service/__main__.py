@@ -1,0 +1,71 @@
+"""The door of the service: serve | load-behaviours | load-features."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import uvloop
+
+from models.artifact import ArtifactError
+from service import loading, logs, server, settings
+from service.experiment import ExperimentError
+from service.features import StoreUnavailable
+from service.loading import LoadError
+from service.redis_store import RedisStore
+from service.settings import SettingsError
+
+LOADING_TIMEOUT_S = 30.0  # a load waits for a busy store; a request does not
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all went well, 2 with one sentence on stderr when what the user gave cannot be used."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(arguments))
+    except (SettingsError, ExperimentError, ArtifactError, LoadError, StoreUnavailable) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "serve":
+        logs.setup()
+        await server.serve(settings.load(arguments.config, host=arguments.host, port=arguments.port))
+        return
+    url = settings.load(arguments.config).redis_url
+    if url is None:
+        raise SettingsError("nothing to load into: set redis_url in --config or CLICKSERVE_REDIS_URL")
+    store = RedisStore.connect(url, timeout_s=LOADING_TIMEOUT_S)
+    try:
+        if arguments.command == "load-behaviours":
+            print(f"{await loading.load_behaviours(arguments.file, store)} new clicks")
+        else:
+            print(f"{await loading.load_features(arguments.kind, arguments.file, store)} {arguments.kind}")
+    finally:
+        await store.aclose()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="answer requests over HTTP")
+    serve.add_argument("--host")
+    serve.add_argument("--port", type=int)
+    behaviours = commands.add_parser("load-behaviours", help="past clicks from Parquet: columns user, item, ts")
+    features = commands.add_parser("load-features", help="users' or items' raw features from Parquet")
+    features.add_argument("kind", choices=("users", "items"))
+    for command in (behaviours, features):
+        command.add_argument("file", type=Path)
+    for command in (serve, behaviours, features):
+        told = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
+        command.add_argument("--config", type=Path, help=told)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What runs a model's graph: arrays in, logits out."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from models.artifact import Artifact, ArtifactError
+from models.encoding import Arrays
+
+Kind = Literal["onnx", "torchscript"]
+
+
+class BackendError(RuntimeError):
+    """A graph that could not be run on these arrays."""
+
+
+class Backend(Protocol):
+    """One loaded graph. `run` is called from any thread, one call at a time, and leaves the GIL while it computes."""
+
+    def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        """The logits [C] of C candidates. Raises BackendError; what the model computes is not judged here."""
+
+    def close(self) -> None: ...
+
+
+def load(artifact: Artifact, kind: Kind) -> Backend:
+    """The artifact's graph of that kind, ready to run. Raises ArtifactError where it cannot be loaded."""
+    if kind == "onnx":
+        return OnnxBackend(_graph(artifact, "model.onnx"), fed=[i.name for i in artifact.schema.inputs])
+    try:
+        from service.torchscript import TorchScriptBackend
+    except ModuleNotFoundError as err:
+        raise ArtifactError(f"{artifact.path}: backend torchscript needs torch, which is not installed") from err
+    return TorchScriptBackend(_graph(artifact, "model.ts"), inputs=[i.name for i in artifact.manifest.inputs])
+
+
+class OnnxBackend:
+    """ONNX Runtime on one CPU core. The graph takes those of the `fed` arrays it names, and gives `logit`."""
+
+    def __init__(self, graph: Path, *, fed: Sequence[str]) -> None:
+        _refuse_two_runtimes()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A graph may name other files to read its weights from, and its author could name any: none lies in here.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph.read_bytes(), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as err:  # onnxruntime's exceptions have no common base but this
+            raise ArtifactError(f"{graph}: ONNX Runtime cannot load it: {' '.join(str(err).split())[:300]}") from err
+        self._inputs = [i.name for i in self._session.get_inputs()]
+        if unknown := set(self._inputs) - set(fed):
+            raise ArtifactError(f"{graph}: takes {', '.join(sorted(unknown))}, which its schema does not describe")
+        if "logit" not in [o.name for o in self._session.get_outputs()]:
+            raise ArtifactError(f"{graph}: has no output called logit")
+
+    def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        try:
+            (logits,) = self._session.run(["logit"], {name: arrays[name] for name in self._inputs})
+        except Exception as err:  # as above
+            raise BackendError(f"ONNX Runtime: {err}") from err
+        return np.asarray(logits, dtype=np.float32)
+
+    def close(self) -> None:
+        del self._session
+
+
+def _graph(artifact: Artifact, name: str) -> Path:
+    if name not in artifact.manifest.files:
+        raise ArtifactError(f"{artifact.path}/manifest.json: lists no {name}")
+    return artifact.path / name
+
+
+def _refuse_two_runtimes() -> None:
+    """The two packages install the same files: with both, which of them runs is an accident."""
+    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(present) > 1:
+        raise ArtifactError("onnxruntime and onnxruntime-gpu are both installed; uninstall both, then install one")
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""From a request's bytes to a typed value: one fast pass, and for a refused body a slow one that finds every error."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from service.errors import MAX_ERRORS, FieldError, invalid, not_json, pointer, shown
+
+T = TypeVar("T")
+_Path = tuple[str | int, ...]
+
+
+class Decoder(Generic[T]):
+    """Decodes JSON as one type, strictly: no conversion, no unknown field, no NaN. Raises Problem (400 or 422)."""
+
+    def __init__(self, wanted: type[T]) -> None:
+        self._decoder = msgspec.json.Decoder(wanted)
+        self._wanted = inspect.type_info(wanted)
+
+    def decode(self, body: bytes) -> T:
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
+            value = _parse(body)
+            errors: list[FieldError] = []
+            _check(value, self._wanted, (), errors)
+            # The last resort keeps the promise that whatever the decoder refuses is a client's error.
+            raise invalid(errors or [FieldError(pointer="", expected="a valid body", got=str(err))]) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _NotANumber:
+    """A literal that Python reads as a number and JSON, or a double, cannot hold: NaN, Infinity, 1e999."""
+
+    text: str
+
+
+def _parse(body: bytes) -> object:
+    try:
+        return json.loads(body.decode(), parse_constant=_NotANumber, parse_float=_finite, parse_int=_whole)
+    except UnicodeDecodeError as err:
+        raise not_json(f"the body is not UTF-8: byte {err.start} is {body[err.start]:#04x}") from None
+    except json.JSONDecodeError as err:
+        detail = "it is empty" if not body.strip() else f"{err.msg} at line {err.lineno}, column {err.colno}"
+        raise not_json(f"the body is not JSON: {detail}") from None
+    except RecursionError:
+        raise invalid([FieldError(pointer="", expected="less nesting", got="lists or objects too deep")]) from None
+
+
+def _finite(text: str) -> float | _NotANumber:
+    number = float(text)
+    return number if math.isfinite(number) else _NotANumber(text)
+
+
+def _whole(text: str) -> int | _NotANumber:
+    return int(text) if len(text) < 300 else _NotANumber(text)
+
+
+def _check(value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
+    if len(errors) >= MAX_ERRORS:
+        return
+    if not _fits(value, wanted):
+        errors.append(FieldError(pointer=pointer(*at), expected=expected(wanted), got=_got(value)))
+        return
+    if isinstance(wanted, inspect.UnionType):
+        wanted = next(member for member in wanted.types if _fits(value, member))
+    match wanted, value:
+        case inspect.StructType(), dict():
+            _check_fields(value, wanted, at, errors)
+        case inspect.DictType(value_type=inner), dict():
+            for name, item in value.items():
+                _check(name, inspect.StrType(), (*at, name), errors)
+                _check(item, inner, (*at, name), errors)
+        case inspect.ListType(item_type=inner), list():
+            for position, item in enumerate(value):
+                _check(item, inner, (*at, position), errors)
+        case inspect.AnyType(), dict():
+            _check(value, inspect.DictType(inspect.StrType(), inspect.AnyType()), at, errors)
+        case inspect.AnyType(), list():
+            _check(value, inspect.ListType(inspect.AnyType()), at, errors)
+
+
+def _check_fields(value: dict[str, object], wanted: inspect.StructType, at: _Path, errors: list[FieldError]) -> None:
+    fields = {field.encode_name: field for field in wanted.fields}
+    for name, item in value.items():
+        if name in fields:
+            _check(item, fields[name].type, (*at, name), errors)
+        elif wanted.forbid_unknown_fields:
+            known = f"one of {', '.join(fields)}"
+            errors.append(FieldError(pointer=pointer(*at, name), expected=known, got=f"an unknown field {shown(name)}"))
+    for name, field in fields.items():
+        if field.required and name not in value:
+            errors.append(FieldError(pointer=pointer(*at, name), expected=expected(field.type), got="nothing"))
+
+
+def _fits(value: object, wanted: inspect.Type) -> bool:
+    """Whether a value is of the right kind, its members not looked at."""
+    match wanted:
+        case inspect.AnyType():
+            return not isinstance(value, _NotANumber) and (not isinstance(value, str) or _is_text(value))
+        case inspect.UnionType(types=members):
+            return any(_fits(value, member) for member in members)
+        case inspect.StructType() | inspect.DictType():
+            return isinstance(value, dict)
+        case inspect.ListType():
+            return isinstance(value, list)
+        case inspect.NoneType():
+            return value is None
+        case inspect.BoolType():
+            return isinstance(value, bool)
+        case inspect.StrType(min_length=least, max_length=most):
+            return isinstance(value, str) and _is_text(value) and (least or 0) <= len(value) <= (most or math.inf)
+        case inspect.IntType():
+            return isinstance(value, int) and not isinstance(value, bool)
+        case inspect.FloatType():
+            return isinstance(value, int | float) and not isinstance(value, bool) and _within(value, wanted)
+        case _:
+            return True
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _within(value: float, wanted: inspect.FloatType) -> bool:
+    return (
+        (wanted.ge is None or value >= wanted.ge)
+        and (wanted.gt is None or value > wanted.gt)
+        and (wanted.le is None or value <= wanted.le)
+        and (wanted.lt is None or value < wanted.lt)
+    )
+
+
+def expected(wanted: inspect.Type) -> str:
+    """A type in a client's words."""
+    match wanted:
+        case inspect.UnionType(types=members):
+            return " or ".join(expected(member) for member in _present(members))
+        case inspect.StructType() | inspect.DictType():
+            return "an object"
+        case inspect.ListType():
+            return "a list"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType(max_length=None):
+            return "a string of valid Unicode"
+        case inspect.StrType(min_length=least, max_length=most):
+            return f"a string of {least or 0} to {most} characters"
+        case inspect.IntType():
+            return "an integer"
+        case inspect.FloatType():
+            signs = ((wanted.ge, ">="), (wanted.gt, ">"), (wanted.le, "<="), (wanted.lt, "<"))
+            bounds = [f"{sign} {bound:.0f}" for bound, sign in signs if bound is not None]
+            return " ".join(["a number", " and ".join(bounds)]).strip()
+        case _:
+            return "a JSON value of valid Unicode and finite numbers"
+
+
+def _present(members: Sequence[inspect.Type]) -> list[inspect.Type]:
+    return [member for member in members if not isinstance(member, inspect.NoneType)]
+
+
+def _got(value: object) -> str:
+    return value.text[:40] if isinstance(value, _NotANumber) else shown(value)

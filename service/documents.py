@@ -1,0 +1,142 @@
+"""What /docs and /openapi.json say of the routes: the JSON shapes of shapes.py, with examples."""
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from service import shapes
+from service.errors import MEDIA_TYPE, FieldError
+from service.events import MAX_EVENTS, Receipt
+from service.shapes import PredictAnswer, PredictRequest
+
+Json = dict[str, Any]
+
+_ROWS = {
+    "request_id": "r-1",
+    "ts": 1795000000.25,
+    "user": {"id": "u42", "features": {"gender": "F"}},
+    "context": {"device": "mobile"},
+    "candidates": [{"id": "ad7", "features": {"price": 9.5}}, {"id": "ad9"}],
+    "timeout_ms": 200,
+}
+_COLUMNS = {"user": {"id": "u42"}, "candidates": {"id": ["ad7", "ad9"], "price": [9.5, None]}}
+EVENTS_EXAMPLE = [
+    {"event_id": "e-1", "type": "impression", "ts": 1795000000.3, "user": "u42", "item": "ad7", "request_id": "r-1"},
+    {"event_id": "e-2", "type": "click", "ts": 1795000002.0, "user": "u42", "item": "ad7", "request_id": "r-1"},
+]
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _body(schema: Json, examples: Json) -> Json:
+    content = {"application/json": {"schema": schema, "examples": {n: {"value": v} for n, v in examples.items()}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _answers(**schemas: Json) -> dict[int | str, Json]:
+    """Answers by status, as `ok_200`, each with its schema; those from 400 on are problems."""
+    answers: dict[int | str, Json] = {}
+    for name, schema in schemas.items():
+        words, _, status = name.rpartition("_")
+        media = MEDIA_TYPE if status >= "400" else "application/json"
+        answers[int(status)] = {"description": words.replace("_", " "), "content": {media: {"schema": schema}}}
+    return answers
+
+
+_PROBLEM = _ref("Problem")
+_REFUSED = {
+    "not_JSON_400": _PROBLEM,
+    "the_body_did_not_arrive_in_time_408": _PROBLEM,
+    "the_body_is_too_large_413": _PROBLEM,
+    "bad_fields_each_with_its_JSON_pointer_422": _PROBLEM,
+    "overloaded_or_out_of_order_try_again_503": _PROBLEM,
+}
+
+PREDICT: Json = {
+    "summary": "Click probabilities of a user's candidates, in their order",
+    "openapi_extra": _body(_ref("PredictRequest"), {"rows": _ROWS, "columns": _COLUMNS}),
+    "responses": _answers(scored_200=_ref("PredictAnswer"), **_REFUSED, the_deadline_passed_504=_PROBLEM),
+}
+EVENTS: Json = {
+    "summary": "Impressions and clicks in, each taken once by its event_id",
+    "status_code": 202,
+    "openapi_extra": _body(
+        {
+            "type": "array",
+            "maxItems": MAX_EVENTS,
+            "items": {"anyOf": [_ref("Event"), {"description": "anything else is rejected, by its place in the list"}]},
+        },
+        {"a view and its click": EVENTS_EXAMPLE},
+    ),
+    "responses": _answers(taken_202=_ref("Receipt"), **_REFUSED),
+}
+HEALTHZ: Json = {"summary": "The process is alive", "responses": _answers(alive_200={"type": "object"})}
+READYZ: Json = {
+    "summary": "Every arm is verified and warm; tells whether the store answers",
+    "responses": {
+        status: {"description": words, "content": {"application/json": {"schema": {"type": "object"}}}}
+        for status, words in ((200, "send requests"), (503, "send none"))
+    },
+}
+MODELS: Json = {"summary": "What each arm serves", "responses": _answers(models_200={"type": "array"})}
+EXPERIMENTS: Json = {"summary": "Who gets which arm", "responses": _answers(experiments_200={"type": "array"})}
+
+_ID = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": shapes.MAX_ID_LENGTH}, {"type": "integer"}]}
+_EVENT = {
+    "type": "object",
+    "required": ["event_id", "type", "ts", "item"],
+    "description": "Needs the user, or the request_id of an anonymous request.",
+    "properties": {
+        "event_id": _ID,
+        "type": {"enum": ["impression", "click"]},
+        "ts": {"type": "number", "minimum": 0},
+        "user": _ID,
+        "item": _ID,
+        "request_id": _ID,
+        "position": {"type": "integer"},
+        "context": {"type": "object"},
+        "features": {"type": "object"},
+    },
+    "additionalProperties": False,
+}
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "description": "RFC 9457",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {"type": "array", "items": _ref("FieldError")},
+    },
+}
+
+
+def describe(app: FastAPI, *, max_candidates: int) -> None:
+    """Give the app an OpenAPI document with the shapes that its routes name."""
+
+    def openapi() -> Json:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            document["components"] = {"schemas": _schemas(max_candidates)}
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend the document
+
+
+def _schemas(max_candidates: int) -> Json:
+    _, schemas = msgspec.json.schema_components(
+        (PredictRequest, PredictAnswer, Receipt, FieldError), ref_template="#/components/schemas/{name}"
+    )
+    rows, columns = schemas["PredictRequest"]["properties"]["candidates"]["anyOf"]
+    rows |= {"minItems": 1, "maxItems": max_candidates}
+    columns |= {"required": ["id"], "properties": {"id": {"type": "array", "items": _ID, "minItems": 1}}}
+    columns["properties"]["id"]["maxItems"] = max_candidates
+    schemas["PredictRequest"]["properties"]["explain"] = {"enum": [False, None], "default": None}
+    return {**schemas, "Event": _EVENT, "Problem": _PROBLEM_SCHEMA}

@@ -1,0 +1,118 @@
+"""What a client is told when there is no answer: RFC 9457 problems, each with its status code."""
+
+import http
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldError(msgspec.Struct, frozen=True, kw_only=True):
+    """One bad value: where (a JSON pointer, RFC 6901; "" is the whole body), what was expected, what came."""
+
+    pointer: str
+    expected: str
+    got: str
+
+
+class Problem(Exception):  # noqa: N818 - the name RFC 9457 gives it
+    """A refusal with a reason. `reason` is its short name in metrics and logs."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        reason: str,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.reason = reason
+        self.errors = errors
+        self.headers = dict(headers or {})
+        self.arm: str | None = None  # that the request was drawn for, once it was
+
+    def to_json(self) -> bytes:
+        document: dict[str, Any] = {
+            "type": "about:blank",  # the status code says it all; its title is then the code's own phrase
+            "title": http.HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.errors:
+            document["errors"] = self.errors
+        return msgspec.json.encode(document)
+
+
+def not_json(detail: str) -> Problem:
+    return Problem(400, detail, reason="not_json")
+
+
+def too_slow(limit_s: float) -> Problem:
+    return Problem(408, f"the body did not arrive within {limit_s:g} s", reason="too_slow")
+
+
+def too_large(limit: int) -> Problem:
+    return Problem(413, f"the body is larger than {limit} bytes", reason="too_large")
+
+
+def invalid(errors: Sequence[FieldError]) -> Problem:
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    where = first.pointer or "the body"
+    return Problem(
+        422, f"{where}: expected {first.expected}, got {first.got}{more}", reason="invalid", errors=errors[:MAX_ERRORS]
+    )
+
+
+def overloaded(waiting: int) -> Problem:
+    detail = f"{waiting} candidates are waiting already; try again"
+    return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
+
+
+def model_failed(detail: str) -> Problem:
+    return Problem(503, detail, reason="model_failed", headers={"Retry-After": "1"})
+
+
+def store_down() -> Problem:
+    detail = "the store does not answer; nothing is lost by sending the same call again"
+    return Problem(503, detail, reason="store_unavailable", headers={"Retry-After": "1"})
+
+
+def not_open() -> Problem:
+    return Problem(503, "the service is starting or stopping", reason="not_open", headers={"Retry-After": "1"})
+
+
+def too_late(timeout_ms: float) -> Problem:
+    return Problem(504, f"no score within {timeout_ms:g} ms", reason="deadline")
+
+
+MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
+
+
+def pointer(*parts: str | int) -> str:
+    """A JSON pointer: ("candidates", 3, "a/b") is /candidates/3/a~1b. What is no Unicode in a name is escaped."""
+    path = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+    return path.encode(errors="backslashreplace").decode()
+
+
+def shown(value: object) -> str:
+    """A client's value as an error shows it: short, and as JSON writes it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case dict():
+            return "an object"
+        case str():
+            return repr(value[:40]) + ("..." if len(value) > 40 else "")
+        case _:
+            return str(value)[:40]

@@ -1,0 +1,135 @@
+"""The spine: one request from its user to its click probabilities."""
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.encoding import Arrays, Encoder, EncodingError, Event, history
+from models.schema import OOV, canonical, input_name
+from service import assembly
+from service.assembly import Given
+from service.catalog import Catalog, Model
+from service.errors import Problem, invalid
+from service.experiment import Experiment
+from service.features import FeatureStore, Fetched, StoreUnavailable
+from service.metrics import OTHER_FIELD, Metrics
+from service.worker import Deadline, Worker
+
+log = logging.getLogger(__name__)
+
+BAD_STORED_VALUES = "stored_values_invalid"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """An answer: calibrated click probabilities in the candidates' order, and what it had to do without."""
+
+    request_id: str | int
+    experiment: str
+    arm: str
+    model: str
+    version: str
+    ctr: NDArray[np.float64]
+    degraded: list[str]
+
+
+class Scorer:
+    def __init__(
+        self, *, experiment: Experiment, catalog: Catalog, store: FeatureStore, worker: Worker, metrics: Metrics
+    ) -> None:
+        self._experiment = experiment
+        self._catalog = catalog
+        self._store = store
+        self._worker = worker
+        self._metrics = metrics
+
+    async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
+        """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late."""
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        unit = given.user if given.user is not None else canonical(request_id)
+        assert unit is not None
+        arm = self._experiment.assign(unit)
+        model = self._catalog.models[arm.name]
+        try:
+            ctr, degraded = await self._run(model, given, deadline)
+        except Problem as problem:
+            problem.arm = arm.name
+            raise
+        self._metrics.arm(arm.name).scored(ctr)
+        return Scored(
+            request_id=request_id,
+            experiment=self._experiment.name,
+            arm=arm.name,
+            model=model.artifact.manifest.model,
+            version=model.artifact.manifest.version,
+            ctr=ctr,
+            degraded=degraded,
+        )
+
+    async def _run(self, model: Model, given: Given, deadline: Deadline) -> tuple[NDArray[np.float64], list[str]]:
+        started = time.perf_counter()
+        stored, past, degraded = await self._fetch(model, given)
+        fetched = time.perf_counter()
+        arrays = self._encode(model.encoder, given, stored, past, degraded)
+        encoded = time.perf_counter()
+        self._metrics.stages["fetch"].observe(fetched - started)
+        self._metrics.stages["encode"].observe(encoded - fetched)
+
+        deadline.check()
+        logits = await self._worker.run(model.backend, arrays, deadline)
+        deadline.check()
+        ctr = model.artifact.calibration(logits)
+        self._count(model, given, arrays, degraded)
+        return ctr, degraded
+
+    async def _fetch(self, model: Model, given: Given) -> tuple[Fetched, Sequence[Event], list[str]]:
+        """What the store knows, the user's past, and what is missing: a store that is down takes no answer away."""
+        schema = model.artifact.schema
+        limit = schema.history_length
+        own = None if given.behaviours is None else history(given.behaviours, before=given.ts, limit=limit)
+        items = [*given.candidates.ids, *(event.item for event in own or ())]
+        asked = list(dict.fromkeys(items))
+        try:
+            with self._metrics.store_call("fetch"):
+                stored = await self._store.fetch(given.user, asked, before=given.ts, limit=limit if own is None else 0)
+        except StoreUnavailable:
+            nothing = Fetched(user=None, behaviours=[], items=[None] * len(given.candidates.ids))
+            return nothing, own or (), assembly.missing(schema, given)
+        rows = dict(zip(asked, stored.items, strict=True))
+        past = stored.behaviours if own is None else [assembly.completed(e, rows[e.item]) for e in own]
+        aligned = [rows[item] for item in given.candidates.ids]
+        return Fetched(user=stored.user, behaviours=stored.behaviours, items=aligned), past, []
+
+    def _encode(
+        self, encoder: Encoder, given: Given, stored: Fetched, past: Sequence[Event], degraded: list[str]
+    ) -> Arrays:
+        """A client's bad value is the client's error; a stored one is taken for absent and named in `degraded`."""
+        schema = encoder.schema
+        try:
+            return encoder.encode(assembly.assemble(schema, given, stored, past))
+        except EncodingError as err:
+            errors = assembly.bad_values(encoder, given)
+            if errors:
+                raise invalid(errors) from None
+            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
+        degraded.append(BAD_STORED_VALUES)
+        stored, past = assembly.cleaned(encoder, stored, past)
+        return encoder.encode(assembly.assemble(schema, given, stored, past))
+
+    def _count(self, model: Model, given: Given, arrays: Arrays, degraded: Sequence[str]) -> None:
+        schema = model.artifact.schema
+        for field in schema.fields:
+            if field.vocabulary is not None:
+                unknown = int(np.count_nonzero(arrays[input_name(field)] == OOV))
+                if unknown:
+                    self._metrics.unknown_values(field.name).inc(unknown)
+        unnamed = assembly.unknown_names(schema, given)
+        if unnamed:
+            self._metrics.unknown_values(OTHER_FIELD).inc(unnamed)
+        for reason in degraded:
+            self._metrics.degraded(reason).inc()

@@ -1,0 +1,82 @@
+"""What can be set, from where, and what holds when nothing is: the only file that reads the environment."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "CLICKSERVE_"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used: which one, and what was expected."""
+
+
+class Settings(BaseSettings):
+    """Every setting of the service. Each is also an environment variable: `CLICKSERVE_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True)
+
+    artifacts_dir: Path = Field(default=Path("artifacts"), description="holds the folders <model>/<version>")
+    experiment: Path | dict[str, Any] | None = Field(default=None, description="its file, or what would stand there")
+    redis_url: str | None = Field(default=None, description="redis://...; without one clicks live in this process only")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    max_candidates: int = Field(default=1000, ge=1, le=10_000)
+    max_queued_candidates: int = Field(default=10_000, ge=1, description="that wait for the model; beyond it 503")
+    # A thousand candidates with twenty features each take about half a megabyte.
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    timeout_ms: float = Field(default=1000, gt=0, le=60_000, description="of a request that names none")
+    store_timeout_ms: float = Field(default=50, gt=0, le=10_000, description="after it, score without the store")
+    store_write_timeout_ms: float = Field(default=1000, gt=0, le=10_000, description="after it, refuse events with 503")
+    require_store: bool = Field(default=False, description="be unready while the store is down")
+    drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
+
+
+def load(file: Path | None = None, **flags: Any) -> Settings:
+    """The settings by precedence: flags (None is not given), the environment, the YAML file, the defaults.
+
+    Raises SettingsError in one sentence.
+    """
+    from_file = _read(file) if file is not None else {}
+
+    class Layered(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+
+    try:
+        return Layered(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as err:
+        raise SettingsError(_sentence(err, file)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise SettingsError(f"{file}: not a readable YAML file: {' '.join(str(err).split())}") from None
+    if content is not None and not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
+        raise SettingsError(f"{file}: expected settings as `name: value`, got a {type(content).__name__}")
+    return content or {}
+
+
+def _sentence(err: ValidationError, file: Path | None) -> str:
+    # The value itself is left out: it may be a URL with a password.
+    errors = err.errors(include_url=False, include_input=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    name = str(first["loc"][0])
+    variable = f"{PREFIX}{name.upper()}"
+    source = f"{file} or {variable}" if file else variable
+    if first["type"] == "extra_forbidden":
+        return f"{file}: no setting is called {name}; there are {', '.join(sorted(Settings.model_fields))}"
+    return f"{source}: setting {name}: {first['msg']}"

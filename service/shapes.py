@@ -1,0 +1,155 @@
+"""The JSON shapes of /predict and /events: what comes in, what goes out, and how /docs shows them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from models.encoding import Event
+from models.schema import canonical
+from service.assembly import Candidates, Given
+from service.decoding import Decoder
+from service.errors import FieldError, invalid, pointer, shown
+from service.events import MAX_EVENTS
+from service.scorer import Scored
+
+MAX_ID_LENGTH = 256
+_YEAR_10000 = 253_402_300_800  # beyond it there are no dates; a time in milliseconds lands there too
+
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | int
+Time = Annotated[float, Meta(ge=0, lt=_YEAR_10000)]
+Features = dict[str, Any]  # what a value may be, the arm's schema says
+
+
+class User(Struct, frozen=True, forbid_unknown_fields=True):
+    id: Id | None = None
+    features: Features | None = None
+
+
+class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
+    id: Id
+    features: Features | None = None
+
+
+class Behaviour(Struct, frozen=True, forbid_unknown_fields=True):
+    item: Id
+    ts: Time
+    features: Features | None = None
+
+
+class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The candidates are a list of objects, or columns of one length of which `id` is one."""
+
+    candidates: list[Candidate] | dict[str, list[Any]]
+    request_id: Id | None = None
+    ts: Time | None = None
+    user: User | None = None
+    context: Features | None = None
+    behaviours: list[Behaviour] | None = None
+    timeout_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
+    explain: bool | None = None
+
+
+class Prediction(Struct, frozen=True):
+    id: str | int
+    ctr: float
+
+
+class Columns(Struct, frozen=True):
+    id: list[str | int]
+    ctr: list[float]
+
+
+class PredictAnswer(Struct, frozen=True):
+    request_id: str | int
+    experiment: str
+    arm: str
+    model: str
+    version: str
+    predictions: list[Prediction] | Columns
+    degraded: list[str]
+
+
+class EventsDecoder:
+    """A list of events, which are then judged one by one: see events.py."""
+
+    def __init__(self) -> None:
+        self._decoder: Decoder[list[Any]] = Decoder(list[Any])
+
+    def decode(self, body: bytes) -> list[Any]:
+        events = self._decoder.decode(body)
+        if len(events) > MAX_EVENTS:
+            raise invalid([FieldError(pointer="", expected=f"at most {MAX_EVENTS} events", got=str(len(events)))])
+        return events
+
+
+def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
+    """The request in the scorer's words. Raises Problem (422) for candidates that are none, too many or ragged."""
+    user = request.user or User()
+    return Given(
+        user=canonical(user.id),
+        user_features=user.features or {},
+        context=request.context or {},
+        ts=now if request.ts is None else request.ts,
+        behaviours=None if request.behaviours is None else [_event(b) for b in request.behaviours],
+        candidates=_candidates(request.candidates, max_candidates),
+    )
+
+
+def answer(request: PredictRequest, scored: Scored) -> bytes:
+    """The answer in the candidates' own form, with their ids as they were sent."""
+    ctr: list[float] = scored.ctr.tolist()
+    sent = request.candidates
+    predictions: list[Prediction] | Columns
+    if isinstance(sent, dict):
+        predictions = Columns(id=sent["id"], ctr=ctr)
+    else:
+        predictions = [Prediction(candidate.id, p) for candidate, p in zip(sent, ctr, strict=True)]
+    return msgspec.json.encode(
+        PredictAnswer(
+            request_id=scored.request_id,
+            experiment=scored.experiment,
+            arm=scored.arm,
+            model=scored.model,
+            version=scored.version,
+            predictions=predictions,
+            degraded=scored.degraded,
+        )
+    )
+
+
+def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Candidates:
+    ids = sent.get("id") if isinstance(sent, dict) else [candidate.id for candidate in sent]
+    if ids is None:
+        raise invalid([FieldError(pointer="/candidates/id", expected="a list of ids", got="nothing")])
+    if not 0 < len(ids) <= limit:
+        raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
+    if isinstance(sent, dict):
+        _check_columns(sent, len(ids))
+        return Candidates(ids=_spelled(ids), rows=None, columns=sent)
+    return Candidates(ids=_spelled(ids), rows=[candidate.features or {} for candidate in sent], columns=None)
+
+
+def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
+    errors = [
+        FieldError(pointer=pointer("candidates", name), expected=f"{num_rows} values, as of id", got=str(len(column)))
+        for name, column in columns.items()
+        if len(column) != num_rows
+    ]
+    expected = f"a string of 1 to {MAX_ID_LENGTH} characters or an integer"
+    errors += [
+        FieldError(pointer=pointer("candidates", "id", row), expected=expected, got=shown(value))
+        for row, value in enumerate(columns["id"])
+        if not (type(value) is int or (type(value) is str and 0 < len(value) <= MAX_ID_LENGTH))
+    ]
+    if errors:
+        raise invalid(errors)
+
+
+def _spelled(ids: Sequence[str | int]) -> list[str]:
+    return [value if type(value) is str else str(value) for value in ids]
+
+
+def _event(behaviour: Behaviour) -> Event:
+    return Event(item=str(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})

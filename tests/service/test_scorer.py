@@ -1,0 +1,309 @@
+"""The spine against the model in numpy: what is joined, what is absent, and what goes wrong on the way."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.encoding import Arrays, Encoder, Event, Request
+from service.backends import OnnxBackend
+from service.errors import Problem
+from service.features import Click, Fetched, MemoryStore, StoreUnavailable
+from service.metrics import Metrics
+from service.worker import Deadline, Worker
+from tests.service import tiny
+from tests.service.conftest import Running, Start
+
+
+def expected(*, seed: int = 1, **request: Any) -> list[float]:
+    """The model's probabilities of one raw request, by numpy."""
+    columns = request["items"]
+    whole = {"user": {}, "context": {}, "behaviours": (), "num_items": len(columns["item_id"]), **request}
+    logits = tiny.score(Encoder(tiny.SCHEMA).encode(Request(**whole)), seed=seed)
+    return [float(p) for p in tiny.CALIBRATION(logits)]
+
+
+async def ctr(service: Running, **request: Any) -> list[float]:
+    answer = await service.predict(**request)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["degraded"] == []
+    return [p["ctr"] for p in answer.json()["predictions"]]
+
+
+async def test_the_answer_is_the_calibrated_score_of_the_encoded_request(service: Running) -> None:
+    scored = await ctr(
+        service,
+        ts=1000.0,
+        user={"id": "u1", "features": {"gender": "M"}},
+        context={"device": "mobile", "hour": 23},
+        behaviours=[{"item": "a3", "ts": 2.0, "features": {"genres": ["z"]}}, {"item": "a1", "ts": 1.0}],
+        candidates=[{"id": "a1", "features": {"price": 9.5, "genres": ["x", "y"]}}, {"id": "new"}],
+    )
+
+    assert scored == pytest.approx(
+        expected(
+            ts=1000.0,
+            user={"user_id": "u1", "gender": "M"},
+            context={"device": "mobile"},
+            behaviours=(Event(item="a1", ts=1.0, features={}), Event(item="a3", ts=2.0, features={"genres": ["z"]})),
+            items={"item_id": ["a1", "new"], "price": [9.5, None], "genres": [["x", "y"], None]},
+        ),
+        abs=1e-6,
+    )
+
+
+async def test_each_arm_scores_with_its_own_model(service: Running) -> None:
+    one = await ctr(service, ts=0, user={"id": "u1"}, candidates=[{"id": "a1"}])
+    two = await ctr(service, ts=0, user={"id": "u2"}, candidates=[{"id": "a1"}])
+
+    assert one == pytest.approx(expected(seed=1, ts=0.0, user={"user_id": "u1"}, items={"item_id": ["a1"]}), abs=1e-6)
+    assert two == pytest.approx(expected(seed=2, ts=0.0, user={"user_id": "u2"}, items={"item_id": ["a1"]}), abs=1e-6)
+
+
+async def test_given_features_win_over_stored_ones_field_by_field(service: Running) -> None:
+    await service.store.put_users({"u1": {"gender": "M"}})
+    await service.store.put_items(
+        {"a1": {"price": 7.0, "genres": ["x"]}, "a2": {"price": 8.0}, "a3": {"genres": ["z"]}}
+    )
+
+    scored = await ctr(
+        service,
+        ts=100.0,
+        user={"id": "u1"},
+        behaviours=[{"item": "a3", "ts": 1.0}, {"item": "a1", "ts": 2.0, "features": {"genres": ["y"]}}],
+        candidates=[{"id": "a1", "features": {"price": 1.5}}, {"id": "a2", "features": {"price": None}}],
+    )
+
+    assert scored == pytest.approx(
+        expected(
+            ts=100.0,
+            user={"user_id": "u1", "gender": "M"},
+            behaviours=(
+                Event(item="a3", ts=1.0, features={"genres": ["z"]}),
+                Event(item="a1", ts=2.0, features={"genres": ["y"]}),
+            ),
+            items={"item_id": ["a1", "a2"], "price": [1.5, 8.0], "genres": [["x"], None]},
+        ),
+        abs=1e-6,
+    )
+
+
+async def test_a_given_user_feature_wins_over_the_stored_one(service: Running) -> None:
+    await service.store.put_users({"u1": {"gender": "M"}})
+
+    scored = await ctr(service, ts=0, user={"id": "u1", "features": {"gender": "F"}}, candidates=[{"id": "a1"}])
+
+    given = expected(ts=0.0, user={"user_id": "u1", "gender": "F"}, items={"item_id": ["a1"]})
+    assert scored == pytest.approx(given, abs=1e-6)
+
+
+class Broken(MemoryStore):
+    """A store that answers nothing while `down`."""
+
+    down = True
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        if self.down:
+            raise StoreUnavailable("down")
+        return await super().fetch(user, items, before=before, limit=limit)
+
+    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+        if self.down:
+            raise StoreUnavailable("down")
+        return await super().append(clicks)
+
+    async def ping(self) -> None:
+        if self.down:
+            raise StoreUnavailable("down")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
+    store = Broken()
+    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    return store
+
+
+async def test_without_its_store_a_request_is_scored_with_what_it_brings(broken: Broken, start: Start) -> None:
+    async with start() as service:
+        answer = await service.predict(
+            ts=100.0, user={"id": "u1"}, candidates=[{"id": "a1", "features": {"price": 3, "genres": []}}]
+        )
+
+        assert answer.status_code == 200
+        assert answer.json()["degraded"] == ["behaviours_unavailable", "user_features_unavailable"]
+        alone = expected(ts=100.0, user={"user_id": "u1"}, items={"item_id": ["a1"], "price": [3]})
+        assert [p["ctr"] for p in answer.json()["predictions"]] == pytest.approx(alone, abs=1e-6)
+        assert await service.metric('clickserve_degraded_total{reason="behaviours_unavailable"}') == 1
+        assert await service.metric('clickserve_store_errors_total{op="fetch"}') == 1
+
+
+MISSING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "everything": (
+        {"user": {"id": "u1"}, "candidates": [{"id": "a1"}]},
+        ["behaviours_unavailable", "item_features_unavailable", "user_features_unavailable"],
+    ),
+    "items": ({"candidates": [{"id": "a1"}]}, ["item_features_unavailable"]),
+    "a gap in a column": (
+        {"candidates": {"id": ["a1", "a2"], "price": [1, None], "genres": [[], []]}},
+        ["item_features_unavailable"],
+    ),
+    "nothing": (
+        {
+            "user": {"id": "u1", "features": {"gender": "F"}},
+            "behaviours": [],
+            "candidates": {"id": ["a1"], "price": [1], "genres": [["x"]]},
+        },
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+async def test_degraded_names_what_the_store_would_have_given(name: str, broken: Broken, start: Start) -> None:
+    request, reasons = MISSING[name]
+
+    async with start() as service:
+        answer = await service.predict(**request)
+
+    assert answer.json()["degraded"] == reasons
+
+
+async def test_events_are_refused_while_the_store_is_down_and_taken_after(broken: Broken, start: Start) -> None:
+    click = {"event_id": "e1", "type": "click", "ts": 5.0, "user": "u1", "item": "a3"}
+
+    async with start() as service:
+        down = await service.client.post("/events", json=[click])
+        broken.down = False
+        up = await service.client.post("/events", json=[click])
+
+    assert (down.status_code, down.headers["retry-after"]) == (503, "1")
+    assert down.headers["content-type"] == "application/problem+json"
+    assert up.json()["accepted"] == 1
+
+
+async def test_a_bad_stored_value_is_taken_for_absent_and_named(service: Running) -> None:
+    await service.store.put_users({"u1": {"gender": ["F"]}})
+    await service.store.put_items({"a1": {"price": "cheap", "genres": ["x"]}, "a2": {"price": 2.0}})
+    await service.store.append([Click(event_id="e", user="u1", item="a3", ts=1.0, features={"genres": "x"})])
+
+    answer = await service.predict(ts=100.0, user={"id": "u1"}, candidates=[{"id": "a1"}, {"id": "a2"}])
+
+    assert answer.status_code == 200
+    assert answer.json()["degraded"] == ["stored_values_invalid"]
+    without = expected(
+        ts=100.0,
+        user={"user_id": "u1"},
+        behaviours=(Event(item="a3", ts=1.0, features={}),),
+        items={"item_id": ["a1", "a2"], "price": [None, 2.0], "genres": [["x"], None]},
+    )
+    assert [p["ctr"] for p in answer.json()["predictions"]] == pytest.approx(without, abs=1e-6)
+
+
+async def test_a_client_is_not_told_of_stored_values(service: Running) -> None:
+    await service.store.put_items({"a1": {"price": "cheap"}})
+
+    answer = await service.predict(candidates=[{"id": "a1"}, {"id": "a2", "features": {"price": "dear"}}])
+
+    assert [e["pointer"] for e in answer.json()["errors"]] == ["/candidates/1/features/price"]
+
+
+class Scripted:
+    """A backend that waits for the test, then answers ones."""
+
+    def __init__(self) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.runs = 0
+
+    def run(self, arrays: Arrays) -> np.ndarray:
+        self.runs += 1
+        self.entered.set()
+        assert self.go_on.wait(10)
+        return np.ones(len(arrays["user_index"]), dtype=np.float32)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker(Metrics(), max_queued_candidates=100)
+    yield worker
+    worker.close()
+
+
+def candidates(num: int) -> Arrays:
+    return {"user_index": np.zeros(num, dtype=np.int64)}
+
+
+def in_time() -> Deadline:
+    return Deadline.after(30_000, since=time.monotonic())
+
+
+async def test_a_full_line_refuses_and_one_request_of_any_size_is_never_too_long(worker: Worker) -> None:
+    backend = Scripted()
+    running = asyncio.create_task(worker.run(backend, candidates(500), in_time()))
+    await asyncio.to_thread(backend.entered.wait, 10)
+    waiting = asyncio.create_task(worker.run(backend, candidates(60), in_time()))
+    await asyncio.sleep(0)
+
+    with pytest.raises(Problem) as refused:
+        await worker.run(backend, candidates(41), in_time())
+    backend.go_on.set()
+
+    assert (refused.value.status, refused.value.headers) == (503, {"Retry-After": "1"})
+    assert len(await running) == 500
+    assert len(await waiting) == 60
+    assert len(await worker.run(backend, candidates(41), in_time())) == 41
+
+
+async def test_a_model_that_cannot_be_run_is_a_503(worker: Worker, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(tiny.to_onnx(1))
+    backend = OnnxBackend(tmp_path / "model.onnx", fed=[i.name for i in tiny.SCHEMA.inputs])
+    ragged = {**Encoder(tiny.SCHEMA).encode(tiny.GOLDEN[0]), "item.price": np.zeros(7, dtype=np.float32)}
+
+    with pytest.raises(Problem) as failed:
+        await worker.run(backend, ragged, in_time())
+
+    assert (failed.value.status, failed.value.reason) == (503, "model_failed")
+
+
+async def test_a_late_request_is_answered_at_its_deadline_and_never_run(worker: Worker) -> None:
+    backend = Scripted()
+    running = asyncio.create_task(worker.run(backend, candidates(1), in_time()))
+    await asyncio.to_thread(backend.entered.wait, 10)
+
+    with pytest.raises(Problem) as late:
+        await worker.run(backend, candidates(1), Deadline.after(10, since=time.monotonic()))
+    backend.go_on.set()
+    await running
+    await worker.run(backend, candidates(1), in_time())
+
+    assert late.value.status == 504
+    assert backend.runs == 2
+
+
+async def test_a_deadline_that_has_passed_is_a_504(service: Running) -> None:
+    answer = await service.predict(candidates=[{"id": "a1"}], timeout_ms=0.000001)
+
+    assert answer.status_code == 504
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert await service.metric('clickserve_rejected_total{reason="deadline"}') == 1
+
+
+async def test_a_score_that_is_no_number_is_never_sent(start: Start, tmp_path: Path) -> None:
+    tiny.write(tmp_path, files={"model.onnx": tiny.to_onnx(1, poisoned="a4")})
+    alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+
+    async with start(artifacts_dir=tmp_path, experiment=alone) as service:
+        good = await service.predict(candidates=[{"id": "a1"}])
+        bad = await service.predict(candidates=[{"id": "a1"}, {"id": "a4"}])
+
+        assert good.status_code == 200
+        assert (bad.status_code, bad.headers["content-type"]) == (503, "application/problem+json")
+        assert await service.metric('clickserve_rejected_total{reason="model_failed"}') == 1
+        assert await service.metric('clickserve_requests_total{arm="one",route="/predict",status="503"}') == 1

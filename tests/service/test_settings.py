@@ -1,0 +1,81 @@
+"""Where settings come from, in which order, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import SettingsError, load
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "service.yaml"
+
+
+def test_flags_win_over_the_environment_over_the_file_over_defaults(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text("host: from-file\nport: 1\ndrain_s: 2\n")
+    monkeypatch.setenv("CLICKSERVE_PORT", "11")
+    monkeypatch.setenv("CLICKSERVE_HOST", "from-environment")
+
+    settings = load(file, host="from-flag", port=None)
+
+    assert (settings.host, settings.port, settings.drain_s, settings.max_candidates) == ("from-flag", 11, 2, 1000)
+
+
+def test_an_experiment_is_a_path_or_written_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("experiment: {experiment: x}\n")
+    written = load(file).experiment
+    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", "deploy/experiment.yaml")
+
+    assert written == {"experiment": "x"}
+    assert load().experiment == Path("deploy/experiment.yaml")
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLICKSERVE_REDIS_URL", "")
+
+    assert load().redis_url is None
+
+
+def test_an_empty_file_sets_nothing(file: Path) -> None:
+    file.write_text("# nothing\n")
+
+    assert load(file).model_dump() == load().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("prot: 9\nport: x", "no setting is called prot; there are artifacts_dir, drain_s,"),
+        ("port: nine", "CLICKSERVE_PORT: setting port: Input should be a valid integer"),
+        ("port: 99999", "setting port: Input should be less than or equal to 65535"),
+        ("experiment: 3", "setting experiment: "),
+        ("{", "not a readable YAML file"),
+        ("- port", "expected settings as `name: value`, got a list"),
+        ("8000: port", "expected settings as `name: value`"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_sentence(file: Path, content: str, told: str) -> None:
+    file.write_text(content)
+
+    with pytest.raises(SettingsError, match=told) as wrong:
+        load(file)
+
+    assert str(file) in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+def test_an_absent_file_is_told_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="absent.yaml"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_a_password_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLICKSERVE_PORT", "redis://:secret@host")
+
+    with pytest.raises(SettingsError) as wrong:
+        load()
+
+    assert "secret" not in str(wrong.value)
