@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from training.errors import UserError
 from training.golden import golden_requests
 from training.history import clicks_of, windows
 from training.log import PARTS, Log, complete
-from training.progress import bar
+from training.progress import bar, say
 
 DATASETS: Mapping[str, Callable[[Path], Log]] = {
     "movielens-1m": movielens.load,
@@ -53,10 +52,10 @@ def prepare(dataset: str | None, source: Path, out: Path, schema_yaml: Path | No
     began = time.perf_counter()
     out = out.resolve()
     _check_target(out)
-    _say(f"reading {source}")
+    say(f"reading {source}")
     log = _load(dataset, source, schema_yaml)
     for note in log.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     rows = complete(log)
     clicks = clicks_of(rows)
     with _draft(out) as draft:
@@ -75,7 +74,7 @@ def prepare(dataset: str | None, source: Path, out: Path, schema_yaml: Path | No
         about = _about(log, rows, clicks, schema)
         (draft / "dataset.json").write_text(json.dumps(about, indent=2, allow_nan=False))
     took = time.perf_counter() - began
-    _say(f"wrote {out}: {rows.height:,} rows in {took:.1f} s ({rows.height / took:,.0f} rows/s)")
+    say(f"wrote {out}: {rows.height:,} rows in {took:.1f} s ({rows.height / took:,.0f} rows/s)")
     return about
 
 
@@ -88,10 +87,6 @@ def columns(rows: pl.DataFrame, spec: SchemaSpec | Schema, *groups: Group) -> Co
 def _column(series: pl.Series) -> Column:
     # A column of integers with a gap would become doubles in numpy, and lose ids above 2^53.
     return series.to_numpy() if series.dtype.is_float() else series.to_list()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _load(dataset: str | None, source: Path, schema_yaml: Path | None) -> Log:
@@ -108,7 +103,7 @@ def _load(dataset: str | None, source: Path, schema_yaml: Path | None) -> Log:
 
 
 def _fit(spec: SchemaSpec, rows: pl.DataFrame) -> Schema:
-    _say(f"fitting the schema on {rows.height:,} training rows")
+    say(f"fitting the schema on {rows.height:,} training rows")
     return spec.fit(columns(rows, spec, "user", "context", "item"))
 
 

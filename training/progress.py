@@ -2,13 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO, TypeVar
+from typing import Protocol, TextIO
 
 LINE_S = 5.0  # between two plain lines
 FRAME_S = 0.2  # between two states of the bar
-T = TypeVar("T")
 
 
 class Advance(Protocol):
@@ -20,14 +19,6 @@ class Advance(Protocol):
 def say(text: str) -> None:
     """One line on what happens now, on stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def track(items: Sequence[T], title: str, *, unit: str = "steps") -> Iterator[T]:
-    """The items, shown as they are worked through."""
-    with bar(title, len(items), unit=unit) as advance:
-        for item in items:
-            yield item
-            advance(1)
 
 
 @contextmanager

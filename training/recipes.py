@@ -51,7 +51,7 @@ def stec_frappe() -> Run:
     """STEC on Frappe."""
     return Run(
         model="stec",
-        model_config={"emb_dim": 10, "blocks": 2, "heads": 2, "hidden": (400,), "dropout": 0.2, "l2_emb": 5e-2},
+        model_config={"emb_dim": 10, "blocks": 2, "heads": 2, "hidden": (400,), "dropout": 0.4, "l2_emb": 5e-2},
         batch_size=4096,
         lr=1e-3,
         max_epochs=60,
