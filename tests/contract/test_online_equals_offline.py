@@ -1,0 +1,108 @@
+"""The project's proof in small: a model's answers over HTTP are its offline scores, on the same rows."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from service.redis_server import RedisServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path, **environment: str) -> str:
+    """One of the project's commands, as a user calls it."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A simulated log, both models trained a little on it, exported, and their offline scores."""
+    folder: Path = tmp_path_factory.mktemp("trained")
+    small = ("--users", "300", "--items", "100", "--rows", "8000", "--seed", "3")
+    run("-m", "training", "simulate", "--out", folder / "log", *small)
+    run("-m", "training", "prepare", "simulated", "--source", folder / "log", "--out", folder / "data")
+    for model in ("mian", "stec"):
+        own = folder / model
+        run("-m", "training", "train", model, "--data", folder / "data", "--out", own, "--set", "max_epochs=1")
+        run("-m", "training", "export", own, "--out", folder / "artifacts")
+        run("-m", "training", "evaluate", own, "--predictions", folder / f"{model}.parquet")
+    (folder / "service.yaml").write_text(
+        "experiment:\n  experiment: small\n  salt: s\n  arms:\n"
+        "    - {name: mian, model: mian, share: 50, backend: onnx}\n"
+        "    - {name: stec, model: stec, share: 50, backend: torchscript}\n"
+    )
+    return folder
+
+
+@contextmanager
+def serving(config: Path, **environment: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "service", "serve", "--config", str(config), "--port", "0"]
+    # A test is in no hurry: on a busy machine the service must not answer without the store.
+    patient = {"CLICKSERVE_STORE_TIMEOUT_MS": "5000", "CLICKSERVE_TIMEOUT_MS": "20000", "CLICKSERVE_DRAIN_S": "0"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **patient, **environment}, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if '"event":"serving"' in line:
+                break
+        else:
+            pytest.fail(f"the service did not start: {said}")
+        yield f"http://127.0.0.1:{json.loads(line)['port']}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_http_answers_have_the_offline_auc_of_the_same_rows(trained: Path, redis_url: str, session_redis: RedisServer):
+    raw = trained / "data" / "raw"
+    run("-m", "service", "load-features", "users", raw / "users.parquet", CLICKSERVE_REDIS_URL=redis_url)
+    run("-m", "service", "load-features", "items", raw / "items.parquet", CLICKSERVE_REDIS_URL=redis_url)
+    run("-m", "service", "load-behaviours", raw / "behaviours.parquet", CLICKSERVE_REDIS_URL=redis_url)
+    files = [f"--offline={arm}={trained / arm}.parquet" for arm in ("mian", "stec")]
+    answers = trained / "answers.parquet"
+
+    with serving(
+        trained / "service.yaml", CLICKSERVE_REDIS_URL=redis_url, CLICKSERVE_ARTIFACTS_DIR=str(trained / "artifacts")
+    ) as url:
+        # Exits 1 where an AUC differs by more than 1e-6, or an answer was degraded.
+        table = run("deploy/demo/replay.py", "--data", trained / "data", "--url", url, *files, "--out", answers)
+
+    differences = [float(d) for d in re.findall(r"\d\.\de[-+]\d\d", table)]
+    answered = pl.read_parquet(answers)
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    assert answered.height == pl.read_parquet(raw / "test.parquet").height
+    assert set(answered["arm"]) == {"mian", "stec"}
+
+
+def test_the_replay_tells_when_the_service_knows_another_past(trained: Path, redis_url: str):
+    files = [f"--offline={arm}={trained / arm}.parquet" for arm in ("mian", "stec")]
+    command = [sys.executable, "deploy/demo/replay.py", f"--data={trained / 'data'}", *files]
+
+    with serving(
+        trained / "service.yaml", CLICKSERVE_REDIS_URL=redis_url, CLICKSERVE_ARTIFACTS_DIR=str(trained / "artifacts")
+    ) as url:  # nothing was loaded into the store
+        done = subprocess.run([*command, f"--url={url}"], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1, done.stdout + done.stderr
