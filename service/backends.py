@@ -1,16 +1,20 @@
 """What runs a model's graph: arrays in, logits out."""
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from models.artifact import Artifact, ArtifactError
 from models.encoding import Arrays
+
+# From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 Kind = Literal["onnx", "torchscript"]
 

@@ -56,7 +56,8 @@ class RedisStore:
     def connect(cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = KEEP) -> Self:
         """Connects on first use. `timeout_s` bounds the wait for a free connection, and then for each answer.
 
-        redis-py retries ten times by default, and so hangs for a minute on a frozen server: here nothing is retried.
+        redis-py retries ten times by default, and so hangs for a minute on a frozen server. Here silence is not
+        retried; a connection found closed is made anew once, as a server that restarts leaves a pool full of them.
         """
         # Not BlockingConnectionPool: a waiter cancelled just as it is woken takes the wake-up with it, and the next
         # one waits out its time beside a free connection. One connection more than callers: the breaker's probe.
@@ -65,7 +66,7 @@ class RedisStore:
             max_connections=connections + 1,
             socket_timeout=timeout_s,
             socket_connect_timeout=max(timeout_s, 0.05),
-            retry=Retry(NoBackoff(), 0),
+            retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
             health_check_interval=10,
         )
         return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep)

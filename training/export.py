@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ from models.blocks import CTRModel
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Request, concat
 from models.schema import PAD, Input, Schema, input_name
+
+# From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 OUTPUTS = ("logit", "prob")
 # Exporters take a size of 0 or 1 for a constant, and equal sizes for the same dimension.

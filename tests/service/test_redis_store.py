@@ -179,12 +179,13 @@ def test_no_bytes_make_unpacking_fail(numbers: list[int], at: int, byte: bytes, 
     assert unpack_row(byte) is None or isinstance(unpack_row(byte), dict)
 
 
-async def test_nothing_is_retried_and_every_wait_is_bounded():
+async def test_only_a_closed_connection_is_retried_and_every_wait_is_bounded():
     async with aclosing(RedisStore.connect("redis://localhost:6379", timeout_s=0.02)) as store:
         connection = store._client.connection_pool.make_connection()
 
         assert (connection.socket_timeout, connection.socket_connect_timeout) == (0.02, 0.05)
-        assert connection.retry.get_retries() == 0
+        assert connection.retry.get_retries() == 1
+        assert set(connection.retry._supported_errors) == {redis.exceptions.ConnectionError}
 
 
 async def test_callers_beyond_the_connections_wait_a_bounded_time_and_do_not_trip_the_breaker(
@@ -254,6 +255,19 @@ async def test_a_killed_server_comes_back_with_what_it_had(eventually: Eventuall
 
             assert await past(store) == [1, 2]
             assert await store.append([click(2), click(3)]) == [False, True]
+
+
+async def test_a_restart_between_two_calls_goes_unnoticed():
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="clickserve-test-")))
+        with redis_server.start(folder, durable=True) as first:
+            store = await stack.enter_async_context(aclosing(RedisStore.connect(first.url, timeout_s=1.0)))
+            await asyncio.gather(*(store.append([click(number)]) for number in range(8)))  # a pool of connections
+
+        with redis_server.start(folder, durable=True):
+            pasts = await asyncio.gather(*(past(store) for _ in range(8)))
+
+        assert pasts == [list(range(8))] * 8
 
 
 async def _not(answer: Awaitable[bool]) -> bool:
