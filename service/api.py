@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -11,7 +13,7 @@ from fastapi.responses import RedirectResponse
 from service import documents, shapes
 from service.catalog import Catalog
 from service.decoding import Decoder
-from service.errors import FieldError, invalid, not_open, store_down, too_large, too_slow
+from service.errors import FieldError, compressed, invalid, not_open, store_down, too_large, too_slow
 from service.events import Events
 from service.experiment import Experiment
 from service.features import FeatureStore, StoreUnavailable
@@ -48,7 +50,12 @@ class Api:
 
     def router(self) -> APIRouter:
         router = APIRouter(default_response_class=Response)
-        add = router.add_api_route
+
+        def add(path: str, answer: Callable[..., Any], **told: Any) -> None:
+            router.add_api_route(path, answer, **told)
+            if "methods" not in told:  # it is read with GET, and then HTTP wants HEAD too: load balancers probe with it
+                router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
         add("/predict", self.predict, methods=["POST"], **documents.PREDICT)
         add("/events", self.events, methods=["POST"], **documents.EVENTS)
         add("/healthz", self.healthz, **documents.HEALTHZ)
@@ -123,8 +130,11 @@ class Api:
         return self.parts
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body, refused (413) as soon as it is known to be too large, and (408) when it does not come."""
+        """The whole body. Raises Problem: 415 for a compressed one, 413 as soon as it is too large, 408 if late."""
         limit = self._settings.max_body_bytes
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise compressed(coding)
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
             raise too_large(limit)

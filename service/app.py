@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import documents, experiment
 from service.api import Api, Parts
 from service.catalog import Catalog
-from service.errors import MEDIA_TYPE, Problem
+from service.errors import MEDIA_TYPE, Problem, too_deep
 from service.events import Events
 from service.experiment import Experiment
 from service.features import FeatureStore, MemoryStore, StoreUnavailable
@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="Clickserve",
-        description="Click probabilities for ads, within a deadline.",
+        description=documents.DESCRIPTION,
         version=importlib.metadata.version("clickserve"),
         lifespan=lifespan,
         redirect_slashes=False,
@@ -58,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
         Recorder, metrics=metrics, routes=frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
     )
     documents.describe(app, max_candidates=settings.max_candidates)
-    for kind in (Problem, HTTPException):
+    for kind in (Problem, HTTPException, RecursionError):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -135,10 +135,12 @@ class Recorder:
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
-    """Every refusal as problem+json: ours, and the framework's (no such path, no such method)."""
+    """Every refusal as problem+json: ours, the framework's (no such path, no such method), and Python's own limit."""
     if isinstance(error, HTTPException):
         reason = {404: "no_such_path", 405: "no_such_method"}.get(error.status_code, "other")
         error = Problem(error.status_code, error.detail, reason=reason, headers=error.headers)
+    if isinstance(error, RecursionError):
+        error = too_deep()  # nothing here nests deeply but what a client sends
     assert isinstance(error, Problem)
     request.state.reason = error.reason
     request.state.arm = error.arm or NO_ARM

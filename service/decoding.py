@@ -16,7 +16,10 @@ _Path = tuple[str | int, ...]
 
 
 class Decoder(Generic[T]):
-    """Decodes JSON as one type, strictly: no conversion, no unknown field, no NaN. Raises Problem (400 or 422)."""
+    """Decodes JSON as one type, strictly: no conversion, no unknown field, no NaN.
+
+    Raises Problem (400 or 422), and RecursionError for lists and objects nested too deep.
+    """
 
     def __init__(self, wanted: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(wanted)
@@ -25,12 +28,17 @@ class Decoder(Generic[T]):
     def decode(self, body: bytes) -> T:
         try:
             return self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
-            value = _parse(body)
-            errors: list[FieldError] = []
-            _check(value, self._wanted, (), errors)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+            errors = misfits(_parse(body), self._wanted)
             # The last resort keeps the promise that whatever the decoder refuses is a client's error.
             raise invalid(errors or [FieldError(pointer="", expected="a valid body", got=str(err))]) from None
+
+
+def misfits(value: object, wanted: inspect.Type) -> list[FieldError]:
+    """Every place where a decoded value is not what is wanted, as far as MAX_ERRORS."""
+    errors: list[FieldError] = []
+    _check(value, wanted, (), errors)
+    return errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,6 @@ def _parse(body: bytes) -> object:
     except json.JSONDecodeError as err:
         detail = "it is empty" if not body.strip() else f"{err.msg} at line {err.lineno}, column {err.colno}"
         raise not_json(f"the body is not JSON: {detail}") from None
-    except RecursionError:
-        raise invalid([FieldError(pointer="", expected="less nesting", got="lists or objects too deep")]) from None
 
 
 def _finite(text: str) -> float | _NotANumber:
@@ -58,7 +64,10 @@ def _finite(text: str) -> float | _NotANumber:
 
 
 def _whole(text: str) -> int | _NotANumber:
-    return int(text) if len(text) < 300 else _NotANumber(text)
+    try:
+        return int(text)
+    except ValueError:  # thousands of digits: more than Python converts, and than the fast pass takes
+        return _NotANumber(text)
 
 
 def _check(value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
@@ -111,6 +120,8 @@ def _fits(value: object, wanted: inspect.Type) -> bool:
             return isinstance(value, list)
         case inspect.NoneType():
             return value is None
+        case inspect.LiteralType(values=allowed):
+            return value in allowed
         case inspect.BoolType():
             return isinstance(value, bool)
         case inspect.StrType(min_length=least, max_length=most):
@@ -145,6 +156,8 @@ def expected(wanted: inspect.Type) -> str:
             return "an object"
         case inspect.ListType():
             return "a list"
+        case inspect.LiteralType(values=allowed):
+            return " or ".join(map(shown, allowed))
         case inspect.BoolType():
             return "true or false"
         case inspect.StrType(max_length=None):

@@ -6,12 +6,23 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service import shapes
 from service.errors import MEDIA_TYPE, FieldError
-from service.events import MAX_EVENTS, Receipt
+from service.events import MAX_EVENTS, Receipt, SentEvent
 from service.shapes import PredictAnswer, PredictRequest
+from service.values import Id
 
 Json = dict[str, Any]
+
+DESCRIPTION = """\
+Click probabilities for ads, within a deadline.
+
+**Ids** (of users, items, requests, events) are strings or integers; 42 and "42" are the same one everywhere, and an
+answer repeats them as they were sent. 42.0 is none.
+
+**Times** are Unix seconds. A prediction is made as of its `ts` (default: now) and sees only what is strictly earlier.
+
+**Features** a model does not know are counted and otherwise ignored; null is the same as not given.
+"""
 
 _ROWS = {
     "request_id": "r-1",
@@ -52,6 +63,7 @@ _REFUSED = {
     "not_JSON_400": _PROBLEM,
     "the_body_did_not_arrive_in_time_408": _PROBLEM,
     "the_body_is_too_large_413": _PROBLEM,
+    "the_body_is_compressed_415": _PROBLEM,
     "bad_fields_each_with_its_JSON_pointer_422": _PROBLEM,
     "overloaded_or_out_of_order_try_again_503": _PROBLEM,
 }
@@ -68,7 +80,9 @@ EVENTS: Json = {
         {
             "type": "array",
             "maxItems": MAX_EVENTS,
-            "items": {"anyOf": [_ref("Event"), {"description": "anything else is rejected, by its place in the list"}]},
+            "items": {
+                "anyOf": [_ref("SentEvent"), {"description": "anything else: rejected by its place in the list"}]
+            },
         },
         {"a view and its click": EVENTS_EXAMPLE},
     ),
@@ -85,24 +99,6 @@ READYZ: Json = {
 MODELS: Json = {"summary": "What each arm serves", "responses": _answers(models_200={"type": "array"})}
 EXPERIMENTS: Json = {"summary": "Who gets which arm", "responses": _answers(experiments_200={"type": "array"})}
 
-_ID = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": shapes.MAX_ID_LENGTH}, {"type": "integer"}]}
-_EVENT = {
-    "type": "object",
-    "required": ["event_id", "type", "ts", "item"],
-    "description": "Needs the user, or the request_id of an anonymous request.",
-    "properties": {
-        "event_id": _ID,
-        "type": {"enum": ["impression", "click"]},
-        "ts": {"type": "number", "minimum": 0},
-        "user": _ID,
-        "item": _ID,
-        "request_id": _ID,
-        "position": {"type": "integer"},
-        "context": {"type": "object"},
-        "features": {"type": "object"},
-    },
-    "additionalProperties": False,
-}
 _PROBLEM_SCHEMA = {
     "type": "object",
     "description": "RFC 9457",
@@ -132,11 +128,11 @@ def describe(app: FastAPI, *, max_candidates: int) -> None:
 
 def _schemas(max_candidates: int) -> Json:
     _, schemas = msgspec.json.schema_components(
-        (PredictRequest, PredictAnswer, Receipt, FieldError), ref_template="#/components/schemas/{name}"
+        (PredictRequest, PredictAnswer, SentEvent, Receipt, FieldError), ref_template="#/components/schemas/{name}"
     )
     rows, columns = schemas["PredictRequest"]["properties"]["candidates"]["anyOf"]
     rows |= {"minItems": 1, "maxItems": max_candidates}
-    columns |= {"required": ["id"], "properties": {"id": {"type": "array", "items": _ID, "minItems": 1}}}
-    columns["properties"]["id"]["maxItems"] = max_candidates
+    ids = {"type": "array", "items": msgspec.json.schema(Id), "minItems": 1, "maxItems": max_candidates}
+    columns |= {"required": ["id"], "properties": {"id": ids}}
     schemas["PredictRequest"]["properties"]["explain"] = {"enum": [False, None], "default": None}
-    return {**schemas, "Event": _EVENT, "Problem": _PROBLEM_SCHEMA}
+    return {**schemas, "Problem": _PROBLEM_SCHEMA}

@@ -1,6 +1,7 @@
 """What a client is told when there is no answer: RFC 9457 problems, each with its status code."""
 
 import http
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,14 @@ def not_json(detail: str) -> Problem:
 
 
 def too_slow(limit_s: float) -> Problem:
-    return Problem(408, f"the body did not arrive within {limit_s:g} s", reason="too_slow")
+    # What is still to come of the body would be read as the next request.
+    detail = f"the body did not arrive within {limit_s:g} s"
+    return Problem(408, detail, reason="too_slow", headers={"Connection": "close"})
+
+
+def compressed(coding: str) -> Problem:
+    detail = f"the body is sent as {shown(coding)}; send it as it is, without a Content-Encoding"
+    return Problem(415, detail, reason="compressed", headers={"Accept-Encoding": "identity"})
 
 
 def too_large(limit: int) -> Problem:
@@ -62,12 +70,11 @@ def too_large(limit: int) -> Problem:
 
 
 def invalid(errors: Sequence[FieldError]) -> Problem:
-    first = errors[0]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    where = first.pointer or "the body"
-    return Problem(
-        422, f"{where}: expected {first.expected}, got {first.got}{more}", reason="invalid", errors=errors[:MAX_ERRORS]
-    )
+    return Problem(422, sentence(errors, whole="the body"), reason="invalid", errors=errors[:MAX_ERRORS])
+
+
+def too_deep() -> Problem:
+    return invalid([FieldError(pointer="", expected="less nesting", got="lists or objects too deep")])
 
 
 def overloaded(waiting: int) -> Problem:
@@ -92,6 +99,13 @@ def too_late(timeout_ms: float) -> Problem:
     return Problem(504, f"no score within {timeout_ms:g} ms", reason="deadline")
 
 
+def sentence(errors: Sequence[FieldError], *, whole: str) -> str:
+    """The first error in words, and how many follow. `whole` is what an empty pointer points at."""
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{first.pointer or whole}: expected {first.expected}, got {first.got}{more}"
+
+
 MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
 
 
@@ -113,6 +127,6 @@ def shown(value: object) -> str:
         case dict():
             return "an object"
         case str():
-            return repr(value[:40]) + ("..." if len(value) > 40 else "")
+            return json.dumps(value[:40]) + ("..." if len(value) > 40 else "")
         case _:
             return str(value)[:40]

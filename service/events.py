@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import msgspec
 
-from models.schema import Row, canonical
+from models.schema import Row
+from service.decoding import misfits
+from service.errors import sentence
 from service.experiment import Experiment
 from service.features import Click, FeatureStore, pack_row
 from service.metrics import Metrics
+from service.values import Id, Time, is_id, spelled
 
 MAX_EVENTS = 1000  # of one call
 MAX_AHEAD_S = 300.0  # how far a client's clock may run before ours
-MAX_ID_LENGTH = 256
 
-Id = str | int | float
 Value = str | int | float | bool | list[str | int | float | bool | None] | None
 
 
@@ -63,13 +64,11 @@ class Events:
         experiment: Experiment,
         metrics: Metrics,
         now: Callable[[], float] = time.time,
-        max_ahead_s: float = MAX_AHEAD_S,
     ) -> None:
         self._store = store
         self._experiment = experiment
         self._metrics = metrics
         self._now = now
-        self._max_ahead_s = max_ahead_s
 
     async def record(self, events: Sequence[Any]) -> Receipt:
         """Take decoded JSON values, each an event of the contract or else rejected with its reason.
@@ -78,16 +77,14 @@ class Events:
         known and counted. Raises StoreUnavailable with a part of the events possibly taken: make the same call again,
         what was taken is then a duplicate. (Only the counters may miss what was taken by the call that failed.)
         """
-        latest = self._now() + self._max_ahead_s
+        latest = self._now() + MAX_AHEAD_S
         checked: list[_Checked] = []
         rejected: list[Rejection] = []
         for index, event in enumerate(events):
             try:
                 checked.append(_check(event, latest))
             except ValueError as err:
-                rejected.append(
-                    Rejection(index=index, event_id=_event_id(event), reason=str(err).encode(errors="replace").decode())
-                )
+                rejected.append(Rejection(index=index, event_id=_event_id(event), reason=str(err)))
         clicks = [e for e in checked if e.type == "click" and e.user is not None]
         others = [e for e in checked if e.type != "click" or e.user is None]
         accepted = await self._mark(others) + await self._append(clicks)
@@ -116,12 +113,12 @@ class Events:
         return sum(new)
 
 
-class _Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An event as a client sends it."""
+class SentEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An event as a client sends it. Needs the user, or the request_id of an anonymous request."""
 
     event_id: Id
     type: Literal["impression", "click"]
-    ts: float
+    ts: Time
     item: Id
     user: Id | None = None
     request_id: Id | None = None
@@ -130,53 +127,34 @@ class _Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     features: dict[str, Value] | None = None
 
 
+_SENT = msgspec.inspect.type_info(SentEvent)
+
+
 def _check(event: Any, latest: float) -> _Checked:
     try:
-        sent = msgspec.convert(event, _Sent)
+        sent = msgspec.convert(event, SentEvent)
     except (msgspec.ValidationError, OverflowError) as err:
-        raise ValueError(str(err)) from err
-    if not 0 <= sent.ts < float("inf"):
-        raise ValueError(f"ts: expected Unix seconds, finite and not negative, got {sent.ts}")
+        errors = misfits(event, _SENT)
+        raise ValueError(sentence(errors, whole="the event") if errors else str(err)) from None
     if sent.ts > latest:
-        raise ValueError(f"ts: {sent.ts:.3f} is in the future")
+        raise ValueError(f"/ts: expected at most {MAX_AHEAD_S:g} s from now, got {sent.ts}")
+    unit = sent.user if sent.user is not None else sent.request_id
+    if unit is None:
+        raise ValueError("/user: expected one, or the request_id of an anonymous request, got neither")
     features = sent.features or {}
     pack_row(features)
-    event_id, item = _id("event_id", sent.event_id), _id("item", sent.item)
-    user = _id("user", sent.user) if sent.user is not None else None
-    if user is not None:
-        unit = user
-    elif sent.request_id is not None:
-        unit = _id("request_id", sent.request_id)
-    else:
-        raise ValueError("user: expected one, or the request_id of an anonymous request")
-    return _Checked(type=sent.type, event_id=event_id, ts=sent.ts, user=user, unit=unit, item=item, features=features)
-
-
-def _id(name: str, value: Id) -> str:
-    """The id as everything else spells it: 42, 42.0 and "42" are one user."""
-    spelled = canonical(value)
-    if spelled is None:
-        raise ValueError(f"{name}: expected an id, got an empty one")
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{name}: expected an id, got {value}")
-    if len(spelled) > MAX_ID_LENGTH:
-        raise ValueError(f"{name}: longer than {MAX_ID_LENGTH} characters")
-    if not _is_unicode(spelled):
-        raise ValueError(f"{name}: half of a surrogate pair is no character")
-    return spelled
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can name half a surrogate pair, which is in no encoding and so can neither be stored nor answered."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _Checked(
+        type=sent.type,
+        event_id=spelled(sent.event_id),
+        ts=sent.ts,
+        user=None if sent.user is None else spelled(sent.user),
+        unit=spelled(unit),
+        item=spelled(sent.item),
+        features=features,
+    )
 
 
 def _event_id(event: Any) -> str | None:
-    try:
-        return _id("event_id", msgspec.convert(event["event_id"], Id))
-    except (TypeError, KeyError, ValueError):
-        return None
+    """As far as it can be told of an event that is none."""
+    event_id = event.get("event_id") if isinstance(event, dict) else None
+    return spelled(event_id) if is_id(event_id) else None

@@ -192,7 +192,7 @@ def pack_row(row: Row) -> bytes:
         packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
         _FEATURES.decode(packed)
     except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
-        raise ValueError(f"features are strings, numbers, booleans and lists of them ({err})") from err
+        raise ValueError(f"features are strings, numbers of 64 bits, booleans and lists of them ({err})") from err
     if len(packed) > MAX_FEATURES_BYTES:
         raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
     return packed

@@ -1,16 +1,18 @@
 """The spine: one request from its user to its click probabilities."""
 
+import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.encoding import Arrays, Encoder, EncodingError, Event, history
-from models.schema import OOV, canonical, input_name
+from models.schema import OOV, input_name
 from service import assembly
 from service.assembly import Given
 from service.catalog import Catalog, Model
@@ -18,10 +20,12 @@ from service.errors import Problem, invalid
 from service.experiment import Experiment
 from service.features import FeatureStore, Fetched, StoreUnavailable
 from service.metrics import OTHER_FIELD, Metrics
+from service.values import spelled
 from service.worker import Deadline, Worker
 
 log = logging.getLogger(__name__)
 
+STORE_SHARE = 0.5  # of the time a request has left; the model needs the rest
 BAD_STORED_VALUES = "stored_values_invalid"
 
 
@@ -47,13 +51,12 @@ class Scorer:
         self._store = store
         self._worker = worker
         self._metrics = metrics
+        self._fetches: set[asyncio.Task[Fetched]] = set()  # the loop itself holds no task
 
     async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
         """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late."""
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        unit = given.user if given.user is not None else canonical(request_id)
-        assert unit is not None
-        arm = self._experiment.assign(unit)
+        arm = self._experiment.assign(given.user if given.user is not None else spelled(request_id))
         model = self._catalog.models[arm.name]
         try:
             ctr, degraded = await self._run(model, given, deadline)
@@ -73,7 +76,7 @@ class Scorer:
 
     async def _run(self, model: Model, given: Given, deadline: Deadline) -> tuple[NDArray[np.float64], list[str]]:
         started = time.perf_counter()
-        stored, past, degraded = await self._fetch(model, given)
+        stored, past, degraded = await self._fetch(model, given, deadline)
         fetched = time.perf_counter()
         arrays = self._encode(model.encoder, given, stored, past, degraded)
         encoded = time.perf_counter()
@@ -87,7 +90,9 @@ class Scorer:
         self._count(model, given, arrays, degraded)
         return ctr, degraded
 
-    async def _fetch(self, model: Model, given: Given) -> tuple[Fetched, Sequence[Event], list[str]]:
+    async def _fetch(
+        self, model: Model, given: Given, deadline: Deadline
+    ) -> tuple[Fetched, Sequence[Event], list[str]]:
         """What the store knows, the user's past, and what is missing: a store that is down takes no answer away."""
         schema = model.artifact.schema
         limit = schema.history_length
@@ -96,7 +101,8 @@ class Scorer:
         asked = list(dict.fromkeys(items))
         try:
             with self._metrics.store_call("fetch"):
-                stored = await self._store.fetch(given.user, asked, before=given.ts, limit=limit if own is None else 0)
+                fetch = self._store.fetch(given.user, asked, before=given.ts, limit=limit if own is None else 0)
+                stored = await self._in_time(fetch, deadline)
         except StoreUnavailable:
             nothing = Fetched(user=None, behaviours=[], items=[None] * len(given.candidates.ids))
             return nothing, own or (), assembly.missing(schema, given)
@@ -104,6 +110,18 @@ class Scorer:
         past = stored.behaviours if own is None else [assembly.completed(e, rows[e.item]) for e in own]
         aligned = [rows[item] for item in given.candidates.ids]
         return Fetched(user=stored.user, behaviours=stored.behaviours, items=aligned), past, []
+
+    async def _in_time(self, fetch: Coroutine[Any, Any, Fetched], deadline: Deadline) -> Fetched:
+        """What the store answers within its share of the request's time: a slow one costs the past, not the answer."""
+        task = asyncio.create_task(fetch)
+        self._fetches.add(task)
+        task.add_done_callback(self._fetches.discard)
+        await asyncio.wait([task], timeout=max(STORE_SHARE * deadline.left_s, 0))
+        if not task.done():
+            # Left to the store's own timeout: to cancel it would cost its connection, and hide it from the breaker.
+            task.add_done_callback(asyncio.Task.exception)  # nobody is left to read it
+            raise StoreUnavailable(f"no answer from the store within its share of {deadline.timeout_ms:g} ms")
+        return task.result()
 
     def _encode(
         self, encoder: Encoder, given: Given, stored: Fetched, past: Sequence[Event], degraded: list[str]

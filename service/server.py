@@ -57,7 +57,10 @@ class Server(uvicorn.Server):
         if self._stop_at is not None:
             self.force_exit = sig == signal.SIGINT
         self._api.stopping = True
-        # Load balancers still send requests here for a moment after readiness fails, so keep answering.
+        # Load balancers still send requests here for a moment after readiness fails, so keep answering; but a kept
+        # connection outlives its place in the balancer, so let each go with its answer (within a second: uvicorn's
+        # default headers are made once a second).
+        self.config.encoded_headers = [(b"connection", b"close")]
         self._stop_at = time.monotonic() + (self._drain_s if sig == signal.SIGTERM else 0)
         log.info("stopping", extra={"signal": signal.Signals(sig).name})
 

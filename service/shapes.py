@@ -1,24 +1,18 @@
 """The JSON shapes of /predict and /events: what comes in, what goes out, and how /docs shows them."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from models.encoding import Event
-from models.schema import canonical
 from service.assembly import Candidates, Given
 from service.decoding import Decoder
 from service.errors import FieldError, invalid, pointer, shown
 from service.events import MAX_EVENTS
 from service.scorer import Scored
+from service.values import MAX_ID_LENGTH, Id, Time, is_id, spelled
 
-MAX_ID_LENGTH = 256
-_YEAR_10000 = 253_402_300_800  # beyond it there are no dates; a time in milliseconds lands there too
-
-Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | int
-Time = Annotated[float, Meta(ge=0, lt=_YEAR_10000)]
 Features = dict[str, Any]  # what a value may be, the arm's schema says
 
 
@@ -88,7 +82,7 @@ def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
     """The request in the scorer's words. Raises Problem (422) for candidates that are none, too many or ragged."""
     user = request.user or User()
     return Given(
-        user=canonical(user.id),
+        user=None if user.id is None else spelled(user.id),
         user_features=user.features or {},
         context=request.context or {},
         ts=now if request.ts is None else request.ts,
@@ -127,8 +121,8 @@ def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Can
         raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
     if isinstance(sent, dict):
         _check_columns(sent, len(ids))
-        return Candidates(ids=_spelled(ids), rows=None, columns=sent)
-    return Candidates(ids=_spelled(ids), rows=[candidate.features or {} for candidate in sent], columns=None)
+        return Candidates(ids=list(map(spelled, ids)), rows=None, columns=sent)
+    return Candidates(ids=list(map(spelled, ids)), rows=[candidate.features or {} for candidate in sent], columns=None)
 
 
 def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
@@ -141,15 +135,11 @@ def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
     errors += [
         FieldError(pointer=pointer("candidates", "id", row), expected=expected, got=shown(value))
         for row, value in enumerate(columns["id"])
-        if not (type(value) is int or (type(value) is str and 0 < len(value) <= MAX_ID_LENGTH))
+        if not is_id(value)
     ]
     if errors:
         raise invalid(errors)
 
 
-def _spelled(ids: Sequence[str | int]) -> list[str]:
-    return [value if type(value) is str else str(value) for value in ids]
-
-
 def _event(behaviour: Behaviour) -> Event:
-    return Event(item=str(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})
+    return Event(item=spelled(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})

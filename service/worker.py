@@ -26,9 +26,14 @@ class Deadline:
     def after(cls, timeout_ms: float, *, since: float) -> Self:
         return cls(since + timeout_ms / 1000, timeout_ms)
 
+    @property
+    def left_s(self) -> float:
+        """Below 0 once it has passed."""
+        return self.at - time.monotonic()
+
     def check(self) -> None:
         """Raises Problem (504) once it has passed."""
-        if time.monotonic() > self.at:
+        if self.left_s < 0:
             raise too_late(self.timeout_ms)
 
 
@@ -64,7 +69,7 @@ class Worker:
             return logits
 
         answer = loop.run_in_executor(self._thread, run)
-        await asyncio.wait([answer], timeout=max(deadline.at - time.monotonic(), 0))
+        await asyncio.wait([answer], timeout=max(deadline.left_s, 0))
         if not answer.done():
             answer.add_done_callback(asyncio.Future.exception)  # nobody is left to read it
             raise too_late(deadline.timeout_ms)

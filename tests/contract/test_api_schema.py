@@ -103,6 +103,6 @@ def test_the_document_names_every_route_and_limit_of_the_contract(url: str) -> N
 
     paths = document["paths"]
     assert set(paths) == {"/predict", "/events", "/healthz", "/readyz", "/models", "/experiments"}
-    assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 413, 422, 503, 504}
+    assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 413, 415, 422, 503, 504}
     rows, columns = document["components"]["schemas"]["PredictRequest"]["properties"]["candidates"]["anyOf"]
     assert [(a["minItems"], a["maxItems"]) for a in (rows, columns["properties"]["id"])] == [(1, 1000), (1, 1000)]

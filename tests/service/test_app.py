@@ -185,15 +185,23 @@ async def test_a_stop_is_noticed_by_no_client(config: Path, eventually: Eventual
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as client:
             assert (await client.get("/readyz")).status_code == 200
             request = {"user": {"id": "u1"}, "candidates": [{"id": "a1"}] * 100}
+            kept = {"connection": "keep-alive"}
             stopped_at = time.monotonic()
             running.send_signal(signal.SIGTERM)
             await logged(running, "stopping")
             answers = [await client.post("/predict", json=request) for _ in range(10)]
-            ready = await client.get("/readyz")
+
+            async def is_leaving() -> bool:
+                return "close" in (await client.get("/healthz", headers=kept)).headers.get("connection", "")
+
+            await eventually(is_leaving)
+            ready = await client.get("/readyz", headers=kept)
 
         await asyncio.wait_for(running.wait(), 10)
 
     assert {a.status_code for a in answers} == {200}
+    # Who keeps a connection is told to leave it while there is still time.
+    assert ready.headers["connection"] == "close"
     assert (ready.status_code, ready.json()["status"]) == (503, "stopping")
     assert time.monotonic() - stopped_at >= DRAIN_S
     assert running.returncode == 0

@@ -1,5 +1,6 @@
 """Events are checked one by one, taken once, and counted for the arm that served them."""
 
+import json
 from typing import Any
 
 import msgspec
@@ -7,10 +8,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from service.errors import Problem
 from service.events import Events, Receipt
 from service.experiment import Experiment, parse
 from service.features import MemoryStore, StoreUnavailable
 from service.metrics import Metrics
+from service.shapes import EventsDecoder
 
 NOW = 1_795_000_000.0
 
@@ -101,9 +104,10 @@ async def test_anonymous_events_count_for_the_arm_of_their_request(
 
 async def test_a_number_and_its_spelling_are_one_id(events: Events, store: MemoryStore):
     await events.record([event(1, user=42, item=7)])
-    receipt = await events.record([event(1, user="42", item="7"), event(1, user=42.0, item=7.0)])
+    receipt = await events.record([event(1, user="42", item="7"), event(2, user=42.0), event(3, item=7.0)])
 
-    assert receipt.duplicates == 2
+    assert receipt.duplicates == 1
+    assert [r.index for r in receipt.rejected] == [1, 2]
     assert await past(store, "42") == [("7", NOW - 10)]
 
 
@@ -125,39 +129,34 @@ async def test_good_events_are_taken_and_bad_ones_named_by_place(events: Events)
 @pytest.mark.parametrize(
     ("sent", "says"),
     [
-        (event(type="view"), "type"),
-        (event(ts="now"), r"\$.ts"),
-        (event(ts=float("nan")), "ts: "),
-        (event(ts=float("inf")), "ts: "),
-        (event(ts=-1), "ts: "),
-        (event(ts=NOW + 301), "future"),
-        (event(event_id=""), "event_id: "),
+        (event(type="view"), '/type: expected "click" or "impression", got "view"'),
+        (event(ts="now"), '/ts: expected a number >= 0 and < 253402300800, got "now"'),
+        (event(ts=-1), "/ts: "),
+        (event(ts=NOW * 1000), "/ts: "),
+        (event(ts=NOW + 301), "/ts: expected at most 300 s from now"),
+        (event(event_id=""), "/event_id: "),
         (event(event_id=None), "event_id"),
-        (event(item=""), "item: "),
+        (event(item=""), "/item: "),
         (event(item=["ad7"]), "item"),
-        (event(item=1.5), "item: expected an id, got 1.5"),
-        (event(item="x" * 257), "item: longer than 256"),
-        (event(user="x" * 257), "user: longer than 256"),
+        (event(item=1.5), "/item: expected a string of 1 to 256 characters or an integer, got 1.5"),
+        (event(item="x" * 257), "/item: "),
+        (event(user="x" * 257), "/user: "),
         (event(user=True), "user"),
         (event(user=None), "request_id of an anonymous request"),
-        (event(user=None, request_id=""), "request_id: "),
+        (event(user=None, request_id=""), "/request_id: "),
         (event(position="top"), "position"),
-        (event(features={"price": {"usd": 1}}), "features"),
+        (event(features={"price": {"usd": 1}}), "/features/price: "),
         (event(features={"text": "x" * 10_000}), "features take"),
         (event(features=[1]), "features"),
         (event(colour="red"), "colour"),
-        ({"event_id": "e1"}, "missing required field"),
-        ([], "Expected `object`"),
-        (None, "Expected `object`"),
+        ({"event_id": "e1"}, '/type: expected "click" or "impression", got nothing (and 2 more)'),
+        ([], "the event: expected an object, got a list of 0"),
+        (None, "the event: expected an object, got null"),
     ],
 )
 async def test_a_bad_event_is_rejected_with_its_reason(events: Events, store: MemoryStore, sent: Any, says: str):
-    assert says.replace("\\", "") in await reason(events, sent)
+    assert says in await reason(events, sent)
     assert await past(store) == []
-
-
-async def test_a_number_too_long_to_be_written_is_rejected(events: Events):
-    assert "digits" in await reason(events, event(event_id=10**5000))
 
 
 async def test_a_clock_a_little_ahead_is_forgiven(events: Events):
@@ -165,7 +164,7 @@ async def test_a_clock_a_little_ahead_is_forgiven(events: Events):
 
 
 TEXT = st.text(st.characters())  # halves of surrogate pairs too: JSON can name them
-NUMBERS = st.integers() | st.floats() | st.builds(pow, st.just(10), st.sampled_from([30, 400, 5000]))
+NUMBERS = st.integers() | st.floats() | st.builds(pow, st.just(10), st.sampled_from([30, 400, 4000]))
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -177,14 +176,20 @@ EVENT = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in ev
 @given(sent=st.lists(EVENT | st.builds(lambda f, t: event(features={t: f}), JSON, TEXT) | JSON, max_size=5))
 @example(sent=[event(user="\ud800")])
 @example(sent=[event(ts=10**400)])
+@example(sent=[event(user=10**400)])
 @example(sent=[{**event(), "\ud800": 1}])
 @example(sent=[event(features={"x": 10**400})])
-async def test_nothing_a_client_sends_is_an_exception(sent: list[Any]):
+async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[Any]):
     arms = [{"name": "mian", "model": "mian", "share": 1}]
     experiment = parse({"experiment": "test", "salt": "s", "arms": arms}, source="test")
     events = Events(store=MemoryStore(), experiment=experiment, metrics=Metrics(), now=lambda: NOW)
 
-    receipt = await events.record(sent)
+    try:
+        receipt = await events.record(EventsDecoder().decode(json.dumps(sent).encode()))
+    except Problem as problem:  # NaN, infinity, half a surrogate pair: no JSON that could be taken in part
+        answer = json.loads(problem.to_json())
+        assert answer["status"] == 422
+        return
 
     assert receipt.accepted + receipt.duplicates + len(receipt.rejected) == len(sent)
     assert msgspec.json.encode(receipt)

@@ -129,6 +129,34 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     return store
 
 
+class Slow(MemoryStore):
+    """A store whose answers come when they are let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        await self.let.wait()
+        return await super().fetch(user, items, before=before, limit=limit)
+
+
+async def test_a_slow_store_costs_a_request_its_past_and_not_its_answer(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Slow()
+    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+
+    async with start() as service:
+        slow = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=400)
+        store.let.set()
+        quick = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=4000)
+
+    assert (slow.status_code, quick.status_code) == (200, 200)
+    assert "behaviours_unavailable" in slow.json()["degraded"]
+    assert quick.json()["degraded"] == []
+
+
 async def test_without_its_store_a_request_is_scored_with_what_it_brings(broken: Broken, start: Start) -> None:
     async with start() as service:
         answer = await service.predict(
