@@ -41,8 +41,12 @@ class Agreement:
     """Of a single click probability."""
 
     @property
+    def difference(self) -> float:
+        return abs(self.auc_http - self.auc_offline)
+
+    @property
     def holds(self) -> bool:
-        return abs(self.auc_http - self.auc_offline) <= AUC_TOLERANCE
+        return self.difference <= AUC_TOLERANCE
 
 
 def replay(data: Path, url: str) -> pl.DataFrame:
@@ -172,15 +176,14 @@ def compare(answered: pl.DataFrame, offline: Mapping[str, Path]) -> list[Agreeme
 
 def table(answered: pl.DataFrame, agreements: Sequence[Agreement]) -> str:
     """The comparison as lines of text, with the latency the client saw."""
-    lines = [
-        f"{'arm':<8}{'rows':>9}{'AUC over HTTP':>16}{'AUC offline':>14}{'largest |dp|':>14}{'p50 ms':>9}{'p99 ms':>9}"
-    ]
+    titles = ("arm", "rows", "AUC over HTTP", "AUC offline", "difference", "largest |dp|", "p50 ms", "p99 ms")
+    lines = ["{:<6}{:>9}{:>15}{:>13}{:>12}{:>14}{:>8}{:>8}".format(*titles)]
     for a in agreements:
         ms = answered.filter(pl.col("arm") == a.arm).unique("request")["ms"].to_numpy()
         p50, p99 = np.percentile(ms, [50, 99])
         lines.append(
-            f"{a.arm:<8}{a.num_rows:>9,}{a.auc_http:>16.7f}{a.auc_offline:>14.7f}{a.largest_difference:>14.1e}"
-            f"{p50:>9.2f}{p99:>9.2f}"
+            f"{a.arm:<6}{a.num_rows:>9,}{a.auc_http:>15.7f}{a.auc_offline:>13.7f}{a.difference:>12.1e}"
+            f"{a.largest_difference:>14.1e}{p50:>8.2f}{p99:>8.2f}"
         )
     return "\n".join(lines)
 
