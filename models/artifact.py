@@ -7,22 +7,23 @@ and the weights. `<root>/<model>/current.json` names the version in use.
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.calibration import Calibration
-from models.encoding import Arrays, Encoder, EncodingError, Event, Request, concat
-from models.schema import Schema, SchemaError
+from models.encoding import Arrays, Encoder, Request, concat
+from models.requests import request_from_json, request_to_json
+from models.schema import Schema
 
 CURRENT = "current"
 # float32 graphs on different runtimes add the same numbers in different orders (models.md section 1).
@@ -55,7 +56,7 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     schema_fingerprint: str
     inputs: tuple[Tensor, ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[Literal["logit"], Literal["prob"]]
     code_version: str
     data_hash: str
     files: dict[str, str]
@@ -108,33 +109,34 @@ def write(
     }
     folder = root / model
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".writing-{os.getpid()}"
+    # Not by process id: in another container another export has the same one, or a killed one had it.
+    draft = folder / f".writing-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
         for name, content in contents.items():
             (draft / name).write_bytes(content)
-        version = _next_version(folder)
-        manifest = Manifest(
-            model=model,
-            version=version,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            config=dict(config),
-            metrics=dict(metrics),
-            schema_fingerprint=schema.fingerprint,
-            inputs=tuple(Tensor(name=i.name, dtype=i.dtype, dims=i.dims) for i in schema.inputs if i.name in inputs),
-            outputs=("logit", "prob"),
-            code_version=_code_version(),
-            data_hash=data_hash,
-            files={name: _sha256(content) for name, content in sorted(contents.items())},
-        )
-        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2))
-        read(draft)
-        final = folder / version
-        draft.rename(final)
+        final = None
+        while final is None:
+            manifest = Manifest(
+                model=model,
+                version=_next_version(folder),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                config=dict(config),
+                metrics=dict(metrics),
+                schema_fingerprint=schema.fingerprint,
+                inputs=tuple(t for t in _tensors(schema) if t.name in inputs),
+                outputs=("logit", "prob"),
+                code_version=_code_version(),
+                data_hash=data_hash,
+                files={name: _sha256(content) for name, content in sorted(contents.items())},
+            )
+            (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2))
+            read(draft)
+            final = _rename(draft, folder / manifest.version)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    make_current(root, model, version)
+    make_current(root, model, final.name)
     return final
 
 
@@ -145,34 +147,25 @@ def read(path: Path) -> Artifact:
     stored arrays, bit for bit. Raises ArtifactError otherwise. The golden logits are for `check_scores`.
     """
     manifest = _read_manifest(path)
-    contents = {}
-    for name, expected in manifest.files.items():
-        if Path(name).name != name or (path / name).is_symlink():
-            raise ArtifactError(f"{path}/manifest.json: {name!r} is not a plain file of this folder")
-        try:
-            content = (path / name).read_bytes()
-        except OSError as err:
-            raise ArtifactError(f"{path / name}: named in the manifest but unreadable ({err.strerror})") from err
-        found = _sha256(content)
-        if found != expected:
-            raise ArtifactError(
-                f"{path / name}: sha256 {found[:12]} is not the manifest's {expected[:12]}; damaged file"
-            )
-        contents[name] = content
+    contents = {name: _read_file(path, name, expected) for name, expected in manifest.files.items()}
+    for name in ("schema.json", "calibration.json", "golden.json"):
+        if name not in contents:
+            raise ArtifactError(f"{path}/manifest.json: does not list {name}")
     try:
         schema = Schema.from_json(contents["schema.json"])
         calibration = Calibration.model_validate_json(contents["calibration.json"])
-        golden = _load(contents["golden.json"])
-    except KeyError as err:
-        raise ArtifactError(f"{path}/manifest.json: does not list {err.args[0]}") from err
-    except (SchemaError, ValueError, TypeError) as err:
+    except ValueError as err:
         raise ArtifactError(f"{path}: {err}") from err
     if schema.fingerprint != manifest.schema_fingerprint:
         raise ArtifactError(
             f"{path}/schema.json: fingerprint {schema.fingerprint[:12]} does not match the model's"
             f" {manifest.schema_fingerprint[:12]}; export it again"
         )
-    _check_arrays(path, golden, schema)
+    for tensor in manifest.inputs:
+        if tensor not in _tensors(schema):
+            raise ArtifactError(f"{path}/manifest.json: the schema makes no input {tensor!r}")
+    golden = _load(path / "golden.json", contents["golden.json"])
+    _check_golden(path / "golden.json", golden, schema)
     return Artifact(path=path, manifest=manifest, schema=schema, calibration=calibration, golden=golden)
 
 
@@ -181,8 +174,7 @@ def check_scores(artifact: Artifact, logits: NDArray[Any]) -> None:
     expected = artifact.golden.logits
     if logits.shape != expected.shape:
         raise ArtifactError(f"{artifact.path}: {logits.shape} golden scores came, {expected.shape} were expected")
-    off = np.abs(logits - expected) > LOGIT_TOLERANCE * (1 + np.abs(expected))
-    off |= ~np.isfinite(logits)
+    off = ~(np.abs(logits - expected) <= LOGIT_TOLERANCE * (1 + np.abs(expected)))  # this way round, NaN is off too
     if off.any():
         row = int(np.flatnonzero(off)[0])
         raise ArtifactError(
@@ -199,43 +191,20 @@ def resolve(root: Path, model: str, version: str = CURRENT) -> Path:
             version = json.loads(pointer.read_text())["version"]
         except FileNotFoundError as err:
             raise ArtifactError(f"{pointer}: no such file; export a {model} to {root} first") from err
-        except (ValueError, KeyError, TypeError) as err:
+        except (OSError, ValueError, KeyError, TypeError) as err:
             raise ArtifactError(f'{pointer}: expected {{"version": "..."}}') from err
     path = root / model / str(version)
-    if not path.is_dir():
+    # No path that leads elsewhere, and no draft, whose name begins with a dot.
+    if not re.fullmatch(r"\w[\w.-]*", str(version)) or not path.is_dir():
         raise ArtifactError(f"{path}: no such artifact folder")
     return path
 
 
 def make_current(root: Path, model: str, version: str) -> None:
     """Name the version in use, in one atomic step."""
-    pointer = root / model / "current.json"
-    draft = pointer.with_suffix(f".{os.getpid()}.tmp")
+    draft = root / model / f"current.{secrets.token_hex(4)}.tmp"
     draft.write_text(json.dumps({"version": version}))
-    draft.replace(pointer)
-
-
-def request_to_json(request: Request) -> dict[str, Any]:
-    """A raw request as plain JSON values."""
-    behaviours = [asdict(event) for event in request.behaviours]
-    items = {
-        name: column.tolist() if isinstance(column, np.ndarray) else list(column)
-        for name, column in request.items.items()
-    }
-    return {
-        "user": dict(request.user),
-        "context": dict(request.context),
-        "ts": request.ts,
-        "behaviours": behaviours,
-        "items": items,
-        "num_items": request.num_items,
-    }
-
-
-def request_from_json(values: Mapping[str, Any]) -> Request:
-    """The inverse of `request_to_json`; raises KeyError or TypeError where the shape is another."""
-    behaviours = tuple(Event(**event) for event in values["behaviours"])
-    return Request(**{**values, "behaviours": behaviours})
+    draft.replace(root / model / "current.json")
 
 
 def _dump(golden: Golden) -> bytes:
@@ -247,27 +216,33 @@ def _dump(golden: Golden) -> bytes:
     return json.dumps(document, allow_nan=False).encode()
 
 
-def _load(content: bytes) -> Golden:
-    document = json.loads(content)
-    return Golden(
-        requests=tuple(request_from_json(r) for r in document["requests"]),
-        arrays={name: np.array(values) for name, values in document["arrays"].items()},
-        logits=np.array(document["logits"], dtype=np.float64),
-    )
+def _load(file: Path, content: bytes) -> Golden:
+    try:
+        document = json.loads(content)
+        return Golden(
+            requests=tuple(request_from_json(r) for r in document["requests"]),
+            arrays={name: np.array(values) for name, values in document["arrays"].items()},
+            logits=np.array(document["logits"], dtype=np.float64),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ArtifactError(f"{file}: expected requests, arrays and logits ({err!r})") from err
 
 
-def _check_arrays(path: Path, golden: Golden, schema: Schema) -> None:
+def _check_golden(file: Path, golden: Golden, schema: Schema) -> None:
+    if not golden.requests:
+        raise ArtifactError(f"{file}: expected requests, it holds none")
     encoder = Encoder(schema)
     try:
         encoded = concat([encoder.encode(request) for request in golden.requests])
-    except EncodingError as err:
-        raise ArtifactError(f"{path}/golden.json: {err}") from err
-    for wanted in schema.inputs:
-        array = encoded[wanted.name]
-        stored = golden.arrays.get(wanted.name)
-        if stored is None or not np.array_equal(array, stored.astype(array.dtype)):
-            raise ArtifactError(f"{path}/golden.json: {wanted.name} encodes to other values than were stored")
-        golden.arrays[wanted.name] = array  # with its dtype, which JSON does not keep
+    except (ValueError, TypeError, AttributeError) as err:  # whatever a request of another shape runs into
+        raise ArtifactError(f"{file}: {err}") from err
+    for name, array in encoded.items():
+        stored = golden.arrays.get(name)
+        if stored is None or stored.dtype.kind not in "biuf" or not np.array_equal(array, stored):
+            raise ArtifactError(f"{file}: {name} encodes to other values than were stored")
+        golden.arrays[name] = array  # with its dtype, which JSON does not keep
+    if golden.logits.shape != encoded["user_index"].shape or not np.isfinite(golden.logits).all():
+        raise ArtifactError(f"{file}: expected a finite logit for each of {len(encoded['user_index'])} candidates")
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -278,8 +253,34 @@ def _read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{file}: unreadable ({err.strerror})") from err
     except ValidationError as err:
         first = err.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        where = ".".join(map(str, first["loc"])) or "top level"
         raise ArtifactError(f"{file}: at {where}: {first['msg']}") from err
+
+
+def _read_file(path: Path, name: str, sha256: str) -> bytes:
+    if Path(name).name != name or (path / name).is_symlink():
+        raise ArtifactError(f"{path}/manifest.json: {name!r} is not a plain file of this folder")
+    try:
+        content = (path / name).read_bytes()
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{path / name}: named in the manifest but unreadable ({err})") from err
+    if (found := _sha256(content)) != sha256:
+        raise ArtifactError(f"{path / name}: sha256 {found[:12]} is not the manifest's {sha256[:12]}; damaged file")
+    return content
+
+
+def _tensors(schema: Schema) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name=i.name, dtype=i.dtype, dims=i.dims) for i in schema.inputs)
+
+
+def _rename(draft: Path, final: Path) -> Path | None:
+    """`final`, or None where another export took that name meanwhile."""
+    try:
+        return draft.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        return None
 
 
 def _next_version(folder: Path) -> str:

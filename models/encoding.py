@@ -137,16 +137,16 @@ class Encoder:
             row = next(i for i, v in enumerate(values) if type(v) not in _LISTS)
             raise EncodingError(field=field, row=row, expected="a list of strings or numbers", got=values[row])
         rows = [v if v is not None else () for v in values]
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        starts = np.cumsum(lengths) - lengths
-        row_of = np.repeat(np.arange(len(rows)), lengths)
+        row_of = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
         flat = list(chain.from_iterable(rows))
         try:
             ids = _ids(field, self._lookups[field.name], flat)
         except EncodingError as err:
             row = int(row_of[err.row])
             raise EncodingError(field=field, row=row, expected="a list of strings or numbers", got=rows[row]) from None
-        position = np.arange(len(flat)) - starts[row_of]
+        row_of, ids = row_of[ids != PAD], ids[ids != PAD]  # an absent value takes no place
+        lengths = np.bincount(row_of, minlength=len(rows))
+        position = np.arange(len(ids)) - (np.cumsum(lengths) - lengths)[row_of]
         kept = position < (field.max_values or 1)
         encoded = np.full((len(rows), field.max_values or 1), PAD, dtype=np.int64)
         encoded[row_of[kept], position[kept]] = ids[kept]
@@ -180,7 +180,10 @@ def _num_users(arrays: Arrays) -> int:
 
 
 _LISTS = {list, tuple, type(None), np.ndarray}
-_SCALARS = (str, int, float, bool, type(None))
+# A list made from an array or a data frame may hold numpy's numbers.
+_NUMBERS = (int, float, np.integer, np.floating)
+_SCALARS = (*_NUMBERS, str, np.bool_, type(None))
+_LATEST_S = 1e12  # the year 33658
 
 
 def _lookup(vocabulary: Sequence[str]) -> Mapping[Any, int]:
@@ -200,10 +203,9 @@ def _number(spelling: str) -> int | float | None:
         return int(spelling)
     except ValueError:
         try:
-            number = float(spelling)
+            return float(spelling)
         except ValueError:
             return None
-        return number if math.isfinite(number) else None
 
 
 def _ids(field: Field, lookup: Mapping[Any, int], values: Sequence[Any]) -> NDArray[np.int64]:
@@ -216,7 +218,7 @@ def _ids(field: Field, lookup: Mapping[Any, int], values: Sequence[Any]) -> NDAr
         value = values[row]
         if not isinstance(value, _SCALARS):
             raise EncodingError(field=field, row=row, expected="a string or a number", got=value)
-        if isinstance(value, float) and math.isnan(value):  # NaN is how tables spell an absent value
+        if isinstance(value, float | np.floating) and math.isnan(value):  # NaN is how tables spell an absent value
             ids[row] = PAD
     return ids
 
@@ -232,14 +234,15 @@ def _numbers(field: Field, column: Column) -> NDArray[np.float32]:
     if infinite.size:
         row = int(infinite[0])
         raise EncodingError(field=field, row=row, expected="a finite number", got=numbers[row])
-    normalised = np.clip((numbers - field.shift) / field.scale, -NUMERIC_LIMIT, NUMERIC_LIMIT)
+    with np.errstate(over="ignore"):  # an absurd number is infinitely far, then clipped
+        normalised = np.clip((numbers - field.shift) / field.scale, -NUMERIC_LIMIT, NUMERIC_LIMIT)
     return np.nan_to_num(normalised, nan=0.0).astype(np.float32)
 
 
 def _parse_numbers(field: Field, column: Column) -> NDArray[np.float64]:
     values = column.tolist() if isinstance(column, np.ndarray) else column
     for row, value in enumerate(values):
-        if not isinstance(value, int | float | None) or isinstance(value, bool):
+        if value is not None and (not isinstance(value, _NUMBERS) or isinstance(value, bool)):
             raise EncodingError(field=field, row=row, expected="a number", got=value)
     try:
         return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
@@ -249,6 +252,10 @@ def _parse_numbers(field: Field, column: Column) -> NDArray[np.float64]:
 
 
 def _clock(field: Field, ts: NDArray[np.float64]) -> NDArray[np.int64]:
+    strange = np.flatnonzero(~(np.abs(ts) <= _LATEST_S))  # NaN too
+    if strange.size:
+        row = int(strange[0])
+        raise EncodingError(field=field, row=row, expected="a time in Unix seconds", got=float(ts[row]))
     seconds = np.floor(ts).astype(np.int64)
     match field.part:
         case "hour":

@@ -70,13 +70,15 @@ class Field(FieldSpec):
     """One field after fitting on the training part."""
 
     vocabulary: tuple[str, ...] | None = Setting(default=None, description="categorical, multi: values in id order")
-    shift: float | None = None
-    scale: float | None = Setting(default=None, gt=0)
+    shift: float | None = Setting(default=None, allow_inf_nan=False)
+    scale: float | None = Setting(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _is_fitted(self) -> Self:
-        if self.kind in ("categorical", "multi") and self.vocabulary is None:
-            raise ValueError(f"field {self.name}: kind {self.kind} needs a vocabulary")
+        if (self.kind in ("categorical", "multi")) != (self.vocabulary is not None):
+            raise ValueError(f"field {self.name}: kinds categorical and multi need a vocabulary, others have none")
+        if self.vocabulary is not None and ("" in self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary)):
+            raise ValueError(f"field {self.name}: the values of a vocabulary are different, and none is empty")
         if self.kind == "multi" and self.max_values is None:
             raise ValueError(f"field {self.name}: kind multi needs max_values")
         if self.kind == "numeric" and (self.shift is None or self.scale is None):
@@ -113,8 +115,7 @@ class SchemaSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
-        _check_names(self.fields, self.user_key, self.item_key)
-        _check_sequences(self.fields, self.history_length)
+        _check(self.fields, self.user_key, self.item_key, self.history_length)
         return self
 
     def fit(self, columns: Columns) -> "Schema":
@@ -138,8 +139,7 @@ class Schema(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
-        _check_names(self.fields, self.user_key, self.item_key)
-        _check_sequences(self.fields, self.history_length)
+        _check(self.fields, self.user_key, self.item_key, self.history_length)
         return self
 
     def group(self, group: Group) -> tuple[Field, ...]:
@@ -205,7 +205,7 @@ def canonical(value: Value) -> str | None:
     """The one spelling of a raw categorical value; None where it is absent.
 
     42, 42.0 and "42" are the same value, as JSON clients and CSV files do not agree on types; so are True, 1 and "1".
-    The empty string and NaN are absent values.
+    Text is taken as it is, space and Unicode form included ("42.0" is not 42). The empty string and NaN are absent.
     """
     if value is None or value == "":
         return None
@@ -220,22 +220,16 @@ def canonical(value: Value) -> str | None:
     raise TypeError(f"expected a string or a number, got {type(value).__name__}")
 
 
-def _check_names(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | None) -> None:
+def _check(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | None, history_length: int) -> None:
     if not fields:
         raise ValueError("a schema needs at least one field")
-    for behaviour in (False, True):
-        repeated = [
-            n for n, k in Counter(f.name for f in fields if (f.group == "behaviour") == behaviour).items() if k > 1
-        ]
-        if repeated:
-            raise ValueError(f"field names must differ, {repeated[0]} is declared more than once")
+    (_, name), count = Counter((f.group == "behaviour", f.name) for f in fields).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"field names must differ, {name} is declared more than once")
     for key, group in ((user_key, "user"), (item_key, "item")):
         kinds = {f.name: f.kind for f in fields if f.group == group}
         if key is not None and kinds.get(key) != "categorical":
             raise ValueError(f"{group}_key names a categorical {group} field, got {key!r}")
-
-
-def _check_sequences(fields: Sequence[FieldSpec], history_length: int) -> None:
     sources = {f.name for f in fields if (f.group == "item" and f.kind in ("categorical", "multi")) or f.kind == "time"}
     sequences = [f for f in fields if f.kind == "sequence"]
     for field in sequences:
@@ -253,8 +247,7 @@ def _fit(spec: FieldSpec, columns: Columns) -> Field:
         raise SchemaError(f"field {spec.name}: no such column; there are {', '.join(sorted(columns))}")
     column = columns[spec.name]
     if spec.kind == "numeric":
-        shift, scale = _statistics(spec, column)
-        return Field(**{**declared, "shift": shift, "scale": scale})
+        return Field(**{**declared, **_statistics(spec, column)})
     values = _listed(column)
     if spec.kind == "categorical":
         return Field(**{**declared, "vocabulary": _vocabulary(spec, values)})
@@ -283,18 +276,25 @@ def _vocabulary(spec: FieldSpec, values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(value for value, _ in sorted(kept, key=lambda item: (-item[1], item[0])))
 
 
-def _statistics(spec: FieldSpec, column: Column) -> tuple[float, float]:
+def _statistics(spec: FieldSpec, column: Column) -> dict[str, float]:
+    listed = _listed(column)
+    wrong = next((v for v in listed if isinstance(v, str | bool)), None)  # numpy would take "3.5" and True for numbers
     try:
-        values = np.array([math.nan if v is None else v for v in _listed(column)], dtype=np.float64)
-    except (TypeError, ValueError) as err:
+        values = np.array([math.nan if v is None else v for v in listed], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as err:
         raise SchemaError(f"field {spec.name}: kind numeric wants numbers ({err})") from err
+    if wrong is not None:
+        raise SchemaError(f"field {spec.name}: kind numeric wants numbers, got {wrong!r:.80}")
     values = values[~np.isnan(values)]
     if values.size == 0:
         raise SchemaError(f"field {spec.name}: no number in the training part")
     if not np.isfinite(values).all():
         raise SchemaError(f"field {spec.name}: infinite values in the training part")
-    if spec.normalise == "standard":
-        shift, scale = float(values.mean()), float(values.std())
-    else:
-        shift, scale = float(values.min()), float(values.max() - values.min())
-    return shift, scale if scale > 0 else 1.0
+    low, high = float(values.min()), float(values.max())
+    if low == high:  # asked first: the mean of equal numbers may round to another
+        return {"shift": low, "scale": 1.0}
+    with np.errstate(over="ignore", invalid="ignore"):
+        shift, scale = (values.mean(), values.std()) if spec.normalise == "standard" else (low, high - low)
+    if not (np.isfinite(shift) and np.isfinite(scale) and scale > 0):
+        raise SchemaError(f"field {spec.name}: numbers from {low:g} to {high:g} have no mean and spread in a double")
+    return {"shift": float(shift), "scale": float(scale)}

@@ -6,9 +6,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from service import redis_server
 from service.redis_server import NoRedisServer, RedisServer
+
+# A law holds however slow the machine is.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

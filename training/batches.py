@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.artifact import request_from_json
 from models.encoding import Arrays, Encoder, Request
+from models.requests import request_from_json
 from models.schema import Schema, SchemaError
 from training.errors import UserError
 
@@ -94,9 +94,10 @@ class Prepared:
         windows = (
             [_map(folder / f"{side}.npy") for side in ("start", "end")] if sequences else [np.empty(0, np.int64)] * 2
         )
-        lengths = {
-            name: len(array) for name, array in {**inputs, "label": label, "group": group, "request": request}.items()
-        }
+        own = {**inputs, "label": label, "group": group, "request": request}
+        if sequences:
+            own |= {"start": windows[0], "end": windows[1]}
+        lengths = {name: len(array) for name, array in own.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"{folder}: damaged data set, its arrays have different lengths: {lengths}")
         return Rows(
@@ -122,9 +123,12 @@ class Prepared:
         """The raw requests that an artifact carries."""
         file = self.path / "golden.json"
         try:
-            return [request_from_json(values) for values in json.loads(file.read_bytes())]
+            requests = [request_from_json(values) for values in json.loads(file.read_bytes())]
         except (OSError, ValueError, KeyError, TypeError) as err:
-            raise UserError(f"{file}: missing or damaged, prepare the data set again ({err})") from err
+            raise UserError(f"{file}: missing or damaged, prepare the data set again ({err!r})") from err
+        if not requests:
+            raise UserError(f"{file}: damaged, prepare the data set again (it holds no requests)")
+        return requests
 
 
 def num_batches(num_rows: int, batch_size: int) -> int:
@@ -155,7 +159,7 @@ def _map(file: Path) -> NDArray[Any]:
     try:
         # A plain view: indexing a np.memmap object costs several times the gather itself.
         return np.asarray(np.load(file, mmap_mode="r"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, EOFError) as err:
         raise UserError(f"{file}: missing or damaged, prepare the data set again ({err})") from err
 
 

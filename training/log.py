@@ -58,6 +58,23 @@ def complete(log: Log) -> pl.DataFrame:
     )
 
 
+def write_parquet(table: pl.DataFrame, file: Path) -> None:
+    """Raises UserError where the file cannot be written: a full disk is to polars a fault of the format."""
+    try:
+        table.write_parquet(file)
+    except pl.exceptions.PolarsError as err:
+        raise UserError(f"cannot write {file}: {err}") from err
+
+
+def check_ids(kind: str, used: pl.Series, file: Path, known: pl.Series, table: Path) -> None:
+    """Raises UserError unless every id used in a log's `file` stands in its `table`, once."""
+    if known.is_duplicated().any():
+        raise UserError(f"{table}: holds {kind} {known.filter(known.is_duplicated())[0]} more than once")
+    unknown = used.filter(~used.is_in(known.implode()))
+    if unknown.len():
+        raise UserError(f"{file}: holds {kind} {unknown[0]}, which is not in {table.name}")
+
+
 def split_by_time(ts: NDArray[np.float64], *, valid: float, test: float) -> pl.Series:
     """The part of each row of a log in time order: the last `test` share of rows, the `valid` share before it.
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import CTRModel
-from training import checkpoint, metrics
+from training import checkpoint, metrics, optimizers
 from training.batches import Batch, Rows, in_order, num_batches, shuffled
 from training.checkpoint import State
 from training.config import Run
@@ -33,7 +33,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
     """
     if not 0 < valid.label.mean() < 1:
         raise UserError(f"the valid part's {len(valid)} rows need both clicks and non-clicks, to tell when to stop")
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr)
+    optimizer = optimizers.build(model, run)
     state, saved = State(), folder / "checkpoint.pt"
     if saved.exists():
         state = checkpoint.load(saved, model, optimizer)

@@ -61,7 +61,7 @@ def logloss(label: Vector, prob: Vector) -> float:
 
 def normalised_entropy(label: Vector, prob: Vector) -> float:
     """Logloss over that of always predicting the parts' click rate: below 1 is better than knowing nothing."""
-    rate = float(np.mean(label))
+    rate = float(np.mean(label, dtype=np.float64))
     if rate in (0.0, 1.0):
         return math.nan
     return logloss(label, prob) / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))

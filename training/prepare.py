@@ -14,26 +14,26 @@ Rows stand in time order, rows of one time in the order of the file.
 
 import hashlib
 import json
-import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
-from numpy.lib.format import open_memmap
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
-from models.artifact import request_to_json
 from models.encoding import Arrays, Encoder, EncodingError
+from models.requests import request_to_json
 from models.schema import Column, Columns, Group, Schema, SchemaError, SchemaSpec
 from training.datasets import frappe, movielens, simulated, tabular
 from training.errors import UserError
 from training.golden import golden_requests
 from training.history import clicks_of, windows
-from training.log import PARTS, Log, complete
+from training.log import PARTS, Log, complete, write_parquet
 from training.progress import bar, say
 
 DATASETS: Mapping[str, Callable[[Path], Log]] = {
@@ -110,20 +110,21 @@ def _fit(spec: SchemaSpec, rows: pl.DataFrame) -> Schema:
 def _write_part(folder: Path, rows: pl.DataFrame, clicks: pl.DataFrame, schema: Schema, truth: tuple[str, ...]) -> None:
     folder.mkdir()
     encoder = Encoder(schema)
-    files: dict[str, np.memmap[Any, Any]] = {}
-    with bar(f"encoding {folder.name}", rows.height) as advance:
+    files: dict[str, BinaryIO] = {}
+    with ExitStack() as opened, bar(f"encoding {folder.name}", rows.height) as advance:
         for first in range(0, rows.height, BLOCK):
             block = rows.slice(first, BLOCK)
             arrays = encoder.encode_requests(columns(block, schema, "user", "context"), block["ts"].to_numpy())
             arrays |= encoder.encode_items(columns(block, schema, "item"), block.height)
             for name, array in _compact(arrays).items():
                 if name not in files:
+                    files[name] = opened.enter_context((folder / f"{name}.npy").open("wb"))
                     shape = (rows.height, *array.shape[1:])
-                    files[name] = open_memmap(folder / f"{name}.npy", mode="w+", dtype=array.dtype, shape=shape)
-                files[name][first : first + block.height] = array
+                    header = {**header_data_from_array_1_0(array), "fortran_order": False, "shape": shape}
+                    write_array_header_1_0(files[name], header)
+                # Not through a memory map: on a full disk that ends the process with SIGBUS.
+                files[name].write(array.tobytes())
             advance(block.height)
-    for file in files.values():
-        file.flush()
     np.save(folder / "label.npy", rows["label"].to_numpy().astype(np.float32))
     np.save(folder / "group.npy", rows["group"].to_numpy())
     np.save(folder / "request.npy", rows["request"].to_numpy().astype(np.int64))
@@ -151,14 +152,14 @@ def _write_raw(folder: Path, rows: pl.DataFrame, clicks: pl.DataFrame, log: Log)
     folder.mkdir()
     test = rows.filter(pl.col("part") == "test")
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
-    test.select("request", "user", "item", "ts", "label", *context, *log.truth).write_parquet(folder / "test.parquet")
+    write_parquet(test.select("request", "user", "item", "ts", "label", *context, *log.truth), folder / "test.parquet")
     before = clicks.filter(pl.col("ts") < test["ts"][0]).sort("ts", maintain_order=True)
-    before.select("user", "item", "ts").write_parquet(folder / "behaviours.parquet")
+    write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
     for key in ("user", "item"):
         own = log.spec.user_key if key == "user" else log.spec.item_key
         features = [f.name for f in log.spec.fields if f.group == key and f.name != own]
         newest = rows.filter(pl.col(key).is_not_null()).unique(key, keep="last", maintain_order=True)
-        newest.select(pl.col(key).alias("id"), *features).write_parquet(folder / f"{key}s.parquet")
+        write_parquet(newest.select(pl.col(key).alias("id"), *features), folder / f"{key}s.parquet")
 
 
 def _about(log: Log, rows: pl.DataFrame, clicks: pl.DataFrame, schema: Schema) -> dict[str, Any]:
@@ -194,7 +195,9 @@ def _check_target(out: Path) -> None:
 @contextmanager
 def _draft(out: Path) -> Iterator[Path]:
     """A folder that takes the name `out` when the block ends well, and vanishes when it does not."""
-    draft, old = (out.with_name(f".{out.name}.{state}-{os.getpid()}") for state in ("writing", "old"))
+    # Not by process id: in another container another job has the same one, or a killed one had it.
+    token = secrets.token_hex(4)
+    draft, old = (out.with_name(f".{out.name}.{state}-{token}") for state in ("writing", "old"))
     try:
         draft.mkdir(parents=True)
     except OSError as err:
@@ -205,5 +208,7 @@ def _draft(out: Path) -> Iterator[Path]:
             out.rename(old)
         draft.rename(out)
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -10,6 +10,7 @@ RUN/epochs.png, RUN/reliability.png
 RUN/checkpoint.pt         while it is trained
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
 from safetensors.torch import save as save_weights
 
@@ -26,6 +28,7 @@ from models import zoo
 from models.artifact import ArtifactError
 from models.blocks import CTRModel
 from models.calibration import Calibration
+from models.encoding import EncodingError
 from models.schema import Schema
 from training import calibrate, loop, metrics, recipes, report
 from training.batches import Prepared
@@ -69,15 +72,14 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
         return wanted
     if not resume:
         raise UserError(f"{path} already holds a run; add --resume to go on with it, or name another folder")
-    config = _json(file)
-    saved = Run.from_json(config["run"])
+    saved, seen, threads = _begun(file)
     change = difference(saved, wanted) if recipe or settings or model != saved.model else None
     if change is not None:
         raise UserError(f"{path} cannot be resumed with other settings: {change}")
-    if not _identity(data).items() <= config["data"].items():
-        raise UserError(f"{path} cannot be resumed on other data: it was begun on {config['data']['path']}")
+    if not _identity(data).items() <= seen.items():
+        raise UserError(f"{path} cannot be resumed on other data: it was begun on {seen['path']}")
     # Sums of floats depend on how they are shared out, so the same bits need the same number of threads.
-    torch.set_num_threads(config["threads"])
+    torch.set_num_threads(threads)
     return saved
 
 
@@ -95,7 +97,8 @@ def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     parts = {part: data.rows(part) for part in ("train", "valid", "test")}
     done = loop.fit(model, parts["train"], parts["valid"], run, folder=path, report=say)
 
-    write_atomically(path / "weights.safetensors", save_weights(model.state_dict()))
+    weights = save_weights(model.state_dict())
+    write_atomically(path / "weights.safetensors", weights)
     valid_logits = loop.predict(model, parts["valid"], "valid")
     calibration = calibrate.fit(valid_logits, parts["valid"].label)
     write_atomically(path / "calibration.json", calibration.model_dump_json(indent=2).encode())
@@ -104,6 +107,7 @@ def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
         "model": run.model,
         "dataset": data.name,
         "data_hash": data.data_hash,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "seed": run.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": done.epoch,
@@ -125,23 +129,26 @@ def read(path: Path) -> Trained:
     if not (path / "metrics.json").exists():
         what = "a run that is not finished; train it with --resume" if (path / "config.json").exists() else "no run"
         raise UserError(f"{path} holds {what}")
-    config, schema = _json(path / "config.json"), _schema(path)
-    run = Run.from_json(config["run"])
+    (run, seen, _), schema, figures = _begun(path / "config.json"), _schema(path), _json(path / "metrics.json")
     model = _build(run, schema)
     try:
-        model.load_state_dict(load_weights((path / "weights.safetensors").read_bytes()))
+        weights = (path / "weights.safetensors").read_bytes()
+        found = hashlib.sha256(weights).hexdigest()
+        if found != figures.get("weights_sha256", found):
+            raise UserError(f"{path}: damaged run, train it again (other weights than metrics.json tells of)")
+        model.load_state_dict(load_weights(weights))
         calibration = Calibration.model_validate_json((path / "calibration.json").read_bytes())
-    except (OSError, ValueError, RuntimeError) as err:
-        raise UserError(f"{path}: damaged run, train it again ({err})") from err
+    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
+        raise UserError(f"{path}: damaged run, train it again ({str(err).splitlines()[0]})") from err
     return Trained(
         path=path,
         run=run,
-        data=Path(config["data"]["path"]),
-        data_hash=config["data"]["data_hash"],
+        data=Path(seen["path"]),
+        data_hash=seen["data_hash"],
         schema=schema,
         model=model.eval(),
         calibration=calibration,
-        metrics=_json(path / "metrics.json"),
+        metrics=figures,
     )
 
 
@@ -173,7 +180,7 @@ def export(trained: Trained, out: Path) -> Path:
             data_hash=trained.data_hash,
             out=out,
         )
-    except (ExportError, ArtifactError, OSError) as err:
+    except (ExportError, ArtifactError, EncodingError, OSError) as err:
         raise UserError(f"{trained.path} was not exported: {err}") from err
 
 
@@ -195,6 +202,16 @@ def _identity(data: Prepared) -> dict[str, str]:
     return {"data_hash": data.data_hash, "schema_fingerprint": data.schema.fingerprint}
 
 
+def _begun(file: Path) -> tuple[Run, dict[str, str], int]:
+    """What `begin` wrote down: the run, the data it saw, the threads it has."""
+    config = _json(file)
+    try:
+        seen = {name: str(config["data"][name]) for name in ("path", "data_hash", "schema_fingerprint")}
+        return Run.from_json(config["run"]), seen, int(config["threads"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise UserError(f"{file}: damaged ({err!r})") from err
+
+
 def _build(run: Run, schema: Schema) -> CTRModel:
     try:
         return zoo.build(run.model, run.model_config, schema)
@@ -214,4 +231,6 @@ def _json(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_bytes())
     except (OSError, ValueError) as err:
         raise UserError(f"{file}: missing or damaged ({err})") from err
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: damaged (expected a JSON object)")
     return content

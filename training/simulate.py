@@ -37,6 +37,7 @@ import numpy as np
 import polars as pl
 
 from training.errors import UserError
+from training.log import write_parquet
 from training.progress import Advance, bar
 from training.truth import expected_auc, expected_logloss
 from training.world import (
@@ -87,9 +88,9 @@ def simulate(out: Path, users: int, items: int, rows: int, seed: int) -> dict[st
     about = {"users": users, "items": items, "rows": impressions.height, "seed": seed, "intercept": intercept}
     about |= {"click_rate": float(clicks_RS.mean())} | _best(impressions)
     _make(out)
-    impressions.write_parquet(out / "impressions.parquet")
-    people.table().write_parquet(out / "users.parquet")
-    ads.table().write_parquet(out / "ads.parquet")
+    write_parquet(impressions, out / "impressions.parquet")
+    write_parquet(people.table(), out / "users.parquet")
+    write_parquet(ads.table(), out / "ads.parquet")
     (out / "simulation.json").write_text(json.dumps(about, indent=2))
     print(
         f"wrote {out}: {impressions.height:,} impressions, click rate {about['click_rate']:.4f},"

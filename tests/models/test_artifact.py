@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,98 @@ def test_golden_requests_that_encode_differently_are_refused(tmp_path):
 
     with pytest.raises(ArtifactError, match="item.ad encodes to other values"):
         artifact.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.pop("requests"), "expected requests, arrays and logits .*'requests'"),
+        (lambda g: g.update(requests=[]), "expected requests, it holds none"),
+        (lambda g: g.update(requests=[1]), "expected requests, arrays and logits"),
+        (lambda g: g.update(arrays=[1]), "expected requests, arrays and logits"),
+        (lambda g: g["requests"][0].update(user=5), "golden.json: "),
+        (lambda g: g["requests"][0].update(num_items="2"), "golden.json: "),
+        (lambda g: g["arrays"].update({"item.ad": [2.5, 1, 2, 1]}), "item.ad encodes to other values"),
+        (lambda g: g["arrays"].update({"item.ad": ["a"]}), "item.ad encodes to other values"),
+        (lambda g: g["arrays"].update({"item.ad": [[2], [1, 2]]}), "expected requests, arrays and logits"),
+        (lambda g: g["arrays"].pop("user_index"), "user_index encodes to other values"),
+        (lambda g: g.update(logits=[0.1]), "a finite logit for each of 4 candidates"),
+        (lambda g: g.update(logits=[0.1, float("nan"), 0.3, 0.4]), "a finite logit for each of 4 candidates"),
+    ],
+)
+def test_golden_rows_of_another_shape_are_one_clear_error(tmp_path, change, message):
+    path = written(tmp_path)
+    golden = json.loads((path / "golden.json").read_text())
+    change(golden)
+    content = json.dumps(golden).encode()
+    (path / "golden.json").write_bytes(content)
+    rewrite(path, lambda m: m["files"].update({"golden.json": artifact._sha256(content)}))
+
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["inputs"][0].update(dtype="int64"), "the schema makes no input .*user.age"),
+        (lambda m: m["inputs"].append({"name": "x", "dtype": "int64", "dims": ["U"]}), "the schema makes no input"),
+        (lambda m: m.update(outputs=["prob", "logit"]), "at outputs.0"),
+        (lambda m: m["files"].pop("golden.json"), "does not list golden.json"),
+        (lambda m: m["files"].update({"..": "0"}), "named in the manifest but unreadable"),
+        (lambda m: m["files"].update({"a\0b": "0"}), "named in the manifest but unreadable"),
+    ],
+)
+def test_a_manifest_that_contradicts_its_folder_is_refused(tmp_path, change, message):
+    path = written(tmp_path)
+    rewrite(path, change)
+
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(path)
+
+
+def test_what_a_killed_export_left_behind_is_in_nobodys_way(tmp_path):
+    (tmp_path / "toy" / f".writing-{os.getpid()}").mkdir(parents=True)
+
+    path = written(tmp_path)
+
+    assert artifact.resolve(tmp_path, "toy") == path
+
+
+def test_exports_that_take_the_same_version_at_once_both_end_up_whole(tmp_path, monkeypatch):
+    first: list[Path] = []
+    read = artifact.read
+
+    def another_export_is_faster(path):
+        if not first:
+            first.append(path)
+            first[0] = written(tmp_path)
+        return read(path)
+
+    monkeypatch.setattr(artifact, "read", another_export_is_faster)
+    second = written(tmp_path)
+
+    assert first[0] != second
+    assert [read(path).manifest.version for path in (first[0], second)] == [first[0].name, second.name]
+    assert {p.name for p in (tmp_path / "toy").iterdir()} == {first[0].name, second.name, "current.json"}
+
+
+@pytest.mark.parametrize("version", ["..", ".", "", "../toy/1", "/tmp", ".writing-1"])
+def test_a_version_is_no_path(tmp_path, version):
+    written(tmp_path)
+    (tmp_path / "toy" / ".writing-1").mkdir()
+
+    with pytest.raises(ArtifactError, match="no such artifact folder"):
+        artifact.resolve(tmp_path, "toy", version)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'"1"'])
+def test_a_broken_pointer_is_one_clear_error(tmp_path, content):
+    written(tmp_path)
+    (tmp_path / "toy" / "current.json").write_bytes(content)
+
+    with pytest.raises(ArtifactError, match="current.json: expected"):
+        artifact.resolve(tmp_path, "toy")
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])

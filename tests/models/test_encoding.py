@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -192,6 +194,47 @@ def test_a_list_and_an_array_of_the_same_values_encode_alike():
         np.testing.assert_array_equal(listed["item.ad"], arrayed["item.ad"])
 
 
+def test_numpys_own_numbers_in_a_list_are_numbers():
+    ads: list[Any] = [np.int64(1), np.int64(99), np.float32(3.0), np.float32("nan"), np.bool_(1)]
+    prices: list[Any] = [np.int64(2), np.float32(2.0), 2, None]
+
+    tags: list[Any] = [np.array(["b", "a"])] * 5
+
+    encoded = ENCODER.encode_items({"ad": ads, "tags": tags}, 5)
+
+    assert encoded["item.ad"].tolist() == [2, OOV, 4, PAD, 2]
+    assert encoded["item.tags"].tolist() == [[3, 2]] * 5
+    assert ENCODER.encode_items({"price": prices}, 4)["item.price"].tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_an_infinite_category_is_the_one_value_it_was_in_training():
+    schema = SchemaSpec(fields=(FieldSpec(name="x", kind="categorical", group="item"),)).fit(
+        {"x": [float("inf"), -float("inf"), "nan"]}
+    )
+
+    encoded = Encoder(schema).encode_items({"x": [float("inf"), "inf", "nan", float("nan")]}, 4)
+
+    assert encoded["item.x"].tolist() == [3, 3, 4, PAD]
+
+
+def test_an_absent_value_takes_no_place_in_a_list():
+    encoded = ENCODER.encode_items({"tags": [[None, "b", "", "a"], [float("nan")], ["a", None]]}, 3)
+
+    assert encoded["item.tags"].tolist() == [[3, 2], [PAD, PAD], [2, PAD]]
+
+
+@pytest.mark.parametrize("ts", [float("nan"), float("inf"), -1e300])
+def test_a_time_that_is_none_is_refused_where_a_clock_field_needs_it(ts):
+    with pytest.raises(EncodingError, match="field hour, row 0: expected a time in Unix seconds"):
+        ENCODER.encode(request(ts=ts))
+
+
+def test_the_clock_is_right_before_1970_and_far_from_now():
+    assert ENCODER.encode(request(ts=-1.0))["ctx.hour"].tolist() == [23 + 2]
+    assert ENCODER.encode(request(ts=-1.0))["ctx.weekday"].tolist() == [2 + 2]
+    assert ENCODER.encode(request(ts=9e11))["ctx.hour"].tolist() == [int(9e11 // 3600 % 24) + 2]
+
+
 def test_concat_points_every_candidate_at_its_own_user():
     one = ENCODER.encode(request())
     two = ENCODER.encode(request(user={"user": "u2"}, num_items=1, items={"ad": [3]}))
@@ -214,6 +257,7 @@ def test_concat_points_every_candidate_at_its_own_user():
         ({"price": [1.0, "9.5", 2.0]}, "price", 1, "a number"),
         ({"price": [True, 1, 2]}, "price", 0, "a number"),
         ({"price": [1.0, 1.0, float("inf")]}, "price", 2, "a finite number"),
+        ({"ad": [1, b"2", 3]}, "ad", 1, "a string or a number"),
         ({"price": [1.0, 10**400, 1.0]}, "price", 1, "a number that fits a double"),
     ],
 )
@@ -225,6 +269,12 @@ def test_a_value_of_the_wrong_type_names_its_field_and_row(items, field, row, ex
 
 
 def test_an_absurd_number_stays_within_float32():
-    arrays = ENCODER.encode(request(items={"price": [1e300, -1e300, 2.0]}))
+    arrays = ENCODER.encode(request(items={"price": [1.7e308, -1.7e308, 2.0]}))
 
     assert arrays["item.price"].tolist() == [100.0, -100.0, 1.0]
+
+
+def test_a_number_far_beyond_a_tiny_scale_stays_within_float32_too():
+    schema = SchemaSpec(fields=(FieldSpec(name="x", kind="numeric", group="item"),)).fit({"x": [0.0, 1e-9]})
+
+    assert Encoder(schema).encode_items({"x": [1e308]}, 1)["item.x"].tolist() == [100.0]

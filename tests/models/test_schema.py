@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.schema import FieldSpec, Schema, SchemaError, SchemaSpec, canonical
+from models.schema import Field, FieldSpec, Schema, SchemaError, SchemaSpec, canonical
 
 
 def spec(*fields: FieldSpec, **options) -> SchemaSpec:
@@ -47,6 +47,12 @@ def test_a_constant_number_has_scale_one():
     schema = spec(PRICE).fit({"price": np.array([7, 7])})
 
     assert (schema.field("price").shift, schema.field("price").scale) == (7.0, 1.0)
+
+
+def test_a_constant_number_is_its_own_centre_however_its_mean_rounds():
+    schema = spec(PRICE).fit({"price": [0.1, 0.1, 0.1]})
+
+    assert (schema.field("price").shift, schema.field("price").scale) == (0.1, 1.0)
 
 
 def test_min_max_maps_the_training_range_to_0_and_1():
@@ -130,6 +136,10 @@ def test_a_field_whose_options_do_not_fit_its_kind_is_refused(options, message):
         (PRICE, {"price": ["cheap"]}, "field price: kind numeric wants numbers"),
         (PRICE, {"price": [None]}, "field price: no number in the training part"),
         (PRICE, {"price": [float("inf")]}, "field price: infinite"),
+        (PRICE, {"price": ["3.5"]}, "field price: kind numeric wants numbers, got '3.5'"),
+        (PRICE, {"price": [1, True]}, "field price: kind numeric wants numbers, got True"),
+        (PRICE, {"price": [10**400]}, "field price: kind numeric wants numbers"),
+        (PRICE, {"price": [1e308, -1e308]}, "field price: numbers from -1e.308 to 1e.308 have no mean and spread"),
         (TAGS, {"tags": ["x"]}, "field tags: kind multi wants a list"),
     ],
 )
@@ -141,6 +151,21 @@ def test_columns_that_cannot_be_fitted_are_named(field, columns, message):
 def test_a_schema_file_of_another_shape_is_one_clear_error():
     with pytest.raises(SchemaError, match="not a fitted schema: at fields"):
         Schema.from_json('{"user_key": null, "item_key": null, "history_length": 0}')
+
+
+@pytest.mark.parametrize(
+    ("fitted", "message"),
+    [
+        ({"vocabulary": ["a", "a"]}, "are different, and none is empty"),
+        ({"vocabulary": ["a", ""]}, "are different, and none is empty"),
+        ({"kind": "numeric", "shift": 0.0, "scale": 1.0, "vocabulary": ["a"]}, "others have none"),
+        ({"kind": "numeric", "shift": 0.0, "scale": float("inf")}, "finite number"),
+        ({}, "need a vocabulary"),
+    ],
+)
+def test_a_fitted_field_that_contradicts_itself_is_refused(fitted, message):
+    with pytest.raises(ValidationError, match=message):
+        Field.model_validate({"name": "f", "kind": "categorical", "group": "user", **fitted})
 
 
 @given(st.integers(-(2**62), 2**62))

@@ -141,3 +141,29 @@ def test_damaged_data_is_refused_naming_the_file(tmp_path):
         data.rows("valid")
     with pytest.raises(UserError, match=r"golden\.json"):
         data.golden_requests()
+
+
+@pytest.mark.parametrize("file", ["label", "start"])
+def test_an_empty_file_is_one_clear_error(tmp_path, file):
+    data = write_prepared(tmp_path / "data", num_rows=200)
+    (data / "train" / f"{file}.npy").write_bytes(b"")
+
+    with pytest.raises(UserError, match=f"{file}.npy: missing or damaged"):
+        Prepared.open(data).rows("train")
+
+
+def test_histories_of_other_rows_are_refused(tmp_path):
+    data = write_prepared(tmp_path / "data", num_rows=200)
+    np.save(data / "train" / "end.npy", np.load(data / "train" / "end.npy")[:-1])
+
+    with pytest.raises(UserError, match="arrays have different lengths"):
+        Prepared.open(data).rows("train")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", "[{}]"])
+def test_damaged_golden_requests_are_one_clear_error(tmp_path, content):
+    data = write_prepared(tmp_path / "data", num_rows=200)
+    (data / "golden.json").write_text(content)
+
+    with pytest.raises(UserError, match="golden.json: .*damaged, prepare the data set again"):
+        Prepared.open(data).golden_requests()

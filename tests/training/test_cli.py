@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -148,7 +150,7 @@ def test_a_run_is_not_evaluated_on_data_of_another_schema(run, tmp_path, capsys)
         (["train", "bert", "--data", "d", "--out", "r"], "invalid choice: 'bert' (choose from"),
         (["train", "stec", "--out", "r"], "required: --data"),
         (["train", "stec", "--data", "nowhere", "--out", "r"], "nowhere is no prepared data set"),
-        (["train", "stec", "--data", "d", "--out", "r", "--threads", "0"], "whole number of at least 1, got '0'"),
+        (["train", "stec", "--data", "d", "--out", "r", "--threads", "0"], "at least 1 and below 10^12, got '0'"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "--out", "a"], "nowhere holds no run"),
         (["prepare", "frappe", "--source", "nowhere", "--out", "d"], "nowhere: no such file"),
@@ -164,6 +166,52 @@ def test_a_folder_with_something_else_in_it_is_left_alone(data, tmp_path, capsys
     (tmp_path / "thesis.txt").write_text("years of work")
 
     assert "found something else there" in refused(capsys, "train", "lr", "--data", data, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("weights.safetensors", lambda old: old[:40], "damaged run, train it again"),
+        (
+            "weights.safetensors",
+            lambda old: old[:-1] + bytes([old[-1] ^ 64]),
+            "other weights than metrics.json tells",
+        ),
+        ("config.json", lambda _: b"{}", "config.json: damaged"),
+        ("config.json", lambda _: b"[]", "config.json: damaged"),
+        ("metrics.json", lambda _: b"[]", "metrics.json: damaged"),
+        ("calibration.json", lambda _: b"[]", "damaged run, train it again"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error(run, tmp_path, capsys, file, content, message):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / file).write_bytes(content((run / file).read_bytes()))
+
+    assert message in refused(capsys, "evaluate", copy)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    assert "Not a directory" in refused(capsys, "train", "lr", "--data", data, "--out", tmp_path / "file" / "run")
+
+
+def test_more_than_the_memory_holds_is_one_clear_error(tmp_path, capsys, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("training.simulate.simulate", no_memory)
+
+    words = ["simulate", "--out", "x", "--users", "5", "--items", "40", "--rows", "80", "--seed", "1"]
+    assert "not enough memory" in refused(capsys, *words)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
+def test_a_full_disk_is_one_clear_error(run, tmp_path, capsys, name):
+    (tmp_path / name).symlink_to("/dev/full")
+
+    assert "No space left on device" in refused(capsys, "evaluate", run, "--predictions", tmp_path / name)
 
 
 def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):

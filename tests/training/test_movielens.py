@@ -55,8 +55,10 @@ def test_profile_genres_and_year_stand_in_every_row(source):
         ),
         ("ratings.dat", b"1::1::five::978300760\n", r"ratings.dat, line 1: expected user::item::rating::ts"),
         ("ratings.dat", b"", r"ratings.dat, line 1: .* got an empty file"),
-        ("ratings.dat", b"1::9::5::978300760\n", r"ratings.dat: rates item 9, which is not in movies.dat"),
-        ("users.dat", b"1::F::1::10::48067\n", r"ratings.dat: rates user 2, which is not in users.dat"),
+        ("ratings.dat", b"1::9::5::978300760\n", r"ratings.dat: holds item 9, which is not in movies.dat"),
+        ("users.dat", b"1::F::1::10::48067\n", r"ratings.dat: holds user 2, which is not in users.dat"),
+        ("ratings.dat", b"1::1::5::99999999999999999999\n", r"ratings.dat, line 1: expected user::item::rating::ts"),
+        ("users.dat", b"1::F::1::10::48067\n" * 2, r"users.dat: holds user 1 more than once"),
         ("users.dat", b"1::F::1\n", r"users.dat, line 1: expected user::gender::age::occupation::zip"),
     ],
 )

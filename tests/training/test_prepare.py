@@ -1,13 +1,15 @@
 """Prepared data: what stands on disk is what the request form encodes, and nothing leaks from later rows."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from models.artifact import request_from_json
 from models.encoding import Encoder, Event, Request, concat
+from models.requests import request_from_json
 from models.schema import OOV, PAD, Schema
 from training import prepare as module
 from training.errors import UserError
@@ -210,6 +212,24 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_what_was_there(data, source, 
 
     assert [f.name for f in tmp_path.iterdir()] == ["prepared"]
     assert (out / "dataset.json").read_bytes() == before
+
+
+def test_an_interruption_between_two_renames_keeps_what_was_there(source, tmp_path, monkeypatch):
+    out, killed_before = tmp_path / "prepared", tmp_path / f".prepared.writing-{os.getpid()}"
+    killed_before.mkdir()
+    prepare("simulated", source, out)
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target == out and ".writing-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("simulated", source, out)
+
+    assert [f.parent.name for f in tmp_path.rglob("dataset.json")] == ["prepared"]
 
 
 def test_a_folder_with_something_else_in_it_is_not_replaced(source, tmp_path):

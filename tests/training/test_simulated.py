@@ -163,3 +163,32 @@ def test_a_damaged_file_is_refused(tmp_path):
 
     with pytest.raises(UserError, match=r"ads.parquet: not a Parquet file that can be read"):
         simulated.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("impressions", {"click": pl.col("click") * 2}, "expected a finite ts and a click of 0 or 1"),
+        ("impressions", {"click": pl.col("click").cast(pl.String)}, "column click: expected Int8"),
+        ("impressions", {"ts": pl.col("ts") * float("nan")}, "expected a finite ts and a click of 0 or 1"),
+        ("impressions", {"ts": pl.lit(None, pl.Float64)}, "column ts: expected Float64 in every row"),
+        ("impressions", {"ad": pl.lit("ad99")}, "holds ad ad99, which is not in ads.parquet"),
+        ("ads", {"id": pl.lit("ad1")}, "ads.parquet: holds ad ad1 more than once"),
+        ("ads", {"price": pl.col("price").cast(pl.String)}, "column price: expected Float64"),
+    ],
+)
+def test_a_log_with_other_values_is_refused(tmp_path, file, change, message):
+    simulate(tmp_path, users=10, items=40, rows=80, seed=1)
+    table = pl.read_parquet(tmp_path / f"{file}.parquet").with_columns(**change)
+    table.write_parquet(tmp_path / f"{file}.parquet")
+
+    with pytest.raises(UserError, match=message):
+        simulated.load(tmp_path)
+
+
+def test_a_log_without_rows_is_refused(tmp_path):
+    simulate(tmp_path, users=10, items=40, rows=80, seed=1)
+    pl.read_parquet(tmp_path / "impressions.parquet").clear().write_parquet(tmp_path / "impressions.parquet")
+
+    with pytest.raises(UserError, match="impressions.parquet: expected rows, the file holds none"):
+        simulated.load(tmp_path)

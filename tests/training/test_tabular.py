@@ -168,6 +168,7 @@ LINE_5 = "u0,300,03,3,a|b,1\n"
         (LINE_5, "u0,,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds .* got None"),
         (CSV, "", r"log.csv: expected rows, the file holds none"),
         (CSV, "who,at,ad,price,tags,click\n", r"log.csv: expected rows, the file holds none"),
+        ("price", "ad", r"log.csv: expected different column names, got 'ad' more than once"),
         ("price", "cost", r"log.csv: no column price; there are who, at, ad, cost, tags, click"),
     ],
 )
@@ -186,6 +187,8 @@ def test_what_is_wrong_in_a_csv_file_is_told_by_line_and_column(load, old, new, 
         ({"split": {"by": "moon"}}, r"log.yaml, at split: .*'moon'"),
         ({"split": {"by": "time", "valid": 0.5, "test": 0.5}}, r"valid and test leave no rows to train on"),
         ({"split": {"by": "time", "valid": 2}}, r"log.yaml, at split.time.valid: .*less than 1, got 2"),
+        ({"label": "price"}, r"field price: the label is what a model is to predict"),
+        ({"delimiter": "\u00a7"}, r"log.yaml, at delimiter: .* got '\u00a7'"),
         ({"timestamp": None}, r"a history needs the columns of user, item and timestamp"),
         ({"timestamp": None, "history_length": 0, "fields": FIELDS[:2]}, r"need the column of the timestamp"),
         (

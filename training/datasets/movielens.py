@@ -11,7 +11,7 @@ import polars as pl
 
 from models.schema import FieldSpec, SchemaSpec
 from training.errors import UserError
-from training.log import Log, split_by_time
+from training.log import Log, check_ids, split_by_time
 
 CLICK_FROM = 4  # stars
 
@@ -44,8 +44,8 @@ def load(source: Path) -> Log:
     ratings = _read(files[0], ("user", "item", "rating", "ts"), numbers=("rating", "ts"))
     users = _read(files[1], ("user", "gender", "age", "occupation", "zip"))
     movies = _read(files[2], ("item", "title", "genres"))
-    _check_known(ratings, users, "user", files)
-    _check_known(ratings, movies, "item", files)
+    check_ids("user", ratings["user"], files[0], users["user"], files[1])
+    check_ids("item", ratings["item"], files[0], movies["item"], files[2])
     rows = (
         ratings.sort("ts", maintain_order=True)
         .with_columns((pl.col("rating") >= CLICK_FROM).cast(pl.Int8).alias("label"), pl.col("ts").cast(pl.Float64))
@@ -71,7 +71,7 @@ def _read(file: Path, names: tuple[str, ...], numbers: tuple[str, ...] = ()) -> 
     lines = pl.Series("line", file.read_bytes().decode("latin-1").splitlines(), dtype=pl.String)
     form = (
         "^"
-        + "::".join(r"(\d+)" if name in numbers else r"(.+?)" if name == names[0] else r"(.*?)" for name in names)
+        + "::".join(r"(\d{1,11})" if name in numbers else r"(.+?)" if name == names[0] else r"(.*?)" for name in names)
         + "$"
     )
     values = lines.str.extract_groups(form).struct.rename_fields(list(names)).struct.unnest()
@@ -81,11 +81,3 @@ def _read(file: Path, names: tuple[str, ...], numbers: tuple[str, ...] = ()) -> 
         got = repr(lines[row]) if len(lines) else "an empty file"
         raise UserError(f"{file}, line {row + 1}: expected {'::'.join(names)}, got {got:.80}")
     return values.with_columns(pl.col(*numbers).cast(pl.Int64)) if numbers else values
-
-
-def _check_known(ratings: pl.DataFrame, table: pl.DataFrame, key: str, files: tuple[Path, ...]) -> None:
-    unknown = ratings.join(table, on=key, how="anti")
-    if unknown.height:
-        raise UserError(
-            f"{files[0]}: rates {key} {unknown[key][0]}, which is not in {files[1 if key == 'user' else 2].name}"
-        )

@@ -1,12 +1,13 @@
 """The log that `training.simulate` wrote."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 
 from models.schema import FieldSpec, SchemaSpec
 from training.errors import UserError
-from training.log import Log, split_by_time
+from training.log import Log, check_ids, split_by_time
 
 SPEC = SchemaSpec(
     user_key="user_id",
@@ -32,19 +33,31 @@ SPEC = SchemaSpec(
     ),
 )
 TRUTH = ("true_ctr", "true_ctr_top", "true_ctr_blind")
-
-
-COLUMNS = {
-    "impressions": ("user", "ts", "ad", "device", "click", *TRUTH),
-    "users": ("id", "gender", "age", "country", "interest"),
-    "ads": ("id", "category", "advertiser", "price", "tags"),
+COLUMNS: Mapping[str, Mapping[str, type[pl.DataType] | pl.DataType]] = {
+    "impressions": {
+        **dict.fromkeys(("user", "ad", "device"), pl.String),
+        "ts": pl.Float64,
+        "click": pl.Int8,
+        **dict.fromkeys(TRUTH, pl.Float64),
+    },
+    "users": dict.fromkeys(("id", "gender", "age", "country", "interest"), pl.String),
+    "ads": {
+        **dict.fromkeys(("id", "category", "advertiser"), pl.String),
+        "price": pl.Float64,
+        "tags": pl.List(pl.String),
+    },
 }
+GIVEN = ("user", "ad", "id", "ts", "click", *TRUTH)
 
 
 def load(source: Path) -> Log:
     """Rows, split by global time 80/10/10. `position` stays out: it is not known when a request is scored."""
     files = {name: source / f"{name}.parquet" for name in COLUMNS}
     impressions, users, ads = (_read(files[name], columns) for name, columns in COLUMNS.items())
+    if not (impressions["ts"].is_finite().all() and impressions["click"].is_in([0, 1]).all()):
+        raise UserError(f"{files['impressions']}: expected a finite ts and a click of 0 or 1 in every row")
+    check_ids("user", impressions["user"], files["impressions"], users["id"], files["users"])
+    check_ids("ad", impressions["ad"], files["impressions"], ads["id"], files["ads"])
     rows = (
         impressions.sort("ts", maintain_order=True)
         .join(users, left_on="user", right_on="id", how="left", maintain_order="left")
@@ -62,12 +75,20 @@ def load(source: Path) -> Log:
     )
 
 
-def _read(file: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    if not file.exists():
+def _read(file: Path, columns: Mapping[str, type[pl.DataType] | pl.DataType]) -> pl.DataFrame:
+    if not file.is_file():
         raise UserError(f"{file}: no such file; `python -m training simulate --out {file.parent}` writes it")
     try:
-        return pl.read_parquet(file, columns=list(columns))
+        table = pl.read_parquet(file, columns=list(columns))
     except pl.exceptions.ColumnNotFoundError as err:
         raise UserError(f"{file}: expected the columns {', '.join(columns)} of a simulated log") from err
     except pl.exceptions.PolarsError as err:
         raise UserError(f"{file}: not a Parquet file that can be read ({err})") from err
+    for name, dtype in columns.items():
+        if table[name].dtype != dtype or (name in GIVEN and table[name].has_nulls()):
+            raise UserError(
+                f"{file}, column {name}: expected {pl.Series(dtype=dtype).dtype} in every row of a simulated log"
+            )
+    if table.is_empty():
+        raise UserError(f"{file}: expected rows, the file holds none")
+    return table

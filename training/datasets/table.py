@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ class Table:
         self.file = file
         self._is_csv = file.suffix != ".parquet"
         if not file.is_file():
-            raise UserError(f"{file}: no such file")
+            raise UserError(f"{file}: {'expected a file, found a folder' if file.is_dir() else 'no such file'}")
         try:
             self._raw = _read_csv(file, delimiter) if self._is_csv else pl.read_parquet(file)
         except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as err:
@@ -84,6 +85,9 @@ def _read_csv(file: Path, delimiter: str) -> pl.DataFrame:
         lines = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             header = next(lines, [])
+            repeated = [name for name, times in Counter(header).items() if times > 1]
+            if repeated:
+                raise UserError(f"{file}: expected different column names, got {repeated[0]!r} more than once")
             for line in lines:
                 if len(line) != len(header):  # polars would fill a truncated line with nothing, silently
                     raise UserError(f"{file}, line {lines.line_num}: expected {len(header)} values, got {len(line)}")

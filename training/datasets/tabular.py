@@ -85,7 +85,7 @@ class Description(_Model):
     timestamp: str | None = None
     history_length: int = 0
     split: Annotated[ByTime | ByHash | ByColumn | ByFiles, Setting(discriminator="by")]
-    delimiter: str = Setting(default=",", min_length=1, max_length=1)
+    delimiter: str = Setting(default=",", pattern=r'^[^\x80-\U0010ffff"\r\n]$')
     separator: str = Setting(default="|", min_length=1)
     fields: tuple[FieldSpec, ...]
 
@@ -106,6 +106,8 @@ class Description(_Model):
         for field in self.fields:
             if field.name in RESERVED and field.name not in (spec.user_key, spec.item_key):
                 raise ValueError(f"field {field.name}: this name has a meaning of its own; rename the column")
+            if field.name == self.label and field.kind != "time":
+                raise ValueError(f"field {field.name}: the label is what a model is to predict, it may not see it")
         if self.history_length and None in (self.user, self.item, self.timestamp):
             raise ValueError("a history needs the columns of user, item and timestamp")
         if self.timestamp is None and (self.split.by == "time" or any(f.kind == "time" for f in self.fields)):
