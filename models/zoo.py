@@ -5,9 +5,19 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from models.baselines import LR, DeepFM, DeepFMConfig, LRConfig
+from models.baselines.autoint import AutoInt, AutoIntConfig
+from models.baselines.bst import BST, BSTConfig
+from models.baselines.cross import DCN, DCNConfig, DCNv2, DCNv2Config, XDeepFM, XDeepFMConfig
+from models.baselines.deep import DeepFM, DeepFMConfig, WideDeep, WideDeepConfig
+from models.baselines.dien import DIEN, DIENConfig
+from models.baselines.din import DIN, DINConfig
+from models.baselines.dmr import DMR, DMRConfig
+from models.baselines.finalmlp import FinalMLP, FinalMLPConfig
+from models.baselines.linear import FM, LR, FMConfig, LRConfig
 from models.blocks import CTRModel
 from models.config import Config
+from models.deepmr import DeepMR, DeepMRConfig
+from models.dynint import DynInt, DynIntConfig
 from models.mian import MIAN, MIANConfig
 from models.schema import Schema
 from models.stec import STEC, STECConfig
@@ -16,8 +26,21 @@ from models.stec import STEC, STECConfig
 MODELS: dict[str, tuple[type[Config], Callable[[Any, Schema], CTRModel]]] = {
     "mian": (MIANConfig, MIAN),
     "stec": (STECConfig, STEC),
+    "dynint": (DynIntConfig, DynInt),
+    "deepmr": (DeepMRConfig, DeepMR),
     "deepfm": (DeepFMConfig, DeepFM),
     "lr": (LRConfig, LR),
+    "fm": (FMConfig, FM),
+    "widedeep": (WideDeepConfig, WideDeep),
+    "dcn": (DCNConfig, DCN),
+    "dcnv2": (DCNv2Config, DCNv2),
+    "xdeepfm": (XDeepFMConfig, XDeepFM),
+    "autoint": (AutoIntConfig, AutoInt),
+    "finalmlp": (FinalMLPConfig, FinalMLP),
+    "din": (DINConfig, DIN),
+    "dien": (DIENConfig, DIEN),
+    "dmr": (DMRConfig, DMR),
+    "bst": (BSTConfig, BST),
 }
 
 

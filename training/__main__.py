@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from training.runs import Trained
 
 # torch, polars and matplotlib take seconds to load: only the command that needs them imports them.
-MODELS = ("mian", "stec", "deepfm", "lr")
+MODELS = (
+    *("mian", "stec", "dynint", "deepmr"),
+    *("deepfm", "lr", "fm", "widedeep", "dcn", "dcnv2", "xdeepfm", "autoint", "finalmlp", "din", "dien", "dmr", "bst"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         options.command(options)
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+        return 2
+    except OSError as err:  # a disk that is full, a folder that may not be written
+        print(f"error: {f'{err.filename}: ' if err.filename else ''}{err.strerror or err}", file=sys.stderr)
+        return 2
+    except MemoryError as err:
+        print(f"error: not enough memory: {err or 'ask for less'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_go_on(argv)}", file=sys.stderr)
@@ -75,10 +84,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     trained = runs.read(options.run)
     data = Prepared.open(options.data or trained.data)
     logits = runs.score(trained, data, options.part)
-    print(report.table({options.part: runs.measure(data, options.part, logits, trained.calibration)}))
     if options.predictions is not None:
         _write_predictions(options.predictions, trained, data, options.part, logits)
-        print(f"wrote {options.predictions}: row, label, logit and calibrated ctr of {len(logits):,} rows")
+        say(f"wrote {options.predictions}: row, label, logit and calibrated ctr of {len(logits):,} rows")
+    print(report.table({options.part: runs.measure(data, options.part, logits, trained.calibration)}))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -94,6 +103,8 @@ def _write_predictions(
 ) -> None:
     import polars as pl
 
+    from training.log import write_parquet
+
     columns = {
         "row": range(len(logits)),
         "label": data.rows(part).label,
@@ -101,13 +112,10 @@ def _write_predictions(
         "ctr": trained.calibration(logits),
     }
     frame = pl.DataFrame(columns)
-    try:
-        if file.suffix == ".csv":
-            frame.write_csv(file)
-        else:
-            frame.write_parquet(file)
-    except OSError as err:
-        raise UserError(f"cannot write {file}: {err}") from err
+    if file.suffix == ".csv":
+        frame.write_csv(file)
+    else:
+        write_parquet(frame, file)
 
 
 def _use_threads(threads: int | None) -> None:
@@ -197,8 +205,8 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if not text.isdecimal() or len(text) > 12 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1 and below 10^12, got {text!r}")
     return int(text)
 
 

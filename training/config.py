@@ -28,6 +28,16 @@ class Run:
     patience: int
     """Epochs in a row without a better `monitor` on the validation part before training stops."""
     monitor: Literal["auc", "logloss"] = "auc"
+    optimizer: Literal["adam", "ftrl"] = "adam"
+    adam_beta2: float = 0.999
+    table_l1: float = 10.0
+    """FTRL's on the rows of the embedding tables, as published: for the loss summed over a batch (`optimizers`)."""
+    table_l2: float = 10.0
+    dense_l1: float = 0.1
+    """The same on all other weights."""
+    dense_l2: float = 0.1
+    init_z_from_w: bool = True
+    """Whether FTRL starts from the weights as initialised, and so keeps most rows, or, as published, from zeros."""
     plateau_factor: float = 0.1
     """The learning rate is multiplied by it after more than `plateau_patience` epochs without a better `monitor`."""
     plateau_patience: int = 0
@@ -45,11 +55,17 @@ class Run:
             "max_epochs": (self.max_epochs >= 1, "at least 1"),
             "patience": (self.patience >= 1, "at least 1"),
             "monitor": (self.monitor in ("auc", "logloss"), "auc or logloss"),
+            "optimizer": (self.optimizer in ("adam", "ftrl"), "adam or ftrl"),
+            "adam_beta2": (0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
+            **{
+                name: (0 <= getattr(self, name) < math.inf, "at least 0")
+                for name in ("table_l1", "table_l2", "dense_l1", "dense_l2")
+            },
             "plateau_factor": (0 < self.plateau_factor <= 1, "above 0 and at most 1"),
             "plateau_patience": (self.plateau_patience >= 0, "at least 0"),
             "min_lr": (0 <= self.min_lr < math.inf, "at least 0"),
             "clip_norm": (self.clip_norm > 0, "above 0"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "checkpoint_s": (self.checkpoint_s >= 0, "at least 0"),
         }
         for name, (holds, wanted) in rules.items():

@@ -18,6 +18,8 @@ def run(**changes):
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"monitor": "accuracy"}, "monitor must be auc or logloss, got 'accuracy'"),
+        ({"optimizer": "sgd"}, "optimizer must be adam or ftrl, got 'sgd'"),
+        ({"table_l1": -1.0}, "table_l1 must be at least 0, got -1.0"),
         ({"plateau_factor": 1.5}, "plateau_factor must be above 0 and at most 1, got 1.5"),
     ],
 )
@@ -44,6 +46,7 @@ def test_settings_are_read_as_the_type_of_their_field():
         ("model=lr", "no such setting"),
         ("batch_size=many", "--set batch_size: expected int, got 'many'"),
         ("batch_size=2.5", "--set batch_size: expected int, got '2.5'"),
+        ("seed=9223372036854775808", "seed must be at least 0 and below 2"),
         ("batch_size=1", "batch_size must be at least 2, got 1"),
         ("monitor=accuracy", "expected Literal"),
         ("model.dropout=1.5", "option dropout: expected a number, at least 0 and below 1, got 1.5"),
@@ -79,6 +82,7 @@ def test_a_data_set_has_a_recipe_for_each_model_of_its_own_or_the_general_one():
     assert recipes.default("stec", "movielens-1m") == "stec_movielens"
     assert recipes.default("mian", "frappe") == "mian_movielens"
     assert recipes.default("lr", "my own csv") == "lr_movielens"
+    assert recipes.default("fm", "movielens-1m") == "fm_frappe"
 
 
 def test_a_recipe_of_another_model_is_refused():

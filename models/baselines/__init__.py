@@ -1,0 +1,1 @@
+"""The models that the papers compare with (models.md section 7), one family per file."""

@@ -1,0 +1,77 @@
+"""AutoInt: W. Song et al., "AutoInt: Automatic Feature Interaction Learning via Self-Attentive Neural Networks".
+
+CIKM 2019, arXiv 1810.11921. With an MLP beside the attention it is the paper's AutoInt+.
+"""
+
+# U requests, C candidates, F flat fields (request's first), D embedding width, A attention width, H heads
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.baselines.flat import Deep, DeepConfig, FlatModel
+from models.blocks import Inputs, UserState, merge_heads, split_heads, start_linears
+from models.config import Count
+from models.schema import Schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoIntConfig(DeepConfig):
+    hidden: tuple[Count, ...] = ()  # none: AutoInt; some: AutoInt+
+    attention_layers: Count = 3
+    attention_dim: Count = 64  # all heads together
+    heads: Count = 2
+    scale: bool = True  # divide the scores by the root of a head's width; the paper does not
+    layer_norm: bool = False  # before each layer's ReLU; the paper has none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_dim % self.heads:
+            raise ValueError(f"option heads: {self.heads} do not divide attention_dim {self.attention_dim}")
+
+
+class AutoInt(FlatModel):
+    """E <- ReLU(attention of the fields over themselves + E W_res), layer by layer, then a linear map; + MLP(e)."""
+
+    def __init__(self, config: AutoIntConfig, schema: Schema) -> None:
+        super().__init__(config, schema)
+        widths = (config.emb_dim, *[config.attention_dim] * (config.attention_layers - 1))
+        self.layers = nn.ModuleList(Interacting(config, width) for width in widths)
+        self.out = nn.Linear(self.num_fields * config.attention_dim, 1)
+        self.deep = Deep(self, config) if config.hidden else None
+        start_linears(self, nn.init.xavier_normal_)
+
+    def encode_user(self, inputs: Inputs) -> UserState:
+        state = self.look_up(inputs)
+        return state if self.deep is None else state | self.deep.read(state)
+
+    def score(self, state: UserState, inputs: Inputs) -> Tensor:
+        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
+        x_CFA = self.join(state, items, user_index)
+        for layer in self.layers:
+            x_CFA = layer(x_CFA)
+        logits_C: Tensor = self.out(x_CFA.flatten(1)).squeeze(-1)
+        return logits_C if self.deep is None else logits_C + self.deep.score(state, items, user_index)
+
+
+class Interacting(nn.Module):
+    """One interacting layer, eq. (5)-(8). W_res stands only where the width changes, as the paper says of it."""
+
+    def __init__(self, config: AutoIntConfig, width: int) -> None:
+        super().__init__()
+        inner, self.heads = config.attention_dim, config.heads
+        self.scale = math.sqrt(inner / self.heads) if config.scale else 1.0
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.residual = nn.Linear(width, inner, bias=False) if width != inner else nn.Identity()
+        self.norm = nn.LayerNorm(inner) if config.layer_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_CFD: Tensor) -> Tensor:
+        query_CHFW = split_heads(self.query(x_CFD) / self.scale, self.heads)
+        weights_CHFF = (query_CHFW @ split_heads(self.key(x_CFD), self.heads).transpose(-1, -2)).softmax(dim=-1)
+        attended_CFA = merge_heads(self.dropout(weights_CHFF) @ split_heads(self.value(x_CFD), self.heads))
+        return F.relu(self.norm(attended_CFA + self.residual(x_CFD)))

@@ -1,0 +1,79 @@
+"""DMR: Z. Lyu et al., "Deep Match to Rank Model for Personalized Click-Through Rate Prediction", AAAI 2020.
+
+Without the auxiliary loss, which teaches the user vector to predict each next click out of sampled others.
+"""
+
+# U requests, C candidates, T history length, E width of a click, A attention width
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.baselines.sequence import SequenceConfig, SequenceModel
+from models.blocks import FieldEmbeddings, Inputs, UserState, masked_softmax, start_linears, tiny_normal
+from models.config import Count
+from models.schema import Schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMRConfig(SequenceConfig):
+    """The tables that `l2_emb` holds are the target's output tables too."""
+
+    attention_dim: Count = 64
+
+
+class DMR(SequenceModel):
+    """How relevant the candidate is to the user, in two ways, beside what its attention finds in the history.
+
+    - user to item: a_t = z^T tanh(W [p_t; e_t] + b), u = PReLU(V sum_t softmax(a)_t e_t + c), r = u^T v, with v the
+      candidate in output tables of its own. All but the last product is computed once per request.
+    - item to item: the same attention, its own weights, reading the candidate too; its weighted sum of clicks, and
+      as relevance the sum of its scores before the softmax.
+    """
+
+    def __init__(self, config: DMRConfig, schema: Schema) -> None:
+        width = len(schema.group("behaviour")) * config.emb_dim
+        super().__init__(config, schema, found=width + 2, paper="DMR")
+        paired = tuple(schema.field(str(f.of)) for f in schema.group("behaviour"))
+        read = Schema(user_key=None, item_key=None, history_length=0, fields=paired)
+        self.output_fields = FieldEmbeddings(read, config.emb_dim, init=tiny_normal)
+        # Histories are left-padded, so position T - 1 is always the newest click.
+        self.positions = nn.Parameter(torch.empty(schema.history_length, width))
+        tiny_normal(self.positions.data)
+        self.user_read = nn.Linear(2 * width, config.attention_dim)
+        self.user_score = nn.Linear(config.attention_dim, 1, bias=False)
+        self.user_out = nn.Sequential(nn.Linear(width, width), nn.PReLU(init=0.1))
+        self.item_read = nn.Linear(2 * width, config.attention_dim)
+        self.item_target = nn.Linear(width, config.attention_dim, bias=False)
+        self.item_score = nn.Linear(config.attention_dim, 1, bias=False)
+        start_linears(self, nn.init.xavier_normal_)
+
+    def encode_user(self, inputs: Inputs) -> UserState:
+        clicks_UTE, mask_UT = self.clicks(inputs), inputs["hist_mask"]
+        placed_UTX = torch.cat([torch.zeros_like(clicks_UTE) + self.positions, clicks_UTE], dim=-1)
+        scores_UT = self.user_score(torch.tanh(self.user_read(placed_UTX))).squeeze(-1)
+        pooled_UE = (masked_softmax(scores_UT, mask_UT).unsqueeze(1) @ clicks_UTE).squeeze(1)
+        history = {
+            "user": self.user_out(pooled_UE),
+            "clicks": clicks_UTE,
+            "read": self.item_read(placed_UTX),
+            "mask": mask_UT,
+        }
+        return self.read_request(inputs) | history
+
+    def score(self, state: UserState, inputs: Inputs) -> Tensor:
+        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
+        names = ("user", "clicks", "read", "mask")
+        user_CE, clicks_CTE, read_CTA, mask_CT = (state[name].index_select(0, user_index) for name in names)
+        output_CE = torch.cat(self.output_fields.group("item", inputs), dim=-1)
+        user_relevance_C1 = (user_CE * output_CE).sum(dim=-1, keepdim=True)
+        target_C1A = self.item_target(self.target(items)).unsqueeze(1)
+        scores_CT = self.item_score(torch.tanh(read_CTA + target_C1A)).squeeze(-1)
+        found_CE = (masked_softmax(scores_CT, mask_CT).unsqueeze(1) @ clicks_CTE).squeeze(1)
+        item_relevance_C1 = (scores_CT * mask_CT).sum(dim=-1, keepdim=True)
+        found_CX = torch.cat([found_CE, user_relevance_C1, item_relevance_C1], dim=-1)
+        return self.finish(state, items, found_CX, user_index)
+
+    def penalty(self) -> Tensor:
+        return super().penalty() + self.output_fields.penalty(self.config.l2_emb)

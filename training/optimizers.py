@@ -1,0 +1,122 @@
+"""How gradients move the weights: Adam, or the FTRL that xDeepInt and DynInt are trained with."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from models.blocks import CTRModel, FieldEmbeddings
+from training.config import Run
+
+
+def build(model: CTRModel, run: Run) -> Optimizer:
+    """The run's optimiser. With ftrl the embedding tables lose whole rows, everything else single weights.
+
+    FTRL's settings are given as published, for the loss summed over a batch. The loop's is the mean, whose gradients
+    are smaller by the batch size B: dividing l1, l2 and beta by B, and n's start by B^2, gives the same weights.
+    """
+    if run.optimizer == "adam":
+        return Adam(model.parameters(), lr=run.lr, betas=(0.9, run.adam_beta2))
+    tables = [p for module in model.modules() if isinstance(module, FieldEmbeddings) for p in module.parameters()]
+    known = {id(p) for p in tables}
+    b = run.batch_size
+    return FTRL(
+        [
+            {"params": tables, "by_row": True, "l1": run.table_l1 / b, "l2": run.table_l2 / b},
+            {
+                "params": [p for p in model.parameters() if id(p) not in known],
+                "by_row": False,
+                "l1": run.dense_l1 / b,
+                "l2": run.dense_l2 / b,
+            },
+        ],
+        lr=run.lr,
+        beta=1 / b,
+        n_start=0.1 / b**2,
+        init_z_from_w=run.init_z_from_w,
+    )
+
+
+class FTRL(Optimizer):
+    """Follow the regularised leader: weights are a closed form of the sums n of g^2 and z of g, and mostly zero.
+
+    With n' = n + g^2, each step is z += g - (sqrt(n') - sqrt(n)) / lr * w, n = n', and then
+
+    - by element: w = 0 where |z| <= l1, else (sign(z) l1 - z) / (sqrt(n) / lr + 2 l2); n starts at `n_start`;
+    - by row of D weights, Group-Lasso FTRL: w = 0 where |z|_2 <= l1 sqrt(D), else
+      -z (1 - l1 sqrt(D) / |z|_2) / ((beta + sqrt(n)) / lr + l2); n starts at 0. Rows without a gradient stay untouched.
+
+    With `init_z_from_w` z starts where that form gives the weights as they were initialised, beyond the threshold, so
+    that only a row pushed back becomes zero; else at zero, as published, which forgets them at the first step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        beta: float,
+        n_start: float,
+        init_z_from_w: bool,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "n_start": n_start, "init_z_from_w": init_z_from_w})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["n"] = torch.full_like(parameter, 0.0 if group["by_row"] else group["n_start"])
+            state["z"] = _z_of(parameter, state["n"], group) if group["init_z_from_w"] else torch.zeros_like(parameter)
+        weights, n, z = parameter, state["n"], state["z"]
+        if group["by_row"] and parameter.dim() > 1:
+            touched = gradient.any(dim=1).nonzero().squeeze(1)
+            gradient, weights, n, z = (t.index_select(0, touched) for t in (gradient, weights, n, z))
+        n_next = n + gradient.square()
+        z = z + gradient - (n_next.sqrt() - n.sqrt()) / group["lr"] * weights
+        weights = _weights_of(z, n_next, group)
+        for whole, part in ((parameter, weights), (state["n"], n_next), (state["z"], z)):
+            if group["by_row"] and parameter.dim() > 1:
+                whole.index_copy_(0, touched, part)
+            else:
+                whole.copy_(part)
+
+
+def _weights_of(z: Tensor, n: Tensor, group: dict[str, Any]) -> Tensor:
+    threshold = _threshold(z, group)
+    if group["by_row"]:
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        return torch.where(norm <= threshold, 0.0, -z * (1 - threshold / norm) / _stiffness(n, group))
+    return torch.where(z.abs() <= threshold, 0.0, (z.sign() * threshold - z) / _stiffness(n, group))
+
+
+def _z_of(weights: Tensor, n: Tensor, group: dict[str, Any]) -> Tensor:
+    """The inverse of `_weights_of`; a zero weight, or row of them, has z = 0."""
+    if group["by_row"]:
+        norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        stiffness = _stiffness(n, group) + _threshold(weights, group) / norm
+        return torch.where(norm > 0, -weights * stiffness, 0.0)
+    return -weights * _stiffness(n, group) - weights.sign() * _threshold(weights, group)
+
+
+def _threshold(rows: Tensor, group: dict[str, Any]) -> float:
+    """Where z begins to count: its length in a row, its absolute value by element."""
+    l1: float = group["l1"]
+    return l1 * math.sqrt(rows.shape[-1]) if group["by_row"] else l1
+
+
+def _stiffness(n: Tensor, group: dict[str, Any]) -> Tensor:
+    """What divides z beyond its threshold."""
+    lr: float = group["lr"]
+    l2: float = group["l2"]
+    beta: float = group["beta"]
+    return (beta + n.sqrt()) / lr + l2 if group["by_row"] else n.sqrt() / lr + 2 * l2

@@ -1,0 +1,33 @@
+"""Complete runs, as functions; each docstring states the result to expect."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+from training.config import Run
+from training.errors import UserError
+from training.recipes import frappe, movielens, papers, simulated
+
+
+def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
+    """Its public functions, as they stand in the file."""
+    own = {n: f for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
+    return {n: f for n, f in own.items() if not n.startswith("_")}
+
+
+RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(papers)
+FAMILIES = {"movielens-1m": "movielens", "frappe": "frappe", "simulated": "simulated"}
+
+
+def default(model: str, dataset: str) -> str:
+    """The recipe for a model on a data set; for a pair without its own that on MovieLens-1M, else the model's first."""
+    known = [name for name in RECIPES if RECIPES[name]().model == model]
+    wanted = (f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
+    return next(name for name in (*wanted, *known) if name in known)
+
+
+def recipe(name: str, model: str) -> Run:
+    """The run of a recipe, which must be one for `model`."""
+    fitting = [known for known in RECIPES if RECIPES[known]().model == model]
+    if name not in fitting:
+        raise UserError(f"--recipe {name}: no such recipe for {model}; there are {', '.join(fitting)}")
+    return RECIPES[name]()

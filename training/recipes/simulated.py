@@ -1,0 +1,63 @@
+"""Quick runs on a simulated log, for the demo. Each docstring states the result to expect."""
+
+from training.config import Run
+
+
+def dynint_simulated() -> Run:
+    """DynInt-DGP on a simulated log, a quick run. Not measured yet."""
+    return Run(
+        model="dynint",
+        model_config={"emb_dim": 8, "mode": "dgp", "layers": 2, "l2_emb": 1e-5},
+        batch_size=512,
+        lr=1e-3,
+        max_epochs=4,
+        patience=2,
+    )
+
+
+def deepmr_simulated() -> Run:
+    """DeepMR on a simulated log, a quick run. Not measured yet."""
+    return Run(
+        model="deepmr",
+        model_config={"emb_dim": 16, "heads": 2, "dropout": 0.1, "l2_emb": 1e-5},
+        batch_size=512,
+        lr=1e-3,
+        max_epochs=4,
+        patience=2,
+    )
+
+
+def mian_simulated() -> Run:
+    """MIAN on a simulated log, the demo's quick run: a scorer that multiplies and a wider head, for the paper's own
+    settings learn few crosses from so few rows (test AUC 0.70 instead of 0.74).
+    """
+    return Run(
+        model="mian",
+        model_config={
+            "emb_dim": 8,
+            "heads": 4,
+            "ibim_scorer": "bilinear",
+            "gim_eb": "masked_mean",
+            "gim_width": 64,
+            "hidden": (128, 32),
+            "dropout": 0.1,
+            "l2_dense": 1e-5,
+            "l2_emb": 1e-4,
+        },
+        batch_size=256,
+        lr=3e-3,
+        max_epochs=5,
+        patience=2,
+    )
+
+
+def stec_simulated() -> Run:
+    """STEC on a simulated log, the demo's quick run: test AUC 0.74."""
+    return Run(
+        model="stec",
+        model_config={"emb_dim": 8, "blocks": 2, "heads": 2, "hidden": (64,), "dropout": 0.2, "l2_emb": 1e-5},
+        batch_size=512,
+        lr=1e-3,
+        max_epochs=4,
+        patience=2,
+    )
