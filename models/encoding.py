@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.schema import FIRST, OOV, PAD, Column, Columns, Field, Row, Schema, canonical, input_name
+from models.schema import FIRST, OOV, PAD, Field, Schema, input_name
+from models.values import Column, Columns, Row, buckets, canonical
 
 Arrays = dict[str, NDArray[Any]]
 """A model's inputs by name (`user.age`, `hist_mask`, ...): see `Schema.inputs` for shapes."""
@@ -82,19 +83,21 @@ class Encoder:
         return {input_name(f): self._encode(f, columns.get(f.name), never, num_rows) for f in self.schema.group("item")}
 
     def encode_events(self, columns: Columns, ts: NDArray[np.float64]) -> Arrays:
-        """The `hist.*` values of many events, one row each: raw item columns, and the events' own times."""
-        arrays = {}
+        """The `hist.*` values of many events, one row each, from raw item columns, and their own times as `ts`."""
+        arrays: Arrays = {"ts": ts}
         for sequence in self.schema.group("behaviour"):
             assert sequence.of is not None
             source = self.schema.field(sequence.of)
             arrays[input_name(sequence)] = self._encode(source, columns.get(source.name), ts, len(ts))
         return arrays
 
-    def window(self, events: Arrays, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Arrays:
+    def window(
+        self, events: Arrays, starts: NDArray[np.int64], ends: NDArray[np.int64], ts: NDArray[np.float64]
+    ) -> Arrays:
         """Each request's history: the last T of `events[starts[u]:ends[u]]`, left-padded, newest last.
 
-        `events` is what `encode_events` made, in history order. Returns `hist.*` [U, T] (multi-valued: [U, T, M])
-        and `hist_mask` [U, T].
+        `events` is what `encode_events` made, in history order; `ts` is each request's own time. Returns `hist.*`
+        [U, T] (multi-valued: [U, T, M]), `hist_mask` [U, T] and `hist_age` [U, T]: the whole seconds since each event.
         """
         positions_UT = ends[:, None] + np.arange(-self.schema.history_length, 0)
         mask_UT = positions_UT >= starts[:, None]
@@ -107,8 +110,9 @@ class Encoder:
             gathered = values[positions_UT]
             gathered[~mask_UT] = PAD
             arrays[name] = gathered
-        arrays["hist_mask"] = mask_UT
-        return arrays
+        # In doubles, which hold Unix times to the microsecond: single precision is off by minutes (models.md X14).
+        age_UT = np.where(mask_UT, np.minimum(ts[:, None] - arrays.pop("ts"), _LATEST_S), 0)
+        return arrays | {"hist_mask": mask_UT, "hist_age": np.floor(age_UT).astype(np.int64)}
 
     def _encode_history(self, behaviours: Sequence[Event], ts: float) -> Arrays:
         past = history(behaviours, before=ts, limit=self.schema.history_length)
@@ -117,11 +121,13 @@ class Encoder:
         if self.schema.item_key is not None:
             columns[self.schema.item_key] = [e.item for e in past]
         events = self.encode_events(columns, np.array([e.ts for e in past], dtype=np.float64))
-        return self.window(events, np.zeros(1, np.int64), np.array([len(past)], np.int64))
+        return self.window(events, np.zeros(1, np.int64), np.array([len(past)], np.int64), np.array([ts], np.float64))
 
     def _encode(self, field: Field, column: Column | None, ts: NDArray[np.float64], num_rows: int) -> NDArray[Any]:
         if field.kind == "time":
             return _clock(field, ts)
+        if field.discretise is not None:
+            return _bucket_ids(field, self._lookups[field.name], column, num_rows)
         if column is None:
             shape = (num_rows,) if field.kind != "multi" else (num_rows, field.max_values or 1)
             return np.zeros(shape, dtype=np.float32 if field.kind == "numeric" else np.int64)
@@ -223,9 +229,23 @@ def _ids(field: Field, lookup: Mapping[Any, int], values: Sequence[Any]) -> NDAr
     return ids
 
 
+def _bucket_ids(field: Field, lookup: Mapping[Any, int], column: Column | None, num_rows: int) -> NDArray[np.int64]:
+    assert field.discretise is not None
+    numbers = np.full(num_rows, math.nan) if column is None else _doubles(field, column)
+    different, row_of = np.unique(buckets(field.discretise, numbers), return_inverse=True)
+    return _ids(field, lookup, different.tolist())[row_of]
+
+
 def _numbers(field: Field, column: Column) -> NDArray[np.float32]:
     assert field.shift is not None
     assert field.scale is not None
+    numbers = _doubles(field, column)
+    with np.errstate(over="ignore"):  # an absurd number is infinitely far, then clipped
+        normalised = np.clip((numbers - field.shift) / field.scale, -NUMERIC_LIMIT, NUMERIC_LIMIT)
+    return np.nan_to_num(normalised, nan=0.0).astype(np.float32)
+
+
+def _doubles(field: Field, column: Column) -> NDArray[np.float64]:
     if isinstance(column, np.ndarray) and column.dtype.kind in "iuf":
         numbers = column.astype(np.float64)
     else:
@@ -234,9 +254,7 @@ def _numbers(field: Field, column: Column) -> NDArray[np.float32]:
     if infinite.size:
         row = int(infinite[0])
         raise EncodingError(field=field, row=row, expected="a finite number", got=numbers[row])
-    with np.errstate(over="ignore"):  # an absurd number is infinitely far, then clipped
-        normalised = np.clip((numbers - field.shift) / field.scale, -NUMERIC_LIMIT, NUMERIC_LIMIT)
-    return np.nan_to_num(normalised, nan=0.0).astype(np.float32)
+    return numbers
 
 
 def _parse_numbers(field: Field, column: Column) -> NDArray[np.float64]:

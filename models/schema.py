@@ -1,18 +1,17 @@
 """What a model eats: the fields, their kinds and groups, their vocabularies, and one fingerprint of it all."""
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Setting
+
+from models.fitting import numbers_of, statistics_of, tally_of, vocabulary_of
+from models.values import Columns, Discretise, SchemaError, Tally, buckets
 
 PAD = 0  # absent, or a position that holds nothing: the zero vector, never trained
 OOV = 1  # present, but not seen (often enough) in training
@@ -22,19 +21,9 @@ Kind = Literal["categorical", "numeric", "multi", "time", "sequence"]
 Group = Literal["user", "context", "item", "behaviour"]
 Part = Literal["hour", "weekday", "day", "month"]
 
-Value = str | int | float | bool | None | Sequence[str | int | float | bool | None]
-Row = Mapping[str, Value]
-"""The raw values of one user, context or candidate, by field name; an absent key and None mean the same."""
-Column = Sequence[Value] | NDArray[Any]
-Columns = Mapping[str, Column]
-"""Raw values of many rows: one column per field name, all of one length."""
 
 PREFIX: Mapping[Group, str] = {"user": "user", "context": "ctx", "behaviour": "hist", "item": "item"}
 PARTS: Mapping[Part, int] = {"hour": 24, "weekday": 7, "day": 31, "month": 12}
-
-
-class SchemaError(ValueError):
-    """A schema that contradicts itself, or columns it cannot be fitted on."""
 
 
 class FieldSpec(BaseModel):
@@ -50,6 +39,7 @@ class FieldSpec(BaseModel):
     part: Part | None = Setting(default=None, description="time: what of the request's clock (UTC) it holds")
     normalise: Literal["standard", "min_max"] = "standard"
     of: str | None = Setting(default=None, description="sequence: the item or time field whose values it repeats")
+    discretise: Discretise | None = Setting(default=None, description="categorical: numbers, by `buckets`")
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
@@ -59,6 +49,8 @@ class FieldSpec(BaseModel):
             raise ValueError(f"field {self.name}: 'of' (an item or time field) goes with kind sequence, and only there")
         if self.max_values is not None and self.kind != "multi":
             raise ValueError(f"field {self.name}: 'max_values' is for kind multi, got kind {self.kind}")
+        if self.discretise is not None and self.kind != "categorical":
+            raise ValueError(f"field {self.name}: 'discretise' is for kind categorical, got kind {self.kind}")
         if (self.kind == "sequence") != (self.group == "behaviour"):
             raise ValueError(f"field {self.name}: kind sequence and group behaviour go together")
         if self.kind == "time" and self.group != "context":
@@ -123,7 +115,13 @@ class SchemaSpec(BaseModel):
 
         Pass the training part only: whatever is seen here counts as known. Raises SchemaError for a missing column.
         """
-        fitted = tuple(_fit(spec, columns) for spec in self.fields)
+        return self.fit_tallies(
+            {f.name: tally_of(f, columns) for f in self.fields if f.kind not in ("time", "sequence")}
+        )
+
+    def fit_tallies(self, tallies: Mapping[str, Tally]) -> "Schema":
+        """What `fit` makes of the columns that were counted, whatever their order was."""
+        fitted = tuple(_fit(spec, tallies.get(spec.name)) for spec in self.fields)
         return Schema(user_key=self.user_key, item_key=self.item_key, history_length=self.history_length, fields=fitted)
 
 
@@ -166,6 +164,7 @@ class Schema(BaseModel):
         if self.group("behaviour"):
             inputs += [self._input(f, "U") for f in self.group("behaviour")]
             inputs.append(Input(name="hist_mask", dtype="bool", dims=("U", self.history_length)))
+            inputs.append(Input(name="hist_age", dtype="int64", dims=("U", self.history_length)))
         inputs += [self._input(f, "C") for f in self.group("item")]
         inputs.append(Input(name="user_index", dtype="int64", dims=("C",)))
         return tuple(inputs)
@@ -201,25 +200,6 @@ def input_name(field: FieldSpec) -> str:
     return f"{PREFIX[field.group]}.{field.name}"
 
 
-def canonical(value: Value) -> str | None:
-    """The one spelling of a raw categorical value; None where it is absent.
-
-    42, 42.0 and "42" are the same value, as JSON clients and CSV files do not agree on types; so are True, 1 and "1".
-    Text is taken as it is, space and Unicode form included ("42.0" is not 42). The empty string and NaN are absent.
-    """
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, bool | int | np.integer | np.bool_):
-        return str(int(value))
-    if isinstance(value, float | np.floating):
-        if math.isnan(value):
-            return None
-        return str(int(value)) if float(value).is_integer() else repr(float(value))
-    raise TypeError(f"expected a string or a number, got {type(value).__name__}")
-
-
 def _check(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | None, history_length: int) -> None:
     if not fields:
         raise ValueError("a schema needs at least one field")
@@ -239,62 +219,18 @@ def _check(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | No
         raise ValueError(f"history_length {history_length} and {len(sequences)} sequence fields do not go together")
 
 
-def _fit(spec: FieldSpec, columns: Columns) -> Field:
+def _fit(spec: FieldSpec, tally: Tally | None) -> Field:
     declared = spec.model_dump()
     if spec.kind in ("time", "sequence"):
         return Field(**declared)
-    if spec.name not in columns:
-        raise SchemaError(f"field {spec.name}: no such column; there are {', '.join(sorted(columns))}")
-    column = columns[spec.name]
+    if tally is None:
+        raise SchemaError(f"field {spec.name}: nothing was counted of it")
     if spec.kind == "numeric":
-        return Field(**{**declared, **_statistics(spec, column)})
-    values = _listed(column)
+        return Field(**{**declared, **statistics_of(spec, tally)})
+    values = tally.values
+    if spec.discretise is not None:
+        values = buckets(spec.discretise, numbers_of(spec, values)).tolist()
+    vocabulary = vocabulary_of(spec, values, tally.counts)
     if spec.kind == "categorical":
-        return Field(**{**declared, "vocabulary": _vocabulary(spec, values)})
-    rows = [row if row is not None else () for row in values]
-    if any(isinstance(row, str) or not isinstance(row, Iterable) for row in rows):
-        raise SchemaError(f"field {spec.name}: kind multi wants a list of values in every row")
-    vocabulary = _vocabulary(spec, list(chain.from_iterable(rows)))
-    most = max((len(row) for row in rows), default=1)
-    return Field(**{**declared, "vocabulary": vocabulary, "max_values": spec.max_values or max(most, 1)})
-
-
-def _listed(column: Column) -> list[Any]:
-    return column.tolist() if isinstance(column, np.ndarray) else list(column)
-
-
-def _vocabulary(spec: FieldSpec, values: Sequence[Any]) -> tuple[str, ...]:
-    counts: Counter[str] = Counter()
-    try:
-        for value, count in Counter(values).items():
-            spelling = canonical(value)
-            if spelling is not None:
-                counts[spelling] += count
-    except TypeError as err:
-        raise SchemaError(f"field {spec.name}: kind {spec.kind} wants strings or numbers ({err})") from err
-    kept = [(value, count) for value, count in counts.items() if count >= spec.min_count]
-    return tuple(value for value, _ in sorted(kept, key=lambda item: (-item[1], item[0])))
-
-
-def _statistics(spec: FieldSpec, column: Column) -> dict[str, float]:
-    listed = _listed(column)
-    wrong = next((v for v in listed if isinstance(v, str | bool)), None)  # numpy would take "3.5" and True for numbers
-    try:
-        values = np.array([math.nan if v is None else v for v in listed], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as err:
-        raise SchemaError(f"field {spec.name}: kind numeric wants numbers ({err})") from err
-    if wrong is not None:
-        raise SchemaError(f"field {spec.name}: kind numeric wants numbers, got {wrong!r:.80}")
-    values = values[~np.isnan(values)]
-    if values.size == 0:
-        raise SchemaError(f"field {spec.name}: no number in the training part")
-    if not np.isfinite(values).all():
-        raise SchemaError(f"field {spec.name}: infinite values in the training part")
-    low, high = float(values.min()), float(values.max())
-    if low == high:  # asked first: the mean of equal numbers may round to another
-        return {"shift": low, "scale": 1.0}
-    with np.errstate(over="ignore", invalid="ignore"):
-        shift, scale = (values.mean(), values.std()) if spec.normalise == "standard" else (low, high - low)
-    if not (np.isfinite(shift) and np.isfinite(scale) and scale > 0):
-        raise SchemaError(f"field {spec.name}: numbers from {low:g} to {high:g} have no mean and spread in a double")
-    return {"shift": float(shift), "scale": float(scale)}
+        return Field(**{**declared, "vocabulary": vocabulary})
+    return Field(**{**declared, "vocabulary": vocabulary, "max_values": spec.max_values or max(tally.most_values, 1)})

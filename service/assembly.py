@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from models.encoding import Arrays, Encoder, EncodingError, Event, Request
-from models.schema import Column, Field, Group, Row, Schema, Value
+from models.schema import Field, Group, Schema
+from models.values import Column, Row, Value
 from service.errors import MAX_ERRORS, FieldError, pointer, shown
 from service.features import Fetched
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from models.schema import Row
+from models.values import Row
 from service.decoding import misfits
 from service.errors import sentence
 from service.experiment import Experiment

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from models.encoding import Event, history
-from models.schema import Row
+from models.values import Row
 
 log = logging.getLogger(__name__)
 

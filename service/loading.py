@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from models.schema import Row, canonical
+from models.values import Row, canonical
 from service.features import Click, FeatureStore, pack_row
 
 T = TypeVar("T")

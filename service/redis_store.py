@@ -12,7 +12,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from models.schema import Row
+from models.values import Row
 from service.breaker import Breaker
 from service.features import (
     KEEP,

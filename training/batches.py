@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models.encoding import Arrays, Encoder, Request
 from models.requests import request_from_json
-from models.schema import Schema, SchemaError
+from models.schema import Schema
+from models.values import SchemaError
 from training.errors import UserError
 
 PARTS = ("train", "valid", "test")
@@ -42,6 +43,7 @@ class Rows:
     events: Arrays
     start: NDArray[np.int64]
     end: NDArray[np.int64]
+    ts: NDArray[np.float64]
     encoder: Encoder
 
     def __len__(self) -> int:
@@ -53,7 +55,7 @@ class Rows:
         users = rows[firsts]
         arrays = {name: a[rows if name.startswith("item.") else users] for name, a in self.inputs.items()}
         if self.events:
-            arrays |= self.encoder.window(self.events, self.start[users], self.end[users])
+            arrays |= self.encoder.window(self.events, self.start[users], self.end[users], self.ts[users])
         inputs = {name: _tensor(array) for name, array in arrays.items()}
         inputs["user_index"] = torch.from_numpy(user_index)
         return Batch(inputs, torch.from_numpy(self.label[rows]))
@@ -89,14 +91,11 @@ class Prepared:
         names = [i.name for i in self.schema.inputs if not i.name.startswith("hist") and i.name != "user_index"]
         inputs = {name: _map(folder / f"{name}.npy") for name in names}
         sequences = [i.name for i in self.schema.inputs if i.name.startswith("hist.")]
-        events = {name: _map(self.path / "events" / f"{name}.npy") for name in sequences}
+        stored = ("ts", *sequences) if sequences else ()
+        events = {name: _map(self.path / "events" / f"{name}.npy") for name in stored}
         label, group, request = (_map(folder / f"{name}.npy") for name in ("label", "group", "request"))
-        windows = (
-            [_map(folder / f"{side}.npy") for side in ("start", "end")] if sequences else [np.empty(0, np.int64)] * 2
-        )
-        own = {**inputs, "label": label, "group": group, "request": request}
-        if sequences:
-            own |= {"start": windows[0], "end": windows[1]}
+        windows = {name: _map(folder / f"{name}.npy") for name in ("start", "end", "ts")} if sequences else {}
+        own = {**inputs, "label": label, "group": group, "request": request, **windows}
         lengths = {name: len(array) for name, array in own.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"{folder}: damaged data set, its arrays have different lengths: {lengths}")
@@ -106,8 +105,9 @@ class Prepared:
             group=group,
             request=request,
             events=events,
-            start=windows[0],
-            end=windows[1],
+            start=windows.get("start", np.empty(0, np.int64)),
+            end=windows.get("end", np.empty(0, np.int64)),
+            ts=windows.get("ts", np.empty(0, np.float64)),
             encoder=Encoder(self.schema),
         )
 

@@ -9,21 +9,24 @@ import numpy as np
 import polars as pl
 
 from models.encoding import Event, Request
-from models.schema import FieldSpec, Group, Row, SchemaSpec, Value
-from training.history import windows
+from models.schema import FieldSpec, Group, SchemaSpec
+from models.values import Row, Value
+from training.history import Windows
 
 NUM_REQUESTS = 32
 UNKNOWN = "never seen in training \N{SNOWMAN}"
 
 
-def golden_requests(rows: pl.DataFrame, clicks: pl.DataFrame, spec: SchemaSpec) -> list[Request]:
+def golden_requests(rows: pl.LazyFrame, clicks: pl.DataFrame, spec: SchemaSpec) -> list[Request]:
     """Requests of the validation and test parts, spread over time, with one to four candidates each.
 
     Four awkward ones stand at the end: no history, a user nobody knows, unknown values, and missing values.
     """
     later = rows.filter(pl.col("part") != "train")
-    chosen = later[np.unique(np.linspace(0, later.height - 1, NUM_REQUESTS - 4).astype(np.int64))]
-    starts, ends = windows(chosen, clicks)
+    num = later.select(pl.len()).collect(engine="streaming").item()
+    numbers = np.unique(np.linspace(0, num - 1, NUM_REQUESTS - 4).astype(np.int64)).tolist()
+    chosen = later.with_row_index("number").filter(pl.col("number").is_in(numbers)).collect(engine="streaming")
+    starts, ends = Windows(clicks)(chosen)
     requests = []
     for number, row in enumerate(chosen.iter_rows(named=True)):
         # One click more than a model sees, so that dropping the oldest is exercised too.
@@ -83,7 +86,7 @@ def _changed(usual: Request, spec: SchemaSpec, value: Callable[[FieldSpec], Valu
 
 
 def _unknown(field: FieldSpec) -> Value:
-    if field.kind == "numeric":
+    if field.kind == "numeric" or field.discretise is not None:
         return 1e9
     return [UNKNOWN] if field.kind == "multi" else UNKNOWN
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -19,49 +20,30 @@ RESERVED = ("user", "item", "ts", "label", "part", "group", "request", "id")
 class Log:
     """Impressions with their raw features, and the split.
 
-    `rows` has the columns `user` and `item` (strings, null where there is none), `ts` (Unix seconds), `label` (0 or 1),
-    `part` (one of PARTS), one column per declared field that is neither a key, a clock nor a sequence, and the `truth`
-    columns, which no model sees. `files` are the raw files, for the data hash; `notes` go into dataset.json.
+    `rows` may be larger than memory; it is run through once. It has the columns `user` and `item` (strings, null where
+    there is none), `ts` (Unix seconds), `label` (0 or 1), `part` (one of PARTS), one column per declared field that is
+    neither a key, a clock nor a sequence, and the `truth` columns, which no model sees. `files` are the raw files, for
+    the data hash; `notes` go into dataset.json. `history` says which rows are a user's past: its clicks, or all that it
+    was shown; the service keeps clicks only.
     """
 
     name: str
     source: Path
     spec: SchemaSpec
-    rows: pl.DataFrame
+    rows: pl.LazyFrame
     files: tuple[Path, ...]
     truth: tuple[str, ...] = ()
+    history: Literal["clicks", "impressions"] = "clicks"
     notes: tuple[str, ...] = ()
 
 
-def complete(log: Log) -> pl.DataFrame:
-    """The log's rows in time order (rows of one time as they came), with every declared field under its own name.
+def write_parquet(table: pl.DataFrame | pl.LazyFrame, file: Path) -> None:
+    """Holds no more than a few blocks of a lazy table. Raises UserError where the file cannot be written.
 
-    Adds `group`, the user's number in the order of user ids (-1 without a user), and `request`: rows of one user and
-    time, alike in every user and context field, are one request, so that whatever a model makes of the user holds for
-    all of them. Refuses a log that nothing can be learned from or judged by.
+    A full disk is to polars a fault of the format.
     """
-    for part in PARTS:
-        labels = log.rows.filter(pl.col("part") == part)["label"]
-        if labels.n_unique() != 2:
-            what = "no rows" if labels.is_empty() else f"{labels.len()} rows, all with label {labels[0]}"
-            raise UserError(f"{log.source}: the {part} part needs rows with label 0 and with label 1, it has {what}")
-    keys = {"user": log.spec.user_key, "item": log.spec.item_key}
-    constant = [f.name for f in log.spec.fields if f.group in ("user", "context") and f.kind != "time"]
-    return (
-        log.rows.sort("ts", maintain_order=True)
-        .with_columns([pl.col(column).alias(field) for column, field in keys.items() if field is not None])
-        .with_columns((pl.col("user").rank("dense").cast(pl.Int64) - 1).fill_null(-1).alias("group"))
-        .with_row_index("row")
-        .with_columns(pl.col("row").min().over("group", "ts", *constant).alias("first"))
-        .with_columns((pl.when(pl.col("group") < 0).then("row").otherwise("first").rank("dense") - 1).alias("request"))
-        .drop("row", "first")
-    )
-
-
-def write_parquet(table: pl.DataFrame, file: Path) -> None:
-    """Raises UserError where the file cannot be written: a full disk is to polars a fault of the format."""
     try:
-        table.write_parquet(file)
+        table.lazy().sink_parquet(file, engine="streaming")
     except pl.exceptions.PolarsError as err:
         raise UserError(f"cannot write {file}: {err}") from err
 
@@ -85,3 +67,21 @@ def split_by_time(ts: NDArray[np.float64], *, valid: float, test: float) -> pl.S
         cut = min(round(len(ts) * (1 - share)), len(ts) - 1)
         parts[np.searchsorted(ts, ts[cut], side="left") :] += 1
     return pl.Series("part", np.array(PARTS)[parts])
+
+
+def split_by_number(row: pl.Expr, *, seed: int, valid: float, test: float) -> pl.Expr:
+    """The part of each row by its number alone: the same in every run, version and size of block."""
+
+    def parts(numbers: pl.Series) -> pl.Series:
+        point = _mixed(numbers.to_numpy().astype(np.uint64), seed) / 2.0**64
+        return pl.Series(np.array(PARTS)[(point < valid + test).astype(np.int64) + (point < test)])
+
+    return row.map_batches(parts, return_dtype=pl.String, is_elementwise=True).alias("part")
+
+
+def _mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """splitmix64 (Steele et al. 2014): whole numbers to whole numbers that look drawn at random."""
+    mixed: NDArray[np.uint64] = (numbers + np.uint64(seed % 2**32 << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -5,8 +5,9 @@
     DIR/golden.json         a few raw requests (as `models.artifact.request_to_json` writes them) for the artifact
     DIR/{train,valid,test}/ <input>.npy (ids int32, numbers float32), label.npy, group.npy (the user's number, -1 for
                             none), request.npy (rows of one request are alike in all but the candidate), start.npy and
-                            end.npy (the row's history in DIR/events), <truth>.npy where known
-    DIR/events/             hist.<field>.npy: every click, by user, then time, then item id
+                            end.npy (the row's history in DIR/events), ts.npy (the row's own time, float64),
+                            <truth>.npy where known
+    DIR/events/             hist.<field>.npy and ts.npy: every click, by user, then time, then item id
     DIR/raw/                test.parquet, behaviours.parquet (clicks before the test part), users.parquet, items.parquet
 
 Rows stand in time order, rows of one time in the order of the file.
@@ -17,173 +18,180 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import polars as pl
-from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
-from models.encoding import Arrays, Encoder, EncodingError
+from models.encoding import EncodingError
 from models.requests import request_to_json
-from models.schema import Column, Columns, Group, Schema, SchemaError, SchemaSpec
-from training.datasets import frappe, movielens, simulated, tabular
+from models.schema import Schema
+from models.values import SchemaError
+from training.datasets import (
+    amazon,
+    avazu,
+    criteo,
+    eleme,
+    frappe,
+    ipinyou,
+    lastfm,
+    movielens,
+    movielens_tag,
+    simulated,
+    tabular,
+)
+from training.datasets import options as choices
+from training.encode import fit, write_events, write_parts
 from training.errors import UserError
 from training.golden import golden_requests
-from training.history import clicks_of, windows
-from training.log import PARTS, Log, complete, write_parquet
-from training.progress import bar, say
+from training.history import clicks_of
+from training.log import PARTS, Log, write_parquet
+from training.progress import say
+from training.spill import complete
 
-DATASETS: Mapping[str, Callable[[Path], Log]] = {
+DATASETS: Mapping[str, Callable[..., Log]] = {
     "movielens-1m": movielens.load,
+    "movielens-tag": movielens_tag.load,
     "frappe": frappe.load,
+    "lastfm": lastfm.load,
+    "criteo": criteo.load,
+    "avazu": avazu.load,
+    "ipinyou": ipinyou.load,
+    "amazon": amazon.load,
+    "eleme": eleme.load,
     "simulated": simulated.load,
 }
-BLOCK = 100_000  # rows encoded at once: about 100 MB of Python values
 
 
-def prepare(dataset: str | None, source: Path, out: Path, schema_yaml: Path | None = None) -> dict[str, Any]:
+def prepare(
+    dataset: str | None, source: Path, out: Path, schema_yaml: Path | None = None, settings: Sequence[str] = ()
+) -> dict[str, Any]:
     """Prepare a known data set or, with `schema_yaml`, any CSV or Parquet file; returns what dataset.json holds.
 
-    `out` appears whole or not at all; an earlier prepared folder of that name is replaced. Raises UserError.
+    `settings` are `key=value`, for the data set's options. `out` appears whole or not at all; an earlier prepared
+    folder of that name is replaced. Memory does not grow with the rows, but with the different values and the clicks
+    of known users. Raises UserError.
     """
     began = time.perf_counter()
     out = out.resolve()
     _check_target(out)
     say(f"reading {source}")
-    log = _load(dataset, source, schema_yaml)
+    log, options = _load(dataset, source, schema_yaml, settings)
     for note in log.notes:
         say(f"note: {note}")
-    rows = complete(log)
-    clicks = clicks_of(rows)
     with _draft(out) as draft:
+        rows = complete(log, draft / "spill")
+        counts = {part: _counts(rows, part) for part in PARTS}
+        sizes = {part: mine["rows"] for part, mine in counts.items()}
+        clicks = clicks_of(_past(rows, log), log.history)
         try:
-            schema = _fit(log.spec, rows.filter(pl.col("part") == "train"))
+            say(f"fitting the schema on {sizes['train']:,} training rows")
+            schema = fit(log.spec, rows)
             (draft / "schema.json").write_text(schema.to_json())
-            for part in PARTS:
-                _write_part(draft / part, rows.filter(pl.col("part") == part), clicks, schema, log.truth)
+            write_parts(draft, rows, schema, clicks, sizes, *log.truth)
             if schema.history_length:
-                _write_events(draft / "events", clicks, schema)
+                write_events(draft / "events", clicks, schema)
         except (SchemaError, EncodingError) as err:
             raise UserError(f"{source}: {err}") from err
         _write_raw(draft / "raw", rows, clicks, log)
         requests = [request_to_json(request) for request in golden_requests(rows, clicks, log.spec)]
         (draft / "golden.json").write_text(json.dumps(requests, allow_nan=False))
-        about = _about(log, rows, clicks, schema)
+        about = _about(log, options, schema, counts) | {
+            "num_events": clicks.height if schema.history_length else 0,
+            **_different(rows),
+        }
         (draft / "dataset.json").write_text(json.dumps(about, indent=2, allow_nan=False))
+        shutil.rmtree(draft / "spill")
     took = time.perf_counter() - began
-    say(f"wrote {out}: {rows.height:,} rows in {took:.1f} s ({rows.height / took:,.0f} rows/s)")
+    num = sum(sizes.values())
+    say(f"wrote {out}: {num:,} rows in {took:.1f} s ({num / took:,.0f} rows/s)")
     return about
 
 
-def columns(rows: pl.DataFrame, spec: SchemaSpec | Schema, *groups: Group) -> Columns:
-    """The raw columns of the fields of some groups, as the schema and the encoder take them."""
-    fields = [f.name for f in spec.fields if f.group in groups and f.kind not in ("time", "sequence")]
-    return {name: _column(rows[name]) for name in fields}
-
-
-def _column(series: pl.Series) -> Column:
-    # A column of integers with a gap would become doubles in numpy, and lose ids above 2^53.
-    return series.to_numpy() if series.dtype.is_float() else series.to_list()
-
-
-def _load(dataset: str | None, source: Path, schema_yaml: Path | None) -> Log:
+def _load(
+    dataset: str | None, source: Path, schema_yaml: Path | None, settings: Sequence[str]
+) -> tuple[Log, dict[str, Any]]:
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if schema_yaml is not None and dataset is not None:
         raise UserError(f"expected a known data set or --schema FILE.yaml, got both {dataset} and {schema_yaml}")
     if schema_yaml is not None:
-        return tabular.load(source, schema_yaml)
+        if settings:
+            raise UserError(f"--set {settings[0]}: all there is to choose stands in {schema_yaml}")
+        return tabular.load(source, schema_yaml), {}
     if dataset is None or dataset not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserError(f"expected a known data set ({known}) or --schema FILE.yaml, got {dataset or 'neither'}")
-    return DATASETS[dataset](source)
+    options = choices.parse(dataset, DATASETS[dataset], settings)
+    if options is None:
+        return DATASETS[dataset](source), {}
+    return DATASETS[dataset](source, options), asdict(options)
 
 
-def _fit(spec: SchemaSpec, rows: pl.DataFrame) -> Schema:
-    say(f"fitting the schema on {rows.height:,} training rows")
-    return spec.fit(columns(rows, spec, "user", "context", "item"))
+def _counts(rows: pl.LazyFrame, part: str) -> dict[str, int]:
+    mine = rows.filter(pl.col("part") == part).select(
+        pl.len().alias("rows"), clicks=pl.col("label").cast(pl.Int64).sum()
+    )
+    return {name: int(number) for name, number in mine.collect(engine="streaming").row(0, named=True).items()}
 
 
-def _write_part(folder: Path, rows: pl.DataFrame, clicks: pl.DataFrame, schema: Schema, truth: tuple[str, ...]) -> None:
-    folder.mkdir()
-    encoder = Encoder(schema)
-    files: dict[str, BinaryIO] = {}
-    with ExitStack() as opened, bar(f"encoding {folder.name}", rows.height) as advance:
-        for first in range(0, rows.height, BLOCK):
-            block = rows.slice(first, BLOCK)
-            arrays = encoder.encode_requests(columns(block, schema, "user", "context"), block["ts"].to_numpy())
-            arrays |= encoder.encode_items(columns(block, schema, "item"), block.height)
-            for name, array in _compact(arrays).items():
-                if name not in files:
-                    files[name] = opened.enter_context((folder / f"{name}.npy").open("wb"))
-                    shape = (rows.height, *array.shape[1:])
-                    header = {**header_data_from_array_1_0(array), "fortran_order": False, "shape": shape}
-                    write_array_header_1_0(files[name], header)
-                # Not through a memory map: on a full disk that ends the process with SIGBUS.
-                files[name].write(array.tobytes())
-            advance(block.height)
-    np.save(folder / "label.npy", rows["label"].to_numpy().astype(np.float32))
-    np.save(folder / "group.npy", rows["group"].to_numpy())
-    np.save(folder / "request.npy", rows["request"].to_numpy().astype(np.int64))
-    for name in truth:
-        np.save(folder / f"{name}.npy", rows[name].to_numpy())
-    if schema.history_length:
-        starts, ends = windows(rows, clicks)
-        np.save(folder / "start.npy", starts)
-        np.save(folder / "end.npy", ends)
+def _past(rows: pl.LazyFrame, log: Log) -> pl.LazyFrame:
+    """The columns that a past click is made of: what a model sees of it, or just when it was."""
+    item = [f.name for f in log.spec.fields if f.group == "item"] if log.spec.history_length else []
+    return rows.select("group", "user", "item", "ts", "label", *item)
 
 
-def _write_events(folder: Path, clicks: pl.DataFrame, schema: Schema) -> None:
-    folder.mkdir()
-    arrays = Encoder(schema).encode_events(columns(clicks, schema, "item"), clicks["ts"].to_numpy())
-    for name, array in _compact(arrays).items():
-        np.save(folder / f"{name}.npy", array)
-
-
-def _compact(arrays: Arrays) -> Arrays:
-    return {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in arrays.items()}
-
-
-def _write_raw(folder: Path, rows: pl.DataFrame, clicks: pl.DataFrame, log: Log) -> None:
+def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log) -> None:
     """What the service is fed when the test part is replayed."""
     folder.mkdir()
     test = rows.filter(pl.col("part") == "test")
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
     write_parquet(test.select("request", "user", "item", "ts", "label", *context, *log.truth), folder / "test.parquet")
-    before = clicks.filter(pl.col("ts") < test["ts"][0]).sort("ts", maintain_order=True)
+    first = test.select(pl.col("ts").min()).collect(engine="streaming").item()
+    before = clicks.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
     write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
+    numbered = rows.with_row_index("row")
     for key in ("user", "item"):
         own = log.spec.user_key if key == "user" else log.spec.item_key
         features = [f.name for f in log.spec.fields if f.group == key and f.name != own]
-        newest = rows.filter(pl.col(key).is_not_null()).unique(key, keep="last", maintain_order=True)
-        write_parquet(newest.select(pl.col(key).alias("id"), *features), folder / f"{key}s.parquet")
+        known = numbered.filter(pl.col(key).is_not_null())
+        newest = known.group_by(key).agg(pl.col("row").max()).select("row")
+        table = known.join(newest, on="row", how="semi").sort("row").select(pl.col(key).alias("id"), *features)
+        write_parquet(table, folder / f"{key}s.parquet")
 
 
-def _about(log: Log, rows: pl.DataFrame, clicks: pl.DataFrame, schema: Schema) -> dict[str, Any]:
-    parts = {part: rows.filter(pl.col("part") == part) for part in PARTS}
+def _about(
+    log: Log, options: dict[str, Any], schema: Schema, counts: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
     return {
         "name": log.name,
         "source": str(log.source),
-        "data_hash": _hash(log.files),
+        "options": options,
+        "data_hash": _hash(log.files, options),
         "schema_fingerprint": schema.fingerprint,
-        "num_rows": {part: mine.height for part, mine in parts.items()},
-        "click_rate": {part: round(int(mine["label"].sum()) / mine.height, 6) for part, mine in parts.items()},
-        "num_users": rows["user"].drop_nulls().n_unique(),
-        "num_items": rows["item"].drop_nulls().n_unique(),
-        "num_events": clicks.height if schema.history_length else 0,
+        "num_rows": {part: mine["rows"] for part, mine in counts.items()},
+        "click_rate": {part: round(mine["clicks"] / mine["rows"], 6) for part, mine in counts.items()},
         "history_length": schema.history_length,
         "notes": list(log.notes),
     }
 
 
-def _hash(files: tuple[Path, ...]) -> str:
+def _different(rows: pl.LazyFrame) -> dict[str, int]:
+    num = rows.select(pl.col("user", "item").drop_nulls().n_unique()).collect(engine="streaming")
+    return {f"num_{key}s": int(num[key][0]) for key in ("user", "item")}
+
+
+def _hash(files: tuple[Path, ...], options: dict[str, Any]) -> str:
+    """Of the raw bytes and of what was chosen: the same rows come of the same hash."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    if options:
+        digest.update(json.dumps(options, sort_keys=True).encode())
     return digest.hexdigest()
 
 

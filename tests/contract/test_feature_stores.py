@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.encoding import Event, history
-from models.schema import Row
+from models.values import Row
 from service.features import KEEP, Click, FeatureStore, MemoryStore
 from service.redis_store import RedisStore
 

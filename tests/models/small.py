@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from models import zoo
 from models.blocks import CTRModel
 from models.encoding import Arrays, Encoder, Event, Request, concat
-from models.schema import PAD, Columns, FieldSpec, Row, Schema, SchemaSpec
+from models.schema import PAD, FieldSpec, Schema, SchemaSpec
+from models.values import Columns, Row
 from training.export import example
 
 GENRES = ["drama", "comedy", "noir"]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.encoding import Encoder, EncodingError, Event, Request, concat, history
-from models.schema import OOV, PAD, FieldSpec, Schema, SchemaSpec, canonical
+from models.schema import OOV, PAD, FieldSpec, Schema, SchemaSpec
+from models.values import canonical
 
 SCHEMA: Schema = SchemaSpec(
     user_key="user",
@@ -113,6 +114,35 @@ def test_history_is_left_padded_newest_last_and_strictly_earlier():
     assert arrays["hist_mask"].tolist() == [[False, True, True]]
 
 
+def test_ages_are_whole_seconds_even_between_unix_times():
+    now = 1_795_000_000.25
+    behaviours = [Event(item="1", ts=now - age, features={}) for age in (40_000_001.0, 1.5, 0.25)]
+
+    arrays = ENCODER.encode(request(ts=now, behaviours=behaviours[1:]))
+    aged = ENCODER.encode(request(ts=now, behaviours=behaviours))
+
+    assert arrays["hist_age"].tolist() == [[0, 1, 0]]
+    assert aged["hist_age"].tolist() == [[40_000_001, 1, 0]]
+    assert arrays["hist_mask"].tolist() == [[False, True, True]]
+
+
+def test_an_absurd_age_is_still_a_whole_number():
+    schema = SchemaSpec(
+        history_length=1,
+        fields=(
+            FieldSpec(name="ad", kind="categorical", group="item"),
+            FieldSpec(name="ad", kind="sequence", group="behaviour", of="ad"),
+        ),
+    ).fit({"ad": ["1"]})
+    past = (Event(item="1", ts=-1e300, features={}),)
+
+    arrays = Encoder(schema).encode(
+        Request(user={}, context={}, ts=1e300, behaviours=past, items={"ad": ["1"]}, num_items=1)
+    )
+
+    assert arrays["hist_age"].tolist() == [[10**12]]
+
+
 def test_an_empty_history_is_all_padding():
     arrays = ENCODER.encode(request(behaviours=()))
 
@@ -140,15 +170,16 @@ def test_a_window_over_the_log_equals_each_request_encoded_alone(lengths, seed):
     ends = np.cumsum(lengths)
     starts = ends - lengths
     items = rng.integers(1, 5, size=sum(lengths))
-    ts = np.concatenate([np.sort(rng.choice(50, n, replace=False)) for n in lengths]).astype(np.float64)
+    ts = np.concatenate([np.sort(rng.choice(50, n, replace=False)) for n in lengths]) + 0.25 * rng.integers(4, size=1)
+    requested_at = 100.0 + 0.125 * np.arange(len(lengths), dtype=np.float64)
     events = ENCODER.encode_events({"ad": items}, ts)
 
-    together = ENCODER.window(events, starts, ends)
+    together = ENCODER.window(events, starts, ends, requested_at)
 
     for u, (start, end) in enumerate(zip(starts, ends, strict=True)):
         past = [Event(item=str(items[i]), ts=ts[i], features={}) for i in range(start, end)]
-        alone = ENCODER.encode(request(ts=100.0, behaviours=past))
-        for name in ("hist.ad", "hist.tags", "hist.hour", "hist_mask"):
+        alone = ENCODER.encode(request(ts=requested_at[u], behaviours=past))
+        for name in ("hist.ad", "hist.tags", "hist.hour", "hist_mask", "hist_age"):
             np.testing.assert_array_equal(together[name][u], alone[name][0])
 
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.schema import Field, FieldSpec, Schema, SchemaError, SchemaSpec, canonical
+from models.schema import Field, FieldSpec, Schema, SchemaSpec
+from models.values import SchemaError, canonical
 
 
 def spec(*fields: FieldSpec, **options) -> SchemaSpec:
@@ -74,9 +75,19 @@ def test_inputs_are_listed_request_constant_first():
 
     inputs = {i.name: (i.dtype, i.dims) for i in schema.inputs}
 
-    assert list(inputs) == ["user.city", "ctx.hour", "hist.past", "hist_mask", "item.ad", "item.tags", "user_index"]
+    assert list(inputs) == [
+        "user.city",
+        "ctx.hour",
+        "hist.past",
+        "hist_mask",
+        "hist_age",
+        "item.ad",
+        "item.tags",
+        "user_index",
+    ]
     assert inputs["hist.past"] == ("int64", ("U", 7, 2))
     assert inputs["hist_mask"] == ("bool", ("U", 7))
+    assert inputs["hist_age"] == ("int64", ("U", 7))
     assert inputs["item.tags"] == ("int64", ("C", 2))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.schema import canonical
+from models.values import canonical
 from service.values import spelled
 from tests.service.conftest import Running, Start
 from tests.service.tiny import T

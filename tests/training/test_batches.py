@@ -42,6 +42,19 @@ def test_batches_in_order_are_the_files_as_they_stand(data):
     assert found.tolist() == np.load(data.path / "valid" / "item.item_id.npy").tolist()
 
 
+def test_ages_are_the_seconds_from_each_click_to_its_row(data):
+    rows = data.rows("test")
+    ts, clicked_at = (np.load(data.path / folder / "ts.npy") for folder in ("test", "events"))
+
+    inputs, _ = rows.take(np.arange(len(rows)))
+
+    assert inputs["hist_age"].dtype == torch.int64
+    for row in range(len(rows)):
+        ages = [ts[row] - at for at in clicked_at[rows.start[row] : rows.end[row]]][-LENGTH:]
+        assert inputs["hist_age"][row].tolist() == [0] * (LENGTH - len(ages)) + ages
+    assert inputs["hist_age"].max() > 900
+
+
 def test_histories_are_each_users_last_clicks_before_the_row(data):
     rows = data.rows("test")
     first = data.schema.field("item_id")
@@ -63,7 +76,9 @@ def slates(data):
     rows = data.rows("train")
     first = np.arange(len(rows)) // 4 * 4
     users = {name: array if name.startswith("item.") else array[first] for name, array in rows.inputs.items()}
-    return replace(rows, inputs=users, request=first // 4, start=rows.start[first], end=rows.end[first])
+    return replace(
+        rows, inputs=users, request=first // 4, start=rows.start[first], end=rows.end[first], ts=rows.ts[first]
+    )
 
 
 def test_rows_of_one_request_share_their_user(slates):
@@ -149,6 +164,15 @@ def test_an_empty_file_is_one_clear_error(tmp_path, file):
     (data / "train" / f"{file}.npy").write_bytes(b"")
 
     with pytest.raises(UserError, match=f"{file}.npy: missing or damaged"):
+        Prepared.open(data).rows("train")
+
+
+@pytest.mark.parametrize("folder", ["train", "events"])
+def test_data_prepared_before_there_were_ages_is_refused(tmp_path, folder):
+    data = write_prepared(tmp_path / "data", num_rows=200)
+    (data / folder / "ts.npy").unlink()
+
+    with pytest.raises(UserError, match=rf"{folder}/ts.npy: missing or damaged, prepare the data set again"):
         Prepared.open(data).rows("train")
 
 

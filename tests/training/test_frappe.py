@@ -22,10 +22,10 @@ def source(tmp_path):
 def test_every_row_is_a_request_of_its_own_in_the_given_split(source):
     log = frappe.load(source)
 
-    assert log.rows["label"].to_list() == [1, 0] * 3
-    assert log.rows["part"].to_list() == ["train", "train", "valid", "valid", "test", "test"]
-    assert log.rows["ts"].to_list() == [0, 1, 2, 3, 4, 5]
-    assert log.rows.row(0, named=True)["daytime"] == "5039"
+    assert log.rows.collect()["label"].to_list() == [1, 0] * 3
+    assert log.rows.collect()["part"].to_list() == ["train", "train", "valid", "valid", "test", "test"]
+    assert log.rows.collect()["ts"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert log.rows.collect().row(0, named=True)["daytime"] == "5039"
 
 
 def test_ids_become_words_where_the_vocabulary_is_there(source):
@@ -38,7 +38,7 @@ def test_ids_become_words_where_the_vocabulary_is_there(source):
     vocabulary = pl.DataFrame({"feature_id": ids, "field": list(frappe.FIELDS), "raw_value": words})
     vocabulary.write_csv(source / "feature_vocab.csv")
 
-    rows = frappe.load(source).rows
+    rows = frappe.load(source).rows.collect()
 
     assert rows.select(*frappe.FIELDS).row(0) == tuple(words)
 
@@ -85,16 +85,16 @@ def test_a_folder_without_the_split_is_told_what_is_missing(tmp_path):
 def test_the_real_data_are_the_known_files_in_words():
     log = frappe.load(REAL)
 
-    sizes = dict(log.rows["part"].value_counts().rows())
+    sizes = dict(log.rows.collect()["part"].value_counts().rows())
     assert log.notes == ()
     assert sizes == {"train": 202_027, "valid": 57_722, "test": 28_860}
-    assert log.rows["label"].sum() == 96_203
-    assert set(log.rows["weather"].unique()) >= {"sunny", "cloudy", "snowy"}
+    assert log.rows.collect()["label"].sum() == 96_203
+    assert set(log.rows.collect()["weather"].unique()) >= {"sunny", "cloudy", "snowy"}
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real Frappe in ../shared/data")
 def test_cost_is_not_the_apps_own():
-    rows = frappe.load(REAL).rows
+    rows = frappe.load(REAL).rows.collect()
 
     costs = rows.group_by("item").agg(
         among_clicks=pl.col("cost").filter(pl.col("label") == 1).n_unique(), among_all=pl.col("cost").n_unique()

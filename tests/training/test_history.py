@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.encoding import Event, history
-from training.history import clicks_of, windows
+from training.history import Windows, clicks_of
 
 # Few users, times and items, so that same-second clicks, repeated clicks and users without any are common.
 ROWS = st.lists(
@@ -29,8 +29,8 @@ def table(rows):
 def test_windows_are_the_law_of_history_row_by_row(rows):
     log = table(rows)
 
-    clicks = clicks_of(log)
-    starts, ends = windows(log, clicks)
+    clicks = clicks_of(log.lazy())
+    starts, ends = Windows(clicks)(log)
 
     for number, (user, ts, _, _) in enumerate(rows):
         mine = [Event(item=i, ts=t, features={}) for u, t, i, label in rows if u == user >= 0 and label]
@@ -46,15 +46,15 @@ def test_what_comes_at_the_same_time_or_later_changes_no_history(rows, later):
     longer = table([*rows, *((u, end + t, i, label) for u, t, i, label in later)])
 
     def seen(table):
-        clicks = clicks_of(table)
-        starts, ends = windows(table, clicks)
+        clicks = clicks_of(table.lazy())
+        starts, ends = Windows(clicks)(table)
         return [clicks[int(s) : int(e)].rows() for s, e in zip(starts, ends, strict=True)]
 
     assert seen(longer)[: len(rows)] == seen(log)
 
 
 def test_an_empty_log_has_empty_windows():
-    starts, ends = windows(table([(0, 1.0, "a", 0)]), clicks_of(table([])))
+    starts, ends = Windows(clicks_of(table([]).lazy()))(table([(0, 1.0, "a", 0)]))
 
     np.testing.assert_array_equal(starts, [0])
     np.testing.assert_array_equal(ends, [0])

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.schema import FieldSpec, SchemaSpec
+from training import spill
 from training.errors import UserError
-from training.log import PARTS, Log, complete, split_by_time
+from training.log import PARTS, Log, split_by_time
+from training.spill import complete
 
 
 @given(times=st.lists(st.integers(0, 30), min_size=1, max_size=100))
@@ -46,27 +48,27 @@ def log_of(rows):
     table = pl.DataFrame(rows, schema=columns, orient="row").with_columns(
         pl.col("user").cast(pl.String), pl.col("ts").cast(pl.Float64), item=pl.lit("i"), tag=pl.lit("t")
     )
-    return Log(name="log", source=Path("log.csv"), spec=SPEC, rows=table, files=())
+    return Log(name="log", source=Path("log.csv"), spec=SPEC, rows=table.lazy(), files=())
 
 
-def test_rows_of_one_user_time_and_context_are_one_request():
+def test_rows_of_one_user_time_and_context_are_one_request(tmp_path):
     pairs = [(part, label) for part in PARTS for label in (0, 1)]
     rows: list[tuple[str | None, int, str, int, str]]
     rows = [("u", 1, "tv", 1, "train"), ("u", 1, "tv", 0, "train"), ("u", 1, "pc", 0, "train")]
     rows += [("v", 1, "tv", 0, "train"), (None, 1, "tv", 0, "train"), (None, 1, "tv", 0, "train")]
     rows += [("w", 9, "tv", label, part) for part, label in pairs if part != "train"]
 
-    done = complete(log_of(rows))
+    done = complete(log_of(rows), tmp_path / "spill").collect()
 
     assert done["request"].to_list() == [0, 0, 1, 2, 3, 4, 5, 5, 5, 5]
     assert done["group"].to_list() == [0, 0, 0, 1, -1, -1, 2, 2, 2, 2]
     assert done["who"].to_list() == done["user"].to_list()
 
 
-def test_rows_stand_in_time_order_and_within_one_time_as_they_came():
+def test_rows_stand_in_time_order_and_within_one_time_as_they_came(tmp_path):
     rows = [("u", 9 - i // 3, str(i), i % 2, PARTS[i % 3]) for i in range(12)]
 
-    done = complete(log_of(rows))
+    done = complete(log_of(rows), tmp_path / "spill").collect()
 
     assert done["device"].to_list() == ["9", "10", "11", "6", "7", "8", "3", "4", "5", "0", "1", "2"]
 
@@ -78,9 +80,26 @@ def test_rows_stand_in_time_order_and_within_one_time_as_they_came():
         ([1, 1], "2 rows, all with label 1"),
     ],
 )
-def test_a_part_that_nothing_can_be_judged_by_is_refused(valid, message):
+def test_a_part_that_nothing_can_be_judged_by_is_refused(valid, message, tmp_path):
     rows = [("u", 1, "tv", label, part) for part in ("train", "test") for label in (0, 1)]
     rows += [("u", 1, "tv", label, "valid") for label in valid]
 
     with pytest.raises(UserError, match=message):
-        complete(log_of(rows))
+        complete(log_of(rows), tmp_path / "spill")
+
+
+@settings(max_examples=10, deadline=None)
+@given(times=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["u", "v", None])), min_size=2, max_size=40))
+def test_blocks_and_buckets_of_any_size_give_the_same_rows(times, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spill")
+    rows = [(user, ts, "tv", number % 2, "train") for number, (ts, user) in enumerate(times)]
+    rows += [("w", 9, "pc", label, part) for part in ("valid", "test") for label in (0, 1)]
+    whole = complete(log_of(rows), folder / "whole").collect()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spill, "BLOCK", 3)
+        patch.setattr(spill, "BUCKET", 5)
+        small = complete(log_of(rows), folder / "small").collect()
+
+    assert small.equals(whole)
+    assert small["ts"].is_sorted()

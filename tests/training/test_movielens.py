@@ -25,7 +25,7 @@ def source(tmp_path):
 def test_a_rating_of_four_or_more_is_a_click(source):
     log = movielens.load(source)
 
-    assert log.rows.select("user", "item", "ts", "label").rows() == [
+    assert log.rows.collect().select("user", "item", "ts", "label").rows() == [
         ("1", "2", 600.0, 1),
         ("2", "1", 600.0, 1),
         ("1", "1", 700.0, 0),
@@ -35,7 +35,7 @@ def test_a_rating_of_four_or_more_is_a_click(source):
 
 
 def test_profile_genres_and_year_stand_in_every_row(source):
-    rows = movielens.load(source).rows
+    rows = movielens.load(source).rows.collect()
 
     assert rows.row(0, named=True) | {"part": ""} == {
         "user": "1", "item": "2", "ts": 600.0, "label": 1, "part": "",
@@ -80,14 +80,14 @@ def test_a_missing_file_is_named(source):
 def test_the_real_data_are_read_whole_and_split_by_time():
     log = movielens.load(REAL)
 
-    sizes = dict(log.rows["part"].value_counts().rows())
-    last = log.rows.group_by("part").agg(first=pl.col("ts").min(), last=pl.col("ts").max())
+    sizes = dict(log.rows.collect()["part"].value_counts().rows())
+    last = log.rows.collect().group_by("part").agg(first=pl.col("ts").min(), last=pl.col("ts").max())
     times = {part: (first, last) for part, first, last in last.rows()}
     assert sum(sizes.values()) == 999_611
     assert sizes["valid"] == pytest.approx(99_961, abs=50)
     assert sizes["test"] == pytest.approx(99_961, abs=50)
     assert times["train"][1] < times["valid"][0]
     assert times["valid"][1] < times["test"][0]
-    assert log.rows.null_count().sum_horizontal()[0] == 0
-    assert log.rows["label"].sum() == 575_066
-    assert datetime.fromtimestamp(log.rows["ts"][0], UTC).year == 2000
+    assert log.rows.collect().null_count().sum_horizontal()[0] == 0
+    assert log.rows.collect()["label"].sum() == 575_066
+    assert datetime.fromtimestamp(log.rows.collect()["ts"][0], UTC).year == 2000

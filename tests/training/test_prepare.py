@@ -12,6 +12,7 @@ from models.encoding import Encoder, Event, Request, concat
 from models.requests import request_from_json
 from models.schema import OOV, PAD, Schema
 from training import prepare as module
+from training import spill
 from training.errors import UserError
 from training.golden import NUM_REQUESTS, UNKNOWN
 from training.log import PARTS
@@ -30,7 +31,7 @@ def source(tmp_path_factory):
 def data(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "prepared"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", 700)  # several blocks, the last one short
+        patch.setattr(spill, "BLOCK", 700)  # several blocks, the last one short
         prepare("simulated", source, out)
     return out
 
@@ -66,7 +67,7 @@ def test_every_row_on_disk_is_what_the_request_form_encodes(data, schema, log):
     first = 0
     for part in PARTS:
         stored = arrays_of(data, part, own)
-        window = encoder.window(events, *(np.load(data / part / f"{name}.npy") for name in ("start", "end")))
+        window = encoder.window(events, *(np.load(data / part / f"{name}.npy") for name in ("start", "end", "ts")))
         rows = impressions[first : first + len(window["hist_mask"])]
         # The whole life of the user goes in; the encoder cuts it at the request's own time.
         requests = [
@@ -242,8 +243,8 @@ def test_a_folder_with_something_else_in_it_is_not_replaced(source, tmp_path):
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match=r"movielens-1m, frappe, simulated.*got criteo"):
-        prepare("criteo", tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match=r"movielens-1m, .*frappe, .*simulated.*got criteos"):
+        prepare("criteos", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="got both frappe and"):
         prepare("frappe", tmp_path, tmp_path / "out", tmp_path / "log.yaml")
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
@@ -264,7 +265,7 @@ def test_golden_requests_encode_to_what_the_disk_holds(data, schema, golden):
         here = (test["user"] == request.user["user_id"]) & (test["ts"] == request.ts)
         for row in np.flatnonzero((here & (test["item"] == request.items["ad_id"][0])).to_numpy()):
             encoded = encoder.encode(request)
-            bounds = [np.load(data / "test" / f"{name}.npy")[row : row + 1] for name in ("start", "end")]
+            bounds = [np.load(data / "test" / f"{name}.npy")[row : row + 1] for name in ("start", "end", "ts")]
             for name, array in encoder.window(events, *bounds).items():
                 np.testing.assert_array_equal(array, encoded[name])
             for name in ("user.age", "ctx.hour", "ctx.device"):

@@ -141,7 +141,7 @@ def test_loading_keeps_the_position_and_the_truth_from_the_model(folder):
 
     fields = {f.name for f in log.spec.fields}
     assert not fields & {"position", *log.truth}
-    assert set(log.rows["category"].unique()) <= set(CATEGORIES)
+    assert set(log.rows.collect()["category"].unique()) <= set(CATEGORIES)
 
 
 def test_a_folder_without_a_log_is_told_how_to_make_one(tmp_path):

@@ -44,16 +44,16 @@ def test_a_csv_file_becomes_a_log(load):
     assert log.name == "log"
     assert log.spec.user_key == "who"
     assert log.spec.item_key == "ad"
-    assert log.rows.row(0, named=True) == {
+    assert log.rows.collect().row(0, named=True) == {
         "label": 0, "ts": 0.0, "user": "u0", "item": "00", "price": None, "tags": [], "part": "train",
     }  # fmt: skip
-    assert log.rows["tags"][1].to_list() == ["a", "b"]
-    assert log.rows["part"].to_list() == ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
+    assert log.rows.collect()["tags"][1].to_list() == ["a", "b"]
+    assert log.rows.collect()["part"].to_list() == ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
 
 
 def test_a_parquet_file_says_the_same_as_its_csv_twin(load, tmp_path):
     from_csv = load()
-    parquet = from_csv.rows.select(
+    parquet = from_csv.rows.collect().select(
         pl.col("label").cast(pl.Boolean).alias("click"),
         pl.from_epoch("ts").alias("at"),
         pl.col("user").alias("who"),
@@ -65,7 +65,7 @@ def test_a_parquet_file_says_the_same_as_its_csv_twin(load, tmp_path):
 
     from_parquet = tabular.load(tmp_path / "log.parquet", tmp_path / "log.yaml")
 
-    assert from_parquet.rows.equals(from_csv.rows)
+    assert from_parquet.rows.collect().equals(from_csv.rows.collect())
 
 
 def test_numbers_as_ids_have_one_spelling_in_every_file(load, tmp_path):
@@ -75,7 +75,7 @@ def test_numbers_as_ids_have_one_spelling_in_every_file(load, tmp_path):
     )
     table.write_parquet(tmp_path / "log.parquet")
 
-    rows = tabular.load(tmp_path / "log.parquet", tmp_path / "log.yaml").rows
+    rows = tabular.load(tmp_path / "log.parquet", tmp_path / "log.yaml").rows.collect()
 
     assert rows["user"].to_list() == ["1", "2"]
     assert rows["item"].to_list() == ["7", None]
@@ -100,7 +100,7 @@ def test_times_may_be_seconds_or_iso_8601(load):
     }
     csv = "\n".join(",".join(at.get(cell, cell) for cell in line.split(",")) for line in CSV.splitlines()) + "\n"
 
-    assert load(csv).rows["ts"].to_list() == load().rows["ts"].to_list()
+    assert load(csv).rows.collect()["ts"].to_list() == load().rows.collect()["ts"].to_list()
 
 
 def test_rows_of_one_user_stay_together_in_a_split_by_hash(load):
@@ -108,7 +108,7 @@ def test_rows_of_one_user_stay_together_in_a_split_by_hash(load):
     split = {"by": "hash", "valid": 0.2, "test": 0.3, "of": "who", "seed": 1}
     fields = [f for f in FIELDS if f["kind"] not in ("time", "sequence")]
 
-    rows = load(csv, split=split, timestamp=None, history_length=0, fields=fields).rows
+    rows = load(csv, split=split, timestamp=None, history_length=0, fields=fields).rows.collect()
 
     assert rows.group_by("user").agg(pl.col("part").n_unique())["part"].max() == 1
     shares = dict(rows["part"].value_counts(normalize=True).rows())
@@ -120,7 +120,7 @@ def test_rows_of_one_user_stay_together_in_a_split_by_hash(load):
 def test_a_split_by_hash_is_the_same_in_every_run_and_follows_the_seed(load):
     by = {"by": "hash", "valid": 0.3, "test": 0.3}
 
-    parts = [load(split=by | {"seed": seed}).rows["part"].to_list() for seed in (1, 1, 2)]
+    parts = [load(split=by | {"seed": seed}).rows.collect()["part"].to_list() for seed in (1, 1, 2)]
 
     assert parts[0] == parts[1] != parts[2]
     assert parts[0] == ["valid", "valid", "train", "train", "train", "valid", "train", "test", "test", "test"]
@@ -131,7 +131,7 @@ def test_a_column_may_hold_the_split(load):
     csv = csv.replace("u1,400,00,4,,0,a", "u1,400,00,4,,0,b").replace("u2,500,01,5,a|b,1,a", "u2,500,01,5,a|b,1,c")
     split = {"by": "column", "column": "fold", "train": "a", "valid": "b", "test": "c"}
 
-    assert load(csv, split=split).rows["part"].to_list() == ["train"] * 4 + ["valid", "test"] + ["train"] * 4
+    assert load(csv, split=split).rows.collect()["part"].to_list() == ["train"] * 4 + ["valid", "test"] + ["train"] * 4
     with pytest.raises(UserError, match=r"log.csv, column fold: expected one of 'a', 'b', 'd', got 'c'"):
         load(csv, split=split | {"test": "d"})
 
@@ -144,7 +144,7 @@ def test_three_files_may_be_the_split(load, tmp_path):
 
     log = tabular.load(tmp_path, tmp_path / "log.yaml")
 
-    assert log.rows["part"].to_list() == ["train"] * 10 + ["valid"] * 10 + ["test"] * 10
+    assert log.rows.collect()["part"].to_list() == ["train"] * 10 + ["valid"] * 10 + ["test"] * 10
     assert [f.name for f in log.files] == ["1.csv", "2.csv", "3.csv", "log.yaml"]
 
 

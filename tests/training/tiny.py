@@ -60,6 +60,7 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
         "request": np.arange(num_rows),
         "start": np.array(starts),
         "end": np.array(ends),
+        "ts": ts,
         "true_ctr": true_ctr,
     }
     for part, (first, last) in cuts.items():
@@ -73,7 +74,7 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
             np.save(folder / part / f"{name}.npy", small[first:last])
     (folder / "events").mkdir()
     for name, array in events.items():
-        np.save(folder / "events" / f"{name}.npy", array.astype(np.int32))
+        np.save(folder / "events" / f"{name}.npy", array if name == "ts" else array.astype(np.int32))
     (folder / "schema.json").write_text(schema.to_json())
     (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "data_hash": f"seed {seed}"}))
     return folder

@@ -54,7 +54,7 @@ def load(source: Path) -> Log:
         name="frappe",
         source=source,
         spec=SPEC,
-        rows=rows.with_columns(pl.int_range(pl.len()).cast(pl.Float64).alias("ts")),
+        rows=rows.with_columns(pl.int_range(pl.len()).cast(pl.Float64).alias("ts")).lazy(),
         files=tuple(used),
         notes=tuple(note for part, path in paths.items() for note in _strangeness(path, FILES[part][1])),
     )

@@ -61,7 +61,7 @@ def load(source: Path) -> Log:
         .drop("rating")
     )
     part = split_by_time(rows["ts"].to_numpy(), valid=0.1, test=0.1)
-    return Log(name="movielens-1m", source=source, spec=SPEC, rows=rows.with_columns(part), files=files)
+    return Log(name="movielens-1m", source=source, spec=SPEC, rows=rows.with_columns(part).lazy(), files=files)
 
 
 def _read(file: Path, names: tuple[str, ...], numbers: tuple[str, ...] = ()) -> pl.DataFrame:

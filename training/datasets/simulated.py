@@ -69,7 +69,7 @@ def load(source: Path) -> Log:
         name="simulated",
         source=source,
         spec=SPEC,
-        rows=rows.with_columns(part),
+        rows=rows.with_columns(part).lazy(),
         files=tuple(files.values()),
         truth=TRUTH,
     )

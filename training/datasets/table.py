@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from models.schema import canonical
+from models.values import canonical
 from training.errors import UserError
 
 LATEST_S = 1e11  # the year 5138: anything above is milliseconds

@@ -138,7 +138,7 @@ def load(source: Path, schema_yaml: Path) -> Log:
         rows = rows.with_columns(_by_hash(table, split, rows.height))
     elif isinstance(split, ByColumn):
         rows = rows.with_columns(_by_column(table, split))
-    return Log(name=schema_yaml.stem, source=source, spec=described.spec, rows=rows, files=(*files, schema_yaml))
+    return Log(name=schema_yaml.stem, source=source, spec=described.spec, rows=rows.lazy(), files=(*files, schema_yaml))
 
 
 def _describe(path: Path) -> Description:
@@ -168,7 +168,7 @@ def _rows(table: Table, described: Description) -> pl.DataFrame:
     for field in described.fields:
         if field.kind in ("time", "sequence") or field.name in (spec.user_key, spec.item_key):
             continue
-        if field.kind == "numeric":
+        if field.kind == "numeric" or field.discretise is not None:
             columns[field.name] = table.numbers(field.name)
         elif field.kind == "multi":
             columns[field.name] = table.lists(field.name, described.separator)

@@ -15,7 +15,14 @@ def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
 
 
 RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(papers)
-FAMILIES = {"movielens-1m": "movielens", "frappe": "frappe", "simulated": "simulated"}
+# Whose recipes a data set takes: of its own, or of one of its kind (Frappe's are of flat rows, MovieLens's of histories).
+FAMILIES = {
+    "movielens-1m": "movielens",
+    "amazon": "movielens",
+    "eleme": "movielens",
+    **dict.fromkeys(("frappe", "movielens-tag", "lastfm", "criteo", "avazu", "ipinyou"), "frappe"),
+    "simulated": "simulated",
+}
 
 
 def default(model: str, dataset: str) -> str:

@@ -1,0 +1,153 @@
+"""iPinYou real-time bidding (2013), as make-ipinyou-data writes it: impressions with clicks, split by days.
+
+Two forms, told apart by what is in the folder:
+
+    train.log.txt, test.log.txt                    TAB, with a header: one folder per advertiser, or `all`
+    train.fm.txt, test.fm.txt, featindex.fm.txt    `label id:1 ...`, one id for each of 16 fields; `name:value<TAB>id`
+
+The test days are the official ones, as given; validation is the last `valid` share of the training rows, by time.
+The 16 fields are DynInt's: weekday and hour stand in the file (Beijing time) and are context like the other words of a
+bid request; user agent, IP, region and city are the user's; creative and advertiser the ad's. Two are made coarse
+before they are a word, by the rules of make-ipinyou-data, and a request has to bring them so: the user agent as
+`system_browser`, the slot's floor price as one of 0, 1-10, 11-50, 51-100, 101+. The libfm form has no clock: a row's
+number stands in for its time.
+
+    min_count  rarer levels are unknown: 100 as DynInt has it on iPinYou
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from models.schema import FieldSpec, Group, SchemaSpec
+from training.datasets import delimited, lines
+from training.datasets.delimited import LABEL, Form
+from training.errors import UserError
+from training.log import Log
+
+FIELDS: dict[str, Group] = {
+    "weekday": "context", "hour": "context", "useragent": "user", "IP": "user", "region": "user", "city": "user",
+    "adexchange": "context", "domain": "context", "slotid": "context", "slotwidth": "context", "slotheight": "context",
+    "slotvisibility": "context", "slotformat": "context", "creative": "item", "advertiser": "item",
+    "slotprice": "context",
+}  # fmt: skip
+SYSTEMS = ("windows", "ios", "mac", "android", "linux")
+BROWSERS = ("chrome", "sogou", "maxthon", "safari", "firefox", "theworld", "opera", "ie")
+PRICES = ((100, "101+"), (50, "51-100"), (10, "11-50"), (0, "1-10"))
+MINUTES = r"20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:[01]\d|2[0-3])[0-5]\d[0-5]\d"
+FORMS = {
+    "click": LABEL,
+    "timestamp": Form(MINUTES + r"\d{3}", "a time as yyyyMMddHHmmss and milliseconds"),
+    **{name: Form("[^\t]*", "a word") for name in FIELDS},
+    "slotprice": Form(r"\d{1,9}", "a whole number"),
+}
+BEIJING_S = 8 * 3600  # ahead of UTC, and without summer time
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpinyouOptions:
+    min_count: int = 100
+    valid: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_count <= 10**9 or not 0 < self.valid < 1:
+            raise UserError(
+                f"min_count is from 1 to 10^9 and valid between 0 and 1, got {self.min_count} and {self.valid}"
+            )
+
+
+def load(source: Path, options: IpinyouOptions = IpinyouOptions()) -> Log:
+    """The folder of one campaign, in either form."""
+    form = "log" if (source / "train.log.txt").is_file() else "fm"
+    paths = {part: source / f"{part}.{form}.txt" for part in ("train", "test")}
+    if form == "log":
+        parts = [_log(path).with_columns(part=pl.lit(part)) for part, path in paths.items()]
+        files = tuple(paths.values())
+    else:
+        index = source / "featindex.fm.txt"
+        if not paths["train"].is_file():
+            raise UserError(f"{source}: expected train.log.txt and test.log.txt, or train.fm.txt, found neither")
+        files = (*paths.values(), index)
+        words = _words(index)
+        parts = [_libfm(path, words).with_columns(part=pl.lit(part)) for part, path in paths.items()]
+        num_train = parts[0].select(pl.len()).collect(engine="streaming").item()
+        parts[1] = parts[1].with_columns(pl.col("ts") + num_train)
+    cut = _cut(parts[0], options.valid)
+    in_train = pl.col("part") == "train"
+    rows = pl.concat(parts).with_columns(
+        pl.when(in_train & (pl.col("ts") >= cut)).then(pl.lit("valid")).otherwise("part").alias("part"),
+        *(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item")),
+    )
+    fields = [
+        FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count)
+        for name, group in FIELDS.items()
+    ]
+    return Log(name="ipinyou", source=source, spec=SchemaSpec(fields=tuple(fields)), rows=rows, files=files)
+
+
+def _cut(train: pl.LazyFrame, valid: float) -> float:
+    ts = train.select("ts").collect(engine="streaming")["ts"].sort()
+    return float(ts[min(round(len(ts) * (1 - valid)), len(ts) - 1)])
+
+
+def _log(file: Path) -> pl.LazyFrame:
+    time = pl.col("timestamp").str.slice(0, 14).str.to_datetime("%Y%m%d%H%M%S").dt.epoch("s") - BEIJING_S
+    return (
+        delimited.read(file, FORMS, separator="\t")
+        .select(
+            (time + pl.col("timestamp").str.slice(14).cast(pl.Float64) / 1000).alias("ts"),
+            pl.col("click").cast(pl.Int8).alias("label"),
+            *(pl.col(name) for name in FIELDS if name not in ("useragent", "slotprice")),
+            pl.concat_str(_first_of(SYSTEMS), _first_of(BROWSERS), separator="_").alias("useragent"),
+            _price().alias("slotprice"),
+        )
+        .select("ts", "label", *FIELDS)
+    )
+
+
+def _first_of(words: tuple[str, ...]) -> pl.Expr:
+    agent = pl.col("useragent").fill_null("").str.to_lowercase()
+    found = pl.lit("other")
+    for word in reversed(words):
+        found = pl.when(agent.str.contains(word, literal=True)).then(pl.lit(word)).otherwise(found)
+    return found
+
+
+def _price() -> pl.Expr:
+    found = pl.lit("0")
+    for above, word in reversed(PRICES):
+        found = pl.when(pl.col("slotprice").cast(pl.Int64) > above).then(pl.lit(word)).otherwise(found)
+    return found
+
+
+def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
+    rows = lines.scan(file)
+    cells = pl.col("line").str.strip_chars_end().str.split(" ")
+    lines.check(file, rows, pl.col("line").str.contains(r"^[01](?: \d+:1)" + f"{{{len(FIELDS)}}}" + r"\s*$"),
+                f"0 or 1 and {len(FIELDS)} times id:1")  # fmt: skip
+    named = rows.with_columns(
+        cells.list.get(number + 1)
+        .str.strip_suffix(":1")
+        .replace_strict(list(words[name]), list(words[name].values()), default=None)
+        .alias(name)
+        for number, name in enumerate(FIELDS)
+    )
+    known = pl.all_horizontal(pl.col(name).is_not_null() for name in FIELDS)
+    lines.check(file, named, known, f"ids of {', '.join(FIELDS)}, in this order, as featindex.fm.txt has them")
+    label = pl.col("line").str.slice(0, 1).cast(pl.Int8).alias("label")
+    return named.select((pl.col("row") - 1).cast(pl.Float64).alias("ts"), label, *FIELDS)
+
+
+def _words(file: Path) -> dict[str, dict[str, str]]:
+    """Each field's values by their id, as text."""
+    rows = lines.scan(file)
+    form = r"^([A-Za-z]+):(.*)\t(\d+)\s*$"
+    lines.check(file, rows, pl.col("line").str.contains(form), "field:value, a TAB and an id")
+    words: dict[str, dict[str, str]] = {name: {} for name in FIELDS}
+    for name, value, number in rows.select(pl.col("line").str.extract_groups(form)).unnest("line").collect().rows():
+        words.get(name, {})[number] = value
+    absent = [name for name, values in words.items() if not values]
+    if absent:
+        raise UserError(f"{file}: expected values of {', '.join(FIELDS)}, got none of {', '.join(absent)}")
+    return words
