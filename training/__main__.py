@@ -1,4 +1,4 @@
-"""The door to everything offline: `python -m training simulate | prepare | train | evaluate | export`."""
+"""The door to everything offline: `python -m training simulate | prepare | train | evaluate | export | compare`."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # torch, polars and matplotlib take seconds to load: only the command that needs them imports them.
 MODELS = (
-    *("mian", "stec", "dynint", "deepmr"),
+    *("mian", "stec", "dynint", "deepmr", "feseq"),
     *("deepfm", "lr", "fm", "widedeep", "dcn", "dcnv2", "xdeepfm", "autoint", "finalmlp", "din", "dien", "dmr", "bst"),
 )
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = _parser().parse_args(argv)
+        options.line = shlex.join(["python", "-m", "training", *argv])
         options.command(options)
     except UserError as err:
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
@@ -56,7 +57,7 @@ def _simulate(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from training.prepare import prepare
 
-    prepare(options.dataset, options.source, options.out, options.schema)
+    prepare(options.dataset, options.source, options.out, options.schema, options.settings)
     _next("train", "mian", "--data", options.out, "--out", "RUN")
 
 
@@ -98,6 +99,34 @@ def _export(options: argparse.Namespace) -> None:
     print(f"wrote {runs.export(trained, options.out)}, read back and verified")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    if not options.report_only and (options.seeds is None or not (options.models or options.variants)):
+        raise UserError("compare wants --seeds and --models or --variant, or else --report-only")
+    _use_threads(options.threads)
+    from training import compare
+    from training.batches import Prepared
+
+    data, failed = Prepared.open(options.data), []
+    if not options.report_only:
+        wanted = compare.variants(options.models, options.variants)
+        failed = compare.compare(options.out, data, wanted, options.seeds, options.settings, command=options.line)
+    print(compare.report(options.out, data, options.against))
+    say(f"wrote {options.out}/compare.md, compare.csv, compare.png and runs.csv")
+    if failed:
+        raise UserError(f"{len(failed)} of the runs failed, the others are done: {'; '.join(failed)}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    _use_threads(options.threads)
+    from training import explain, runs
+    from training.batches import Prepared
+
+    trained = runs.read(options.run)
+    data = Prepared.open(options.data or trained.data)
+    files = explain.explain(trained, data, options.part, options.out, rows=options.rows, num_requests=options.requests)
+    print(f"wrote {files[0]} and {len(files) - 1} heat maps beside it")
+
+
 def _write_predictions(
     file: Path, trained: "Trained", data: "Prepared", part: str, logits: "NDArray[np.float32]"
 ) -> None:
@@ -136,7 +165,7 @@ def _next(*words: object) -> None:
 def _how_to_go_on(argv: Sequence[str]) -> str:
     resume = [] if argv[0] != "train" or "--resume" in argv else ["--resume"]
     again = shlex.join(["python", "-m", "training", *argv, *resume])
-    return f"{'go on' if argv[0] == 'train' else 'start again'} with: {again}"
+    return f"{'go on' if argv[0] in ('train', 'compare') else 'start again'} with: {again}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--schema", type=Path, metavar="FILE.yaml", help="what the columns of any CSV or Parquet mean")
     prepare.add_argument("--source", type=Path, required=True, metavar="PATH")
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _add_settings(prepare, "choose among the data set's options: discretise=winners min_count=20 split=dynint, ...")
 
     train = commands.add_parser("train", help="train a model on prepared data")
     train.set_defaults(command=_train)
@@ -169,15 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", type=Path, required=True, metavar="DIR", help="what prepare wrote")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder for the run")
     train.add_argument("--recipe", metavar="NAME", help="default: the one for this model and data set")
-    train.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        dest="settings",
-        metavar="KEY=VALUE",
-        help="change the recipe: lr=0.01, model.emb_dim=16, ...",
-    )
+    _add_settings(train, "change the recipe: lr=0.01, model.emb_dim=16, ...")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     _add_threads(train)
 
@@ -191,6 +213,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_threads(evaluate)
 
+    compare = commands.add_parser("compare", help="train several models with several seeds, judge them in one table")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("--data", type=Path, required=True, metavar="DIR", help="what prepare wrote")
+    compare.add_argument("--models", metavar="A,B:RECIPE", help=f"one row of the table each: {', '.join(MODELS)}")
+    compare.add_argument(
+        "--variant",
+        action="append",
+        nargs="+",
+        default=[],
+        dest="variants",
+        metavar=("NAME=MODEL[:RECIPE]", "KEY=VALUE"),
+        help="one more row, with settings of its own: mian-no-ibim=mian model.ibim=false; may be repeated",
+    )
+    compare.add_argument("--seeds", type=_count, metavar="N", help="train each with N seeds: 2026, 2027, ...")
+    compare.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to add models or seeds to"
+    )
+    _add_settings(compare, "change every recipe: max_epochs=3, ...")
+    compare.add_argument("--against", metavar="NAME", help="test against this row; default: the best baseline")
+    compare.add_argument(
+        "--report-only", action="store_true", help="write the table of all that is finished in --out, train nothing"
+    )
+    _add_threads(compare)
+
+    explain = commands.add_parser("explain", help="draw what a finished run's model attends to")
+    _add_explain(explain)
+
     export = commands.add_parser("export", help="make the artifact that the service loads")
     export.set_defaults(command=_export)
     export.add_argument("run", type=Path, metavar="RUN")
@@ -198,10 +247,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_settings(parser: argparse.ArgumentParser, told: str) -> None:
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help=told
+    )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_explain)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="default: what it was trained on")
+    parser.add_argument("--part", choices=("test", "valid"), default="test")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--rows", type=_rows, metavar="N,N,...", help="these rows of the part, by request")
+    chosen.add_argument("--requests", type=_count, default=3, metavar="N", help="or so many requests; default: 3")
+    _add_threads(parser)
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else every core"
     )
+
+
+def _rows(text: str) -> list[int]:
+    rows = text.split(",")
+    if not all(row.isdecimal() and len(row) <= 12 for row in rows):
+        raise argparse.ArgumentTypeError(f"expected row numbers from 0 on, as 0,5,9, got {text!r}")
+    return list(map(int, rows))
 
 
 def _count(text: str) -> int:
