@@ -1,7 +1,7 @@
 """What training hands to serving: one folder, written whole, read back and verified, or refused.
 
 `<root>/<model>/<version>/` holds `manifest.json`, `schema.json`, `calibration.json`, `golden.json`, the exported graphs
-and the weights. `<root>/<model>/current.json` names the version in use.
+and the weights; `explain.onnx` where the model explains itself. `<root>/<model>/current.json` names the version in use.
 """
 
 import hashlib
@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Request, concat
+from models.explanation import Explanation
 from models.requests import request_from_json, request_to_json
 from models.schema import Schema
 
 CURRENT = "current"
+EXPLAINING = "explain.onnx"  # gives the logit, then what the manifest lists under `explain`, by name
 # float32 graphs on different runtimes add the same numbers in different orders (models.md section 1).
 LOGIT_TOLERANCE = 1e-5
 
@@ -57,6 +59,7 @@ class Manifest(BaseModel):
     schema_fingerprint: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Literal["logit"], Literal["prob"]]
+    explain: tuple[Explanation, ...] = ()
     code_version: str
     data_hash: str
     files: dict[str, str]
@@ -94,10 +97,12 @@ def write(
     inputs: Sequence[str],
     data_hash: str,
     files: Mapping[str, bytes],
+    explain: Sequence[Explanation] = (),
 ) -> Path:
     """Write one new version and make it the current one; returns its folder.
 
-    `inputs` names the schema's inputs that the exported graphs take; `files` are the graphs and weights by name.
+    `inputs` names the schema's inputs that the exported graphs take; `files` are the graphs and weights by name;
+    `explain` is what explain.onnx gives, if it is among them.
     The folder is written under a temporary name, read back as the service would, and only then renamed: a reader
     never sees half an artifact. Raises ArtifactError when what was written does not read back.
     """
@@ -126,6 +131,7 @@ def write(
                 schema_fingerprint=schema.fingerprint,
                 inputs=tuple(t for t in _tensors(schema) if t.name in inputs),
                 outputs=("logit", "prob"),
+                explain=tuple(explain),
                 code_version=_code_version(),
                 data_hash=data_hash,
                 files={name: _sha256(content) for name, content in sorted(contents.items())},
@@ -148,7 +154,8 @@ def read(path: Path) -> Artifact:
     """
     manifest = _read_manifest(path)
     contents = {name: _read_file(path, name, expected) for name, expected in manifest.files.items()}
-    for name in ("schema.json", "calibration.json", "golden.json"):
+    explaining = [EXPLAINING] if manifest.explain else []
+    for name in ("schema.json", "calibration.json", "golden.json", *explaining):
         if name not in contents:
             raise ArtifactError(f"{path}/manifest.json: does not list {name}")
     try:

@@ -13,7 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from models.explanation import Explanation
 from models.schema import PAD, Field, Group, Schema, input_name
+from models.taps import tap
 
 Inputs: TypeAlias = Mapping[str, Tensor]
 """A model's inputs by name, as `Schema.inputs` lists them."""
@@ -44,6 +46,10 @@ class CTRModel(nn.Module):
     def penalty(self) -> Tensor:
         """The L2 terms the model's config asks for, to be added to the mean loss; 0 where it asks for none."""
         raise NotImplementedError
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        """What the model shows of itself by `tap` (models/taps.py), in the order to be read; nothing by default."""
+        return ()
 
 
 class FieldEmbeddings(nn.Module):
@@ -139,9 +145,9 @@ class MLP(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention of n sequences over themselves: concat_h(softmax(Q K^T / sqrt(D/H)) V) W_O^T, no biases."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, shown_as: str = "self_attn") -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.shown_as = heads, shown_as
         self.scale = math.sqrt(width / heads)
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -156,9 +162,16 @@ class SelfAttention(nn.Module):
         if mask_nT is not None:
             scores_nHTT = scores_nHTT + _never(mask_nT, scores_nHTT.dtype).unsqueeze(1).unsqueeze(1)
             value_nTD = value_nTD * mask_nT.unsqueeze(-1)  # so that attending to nothing gives zeros
-        weights_nHTT = self.dropout(scores_nHTT.softmax(dim=-1))
-        out_nTD: Tensor = self.out(merge_heads(weights_nHTT @ split_heads(value_nTD, self.heads)))
+        weights_nHTT = scores_nHTT.softmax(dim=-1)
+        tap(self.shown_as, lambda: weights_nHTT if mask_nT is None else weights_nHTT * _both(mask_nT))
+        attended_nHTD = self.dropout(weights_nHTT) @ split_heads(value_nTD, self.heads)
+        out_nTD: Tensor = self.out(merge_heads(attended_nHTD))
         return out_nTD
+
+
+def _both(mask_nT: Tensor) -> Tensor:
+    """[n, 1, T, T]: true where neither place is padding."""
+    return (mask_nT.unsqueeze(1) & mask_nT.unsqueeze(2)).unsqueeze(1)
 
 
 def split_heads(x_nTD: Tensor, heads: int) -> Tensor:

@@ -13,9 +13,10 @@ from fastapi.responses import RedirectResponse
 from service import documents, shapes
 from service.catalog import Catalog
 from service.decoding import Decoder
-from service.errors import FieldError, compressed, invalid, not_open, store_down, too_large, too_slow
+from service.errors import compressed, not_open, store_down, too_large, too_slow
 from service.events import Events
 from service.experiment import Experiment
+from service.explain import Explainer
 from service.features import FeatureStore, StoreUnavailable
 from service.metrics import Metrics
 from service.scorer import Scorer
@@ -31,6 +32,7 @@ class Parts:
     """What an open service is made of; app.py puts it together."""
 
     scorer: Scorer
+    explainer: Explainer
     events: Events
     experiment: Experiment
     catalog: Catalog
@@ -57,6 +59,7 @@ class Api:
                 router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
         add("/predict", self.predict, methods=["POST"], **documents.PREDICT)
+        add("/explain", self.explain, methods=["POST"], **documents.EXPLAIN)
         add("/events", self.events, methods=["POST"], **documents.EVENTS)
         add("/healthz", self.healthz, **documents.HEALTHZ)
         add("/readyz", self.readyz, **documents.READYZ)
@@ -72,7 +75,7 @@ class Api:
         started = time.perf_counter()
         asked = self._predict_decoder.decode(body)
         if asked.explain:
-            raise invalid([FieldError(pointer="/explain", expected="false: nothing explains scores yet", got="true")])
+            return await self._explain(request, asked, arrived)
         given = shapes.given(asked, now=time.time(), max_candidates=self._settings.max_candidates)
         self._metrics.stages["parse"].observe(time.perf_counter() - started)
 
@@ -84,6 +87,18 @@ class Api:
         answer = _json(shapes.answer(asked, scored))
         self._metrics.stages["respond"].observe(time.perf_counter() - started)
         return answer
+
+    async def explain(self, request: Request) -> Response:
+        arrived = time.monotonic()
+        return await self._explain(request, self._predict_decoder.decode(await self._body(request)), arrived)
+
+    async def _explain(self, request: Request, asked: PredictRequest, arrived: float) -> Response:
+        limit = min(self._settings.max_explained, self._settings.max_candidates)
+        given = shapes.given(asked, now=time.time(), max_candidates=limit)
+        deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
+        explained = await self._open().explainer.explain(given, request_id=asked.request_id, deadline=deadline)
+        request.state.arm = explained.scored.arm
+        return _json(shapes.explained(asked, explained))
 
     async def events(self, request: Request) -> Response:
         sent = self._events_decoder.decode(await self._body(request))

@@ -19,6 +19,7 @@ from service.catalog import Catalog
 from service.errors import MEDIA_TYPE, Problem, too_deep
 from service.events import Events
 from service.experiment import Experiment
+from service.explain import Explainer
 from service.features import FeatureStore, MemoryStore, StoreUnavailable
 from service.metrics import NO_ARM, Metrics
 from service.redis_store import RedisStore
@@ -57,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Recorder, metrics=metrics, routes=frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
     )
-    documents.describe(app, max_candidates=settings.max_candidates)
+    documents.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
     for kind in (Problem, HTTPException, RecursionError):
         app.add_exception_handler(kind, _answer_error)
     return app
@@ -82,8 +83,12 @@ async def open_parts(settings: Settings, metrics: Metrics) -> AsyncIterator[Part
         for arm, model in catalog.models.items():
             manifest = model.artifact.manifest
             metrics.model_serves(arm=arm, model=manifest.model, version=manifest.version)
+        scorer = Scorer(experiment=running, catalog=catalog, store=store, worker=worker, metrics=metrics)
+        explainer = Explainer(scorer)
+        stack.callback(explainer.close)
         yield Parts(
-            scorer=Scorer(experiment=running, catalog=catalog, store=store, worker=worker, metrics=metrics),
+            scorer=scorer,
+            explainer=explainer,
             events=Events(store=writing, experiment=running, metrics=metrics),
             experiment=running,
             catalog=catalog,

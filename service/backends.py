@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, ArtifactError
+from models.artifact import EXPLAINING, Artifact, ArtifactError, check_scores
 from models.encoding import Arrays
 
 # From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
@@ -43,10 +43,25 @@ def load(artifact: Artifact, kind: Kind) -> Backend:
     return TorchScriptBackend(_graph(artifact, "model.ts"), inputs=[i.name for i in artifact.manifest.inputs])
 
 
-class OnnxBackend:
-    """ONNX Runtime on one CPU core. The graph takes those of the `fed` arrays it names, and gives `logit`."""
+def load_explaining(artifact: Artifact) -> "OnnxBackend":
+    """What gives the logits and then each tensor that the manifest lists under `explain`, in their order.
 
-    def __init__(self, graph: Path, *, fed: Sequence[str]) -> None:
+    Raises ArtifactError where it cannot be loaded, or is another model's.
+    """
+    fed = [i.name for i in artifact.schema.inputs]
+    outputs = ["logit", *(shown.name for shown in artifact.manifest.explain)]
+    backend = OnnxBackend(_graph(artifact, EXPLAINING), fed=fed, outputs=outputs)
+    try:
+        check_scores(artifact, backend.run(artifact.golden.arrays))
+    except BackendError as err:
+        raise ArtifactError(f"{artifact.path}: {EXPLAINING} does not run on its own golden rows: {err}") from err
+    return backend
+
+
+class OnnxBackend:
+    """ONNX Runtime on one CPU core. The graph takes those of the `fed` arrays it names, and gives `outputs`."""
+
+    def __init__(self, graph: Path, *, fed: Sequence[str], outputs: Sequence[str] = ("logit",)) -> None:
         _refuse_two_runtimes()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -64,15 +79,20 @@ class OnnxBackend:
         self._inputs = [i.name for i in self._session.get_inputs()]
         if unknown := set(self._inputs) - set(fed):
             raise ArtifactError(f"{graph}: takes {', '.join(sorted(unknown))}, which its schema does not describe")
-        if "logit" not in [o.name for o in self._session.get_outputs()]:
-            raise ArtifactError(f"{graph}: has no output called logit")
+        self._outputs = list(outputs)
+        if absent := set(self._outputs) - {o.name for o in self._session.get_outputs()}:
+            raise ArtifactError(f"{graph}: has no output called {', '.join(sorted(absent))}")
 
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        return self.run_all(arrays)[0]
+
+    def run_all(self, arrays: Arrays) -> list[NDArray[np.float32]]:
+        """Every one of the `outputs`. Raises BackendError."""
         try:
-            (logits,) = self._session.run(["logit"], {name: arrays[name] for name in self._inputs})
+            values = self._session.run(self._outputs, {name: arrays[name] for name in self._inputs})
         except Exception as err:  # as above
             raise BackendError(f"ONNX Runtime: {err}") from err
-        return np.asarray(logits, dtype=np.float32)
+        return [np.asarray(value, dtype=np.float32) for value in values]
 
     def close(self) -> None:
         del self._session

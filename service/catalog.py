@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from models import artifact
 from models.artifact import Artifact
 from models.encoding import Arrays, Encoder
 from service import backends
-from service.backends import Backend, Kind
+from service.backends import Backend, Kind, OnnxBackend
 from service.experiment import Arm
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ class Model:
     encoder: Encoder
     backend: Backend
     kind: Kind
+
+    @cached_property
+    def explaining(self) -> OnnxBackend:
+        """What explains its scores: loaded by the first call, not before. Raises ArtifactError."""
+        return backends.load_explaining(self.artifact)
 
     def describe(self) -> dict[str, Any]:
         manifest = self.artifact.manifest

@@ -1,5 +1,6 @@
 """What /docs and /openapi.json say of the routes: the JSON shapes of shapes.py, with examples."""
 
+import copy
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 
 from service.errors import MEDIA_TYPE, FieldError
 from service.events import MAX_EVENTS, Receipt, SentEvent
-from service.shapes import PredictAnswer, PredictRequest
+from service.shapes import ExplainAnswer, PredictAnswer, PredictRequest
 from service.values import Id
 
 Json = dict[str, Any]
@@ -68,10 +69,23 @@ _REFUSED = {
     "overloaded_or_out_of_order_try_again_503": _PROBLEM,
 }
 
+_EXPLAINED = {
+    **_REFUSED,
+    "this_user's_arm_explains_nothing_409": _PROBLEM,
+    "the_deadline_passed_504": _PROBLEM,
+}
+
 PREDICT: Json = {
     "summary": "Click probabilities of a user's candidates, in their order",
+    "description": "With `explain` true it answers, and refuses, as /explain does.",
     "openapi_extra": _body(_ref("PredictRequest"), {"rows": _ROWS, "columns": _COLUMNS}),
-    "responses": _answers(scored_200=_ref("PredictAnswer"), **_REFUSED, the_deadline_passed_504=_PROBLEM),
+    "responses": _answers(scored_200={"anyOf": [_ref("PredictAnswer"), _ref("ExplainAnswer")]}, **_EXPLAINED),
+}
+EXPLAIN: Json = {
+    "summary": "The same for a few candidates, and what the model attended to, with field and item names",
+    "description": "For people: it has a short line of its own, and what it scores is not counted as a prediction.",
+    "openapi_extra": _body(_ref("ExplainRequest"), {"rows": _ROWS, "columns": _COLUMNS}),
+    "responses": _answers(explained_200=_ref("ExplainAnswer"), **_EXPLAINED),
 }
 EVENTS: Json = {
     "summary": "Impressions and clicks in, each taken once by its event_id",
@@ -113,26 +127,26 @@ _PROBLEM_SCHEMA = {
 }
 
 
-def describe(app: FastAPI, *, max_candidates: int) -> None:
+def describe(app: FastAPI, *, max_candidates: int, max_explained: int) -> None:
     """Give the app an OpenAPI document with the shapes that its routes name."""
 
     def openapi() -> Json:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            document["components"] = {"schemas": _schemas(max_candidates)}
+            document["components"] = {"schemas": _schemas(max_candidates, max_explained)}
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend the document
 
 
-def _schemas(max_candidates: int) -> Json:
-    _, schemas = msgspec.json.schema_components(
-        (PredictRequest, PredictAnswer, SentEvent, Receipt, FieldError), ref_template="#/components/schemas/{name}"
-    )
-    rows, columns = schemas["PredictRequest"]["properties"]["candidates"]["anyOf"]
-    rows |= {"minItems": 1, "maxItems": max_candidates}
-    ids = {"type": "array", "items": msgspec.json.schema(Id), "minItems": 1, "maxItems": max_candidates}
-    columns |= {"required": ["id"], "properties": {"id": ids}}
-    schemas["PredictRequest"]["properties"]["explain"] = {"enum": [False, None], "default": None}
+def _schemas(max_candidates: int, max_explained: int) -> Json:
+    shapes = (PredictRequest, PredictAnswer, ExplainAnswer, SentEvent, Receipt, FieldError)
+    _, schemas = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
+    schemas["ExplainRequest"] = copy.deepcopy(schemas["PredictRequest"])
+    for name, limit in (("PredictRequest", max_candidates), ("ExplainRequest", min(max_explained, max_candidates))):
+        rows, columns = schemas[name]["properties"]["candidates"]["anyOf"]
+        rows |= {"minItems": 1, "maxItems": limit}
+        ids = {"type": "array", "items": msgspec.json.schema(Id), "minItems": 1, "maxItems": limit}
+        columns |= {"required": ["id"], "properties": {"id": ids}}
     return {**schemas, "Problem": _PROBLEM_SCHEMA}

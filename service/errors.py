@@ -2,7 +2,8 @@
 
 import http
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -50,6 +51,16 @@ class Problem(Exception):  # noqa: N818 - the name RFC 9457 gives it
         return msgspec.json.encode(document)
 
 
+@contextmanager
+def of_arm(name: str) -> Iterator[None]:
+    """Every refusal inside is of a request that was drawn for this arm."""
+    try:
+        yield
+    except Problem as problem:
+        problem.arm = name
+        raise
+
+
 def not_json(detail: str) -> Problem:
     return Problem(400, detail, reason="not_json")
 
@@ -80,6 +91,19 @@ def too_deep() -> Problem:
 def overloaded(waiting: int) -> Problem:
     detail = f"{waiting} candidates are waiting already; try again"
     return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
+
+
+def explaining_enough(under_way: int) -> Problem:
+    detail = f"{under_way} explanations are under way already; try again"
+    return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
+
+
+def not_explained(model: str, version: str) -> Problem:
+    detail = (
+        f"{model} {version}, which answers this user, explains nothing: the model has nothing to show,"
+        " or was exported before it had"
+    )
+    return Problem(409, detail, reason="not_explained")
 
 
 def model_failed(detail: str) -> Problem:

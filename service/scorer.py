@@ -16,7 +16,7 @@ from models.schema import OOV, input_name
 from service import assembly
 from service.assembly import Given
 from service.catalog import Catalog, Model
-from service.errors import Problem, invalid
+from service.errors import invalid, of_arm
 from service.experiment import Experiment
 from service.features import FeatureStore, Fetched, StoreUnavailable
 from service.metrics import OTHER_FIELD, Metrics
@@ -42,6 +42,18 @@ class Scored:
     degraded: list[str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A request on its way: whose it is, what its model is fed, and the past clicks that the arrays hold."""
+
+    request_id: str | int
+    arm: str
+    model: Model
+    arrays: Arrays
+    past: Sequence[Event]
+    degraded: list[str]
+
+
 class Scorer:
     def __init__(
         self, *, experiment: Experiment, catalog: Catalog, store: FeatureStore, worker: Worker, metrics: Metrics
@@ -55,40 +67,41 @@ class Scorer:
 
     async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
         """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late."""
+        encoded = await self.encode(given, request_id=request_id, deadline=deadline)
+        with of_arm(encoded.arm):
+            deadline.check()
+            logits = await self._worker.run(encoded.model.backend, encoded.arrays, deadline)
+            deadline.check()
+        scored = self.answer(encoded, logits)
+        self._count(given, encoded)
+        self._metrics.arm(encoded.arm).scored(scored.ctr)
+        return scored
+
+    async def encode(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Encoded:
+        """All that comes before the model: whose request it is, what the store knows, the arrays."""
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        arm = self._experiment.assign(given.user if given.user is not None else spelled(request_id))
-        model = self._catalog.models[arm.name]
-        try:
-            ctr, degraded = await self._run(model, given, deadline)
-        except Problem as problem:
-            problem.arm = arm.name
-            raise
-        self._metrics.arm(arm.name).scored(ctr)
-        return Scored(
-            request_id=request_id,
-            experiment=self._experiment.name,
-            arm=arm.name,
-            model=model.artifact.manifest.model,
-            version=model.artifact.manifest.version,
-            ctr=ctr,
-            degraded=degraded,
-        )
-
-    async def _run(self, model: Model, given: Given, deadline: Deadline) -> tuple[NDArray[np.float64], list[str]]:
+        arm = self._experiment.assign(given.user if given.user is not None else spelled(request_id)).name
+        model = self._catalog.models[arm]
         started = time.perf_counter()
-        stored, past, degraded = await self._fetch(model, given, deadline)
-        fetched = time.perf_counter()
-        arrays = self._encode(model.encoder, given, stored, past, degraded)
-        encoded = time.perf_counter()
+        with of_arm(arm):
+            stored, past, degraded = await self._fetch(model, given, deadline)
+            fetched = time.perf_counter()
+            arrays = self._encode(model.encoder, given, stored, past, degraded)
         self._metrics.stages["fetch"].observe(fetched - started)
-        self._metrics.stages["encode"].observe(encoded - fetched)
+        self._metrics.stages["encode"].observe(time.perf_counter() - fetched)
+        return Encoded(request_id=request_id, arm=arm, model=model, arrays=arrays, past=past, degraded=degraded)
 
-        deadline.check()
-        logits = await self._worker.run(model.backend, arrays, deadline)
-        deadline.check()
-        ctr = model.artifact.calibration(logits)
-        self._count(model, given, arrays, degraded)
-        return ctr, degraded
+    def answer(self, encoded: Encoded, logits: NDArray[np.float32]) -> Scored:
+        artifact = encoded.model.artifact
+        return Scored(
+            request_id=encoded.request_id,
+            experiment=self._experiment.name,
+            arm=encoded.arm,
+            model=artifact.manifest.model,
+            version=artifact.manifest.version,
+            ctr=artifact.calibration(logits),
+            degraded=encoded.degraded,
+        )
 
     async def _fetch(
         self, model: Model, given: Given, deadline: Deadline
@@ -139,15 +152,15 @@ class Scorer:
         stored, past = assembly.cleaned(encoder, stored, past)
         return encoder.encode(assembly.assemble(schema, given, stored, past))
 
-    def _count(self, model: Model, given: Given, arrays: Arrays, degraded: Sequence[str]) -> None:
-        schema = model.artifact.schema
+    def _count(self, given: Given, encoded: Encoded) -> None:
+        schema = encoded.model.artifact.schema
         for field in schema.fields:
             if field.vocabulary is not None:
-                unknown = int(np.count_nonzero(arrays[input_name(field)] == OOV))
+                unknown = int(np.count_nonzero(encoded.arrays[input_name(field)] == OOV))
                 if unknown:
                     self._metrics.unknown_values(field.name).inc(unknown)
         unnamed = assembly.unknown_names(schema, given)
         if unnamed:
             self._metrics.unknown_values(OTHER_FIELD).inc(unnamed)
-        for reason in degraded:
+        for reason in encoded.degraded:
             self._metrics.degraded(reason).inc()

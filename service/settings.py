@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     max_candidates: int = Field(default=1000, ge=1, le=10_000)
+    max_explained: int = Field(default=20, ge=1, le=1000, description="candidates of one request for explanations")
     max_queued_candidates: int = Field(default=10_000, ge=1, description="that wait for the model; beyond it 503")
     # A thousand candidates with twenty features each take about half a megabyte.
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)

@@ -1,4 +1,4 @@
-"""The JSON shapes of /predict and /events: what comes in, what goes out, and how /docs shows them."""
+"""The JSON shapes of /predict, /explain and /events: what comes in, what goes out, and how /docs shows them."""
 
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from service.assembly import Candidates, Given
 from service.decoding import Decoder
 from service.errors import FieldError, invalid, pointer, shown
 from service.events import MAX_EVENTS
+from service.explain import Explained
 from service.scorer import Scored
 from service.values import MAX_ID_LENGTH, Id, Time, is_id, spelled
 
@@ -65,6 +66,25 @@ class PredictAnswer(Struct, frozen=True):
     degraded: list[str]
 
 
+class Axis(Struct, frozen=True):
+    """One axis of `values`: a label for every place along it."""
+
+    name: str
+    labels: list[str]
+
+
+class Explanation(Struct, frozen=True):
+    """`values` are lists nested as deep as there are axes, the first axis outermost; without axes, a number."""
+
+    meaning: str
+    axes: list[Axis]
+    values: list[Any] | float
+
+
+class ExplainAnswer(PredictAnswer, frozen=True):
+    explanations: dict[str, Explanation]
+
+
 class EventsDecoder:
     """A list of events, which are then judged one by one: see events.py."""
 
@@ -93,6 +113,16 @@ def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
 
 def answer(request: PredictRequest, scored: Scored) -> bytes:
     """The answer in the candidates' own form, with their ids as they were sent."""
+    return msgspec.json.encode(_answer(request, scored))
+
+
+def explained(request: PredictRequest, explained: Explained) -> bytes:
+    """The same, with the explanations, which are JSON already."""
+    told = msgspec.structs.asdict(_answer(request, explained.scored))
+    return msgspec.json.encode({**told, "explanations": explained.explanations})
+
+
+def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
     ctr: list[float] = scored.ctr.tolist()
     sent = request.candidates
     predictions: list[Prediction] | Columns
@@ -100,16 +130,14 @@ def answer(request: PredictRequest, scored: Scored) -> bytes:
         predictions = Columns(id=sent["id"], ctr=ctr)
     else:
         predictions = [Prediction(candidate.id, p) for candidate, p in zip(sent, ctr, strict=True)]
-    return msgspec.json.encode(
-        PredictAnswer(
-            request_id=scored.request_id,
-            experiment=scored.experiment,
-            arm=scored.arm,
-            model=scored.model,
-            version=scored.version,
-            predictions=predictions,
-            degraded=scored.degraded,
-        )
+    return PredictAnswer(
+        request_id=scored.request_id,
+        experiment=scored.experiment,
+        arm=scored.arm,
+        model=scored.model,
+        version=scored.version,
+        predictions=predictions,
+        degraded=scored.degraded,
     )
 
 

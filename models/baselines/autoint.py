@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.flat import Deep, DeepConfig, FlatModel
+from models.baselines.flat import Deep, DeepConfig, FlatModel, request_names
 from models.blocks import Inputs, UserState, merge_heads, split_heads, start_linears
 from models.config import Count
+from models.explanation import CANDIDATE, LOOKS, Axis, Explanation, numbered
 from models.schema import Schema
+from models.taps import tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class AutoInt(FlatModel):
     def __init__(self, config: AutoIntConfig, schema: Schema) -> None:
         super().__init__(config, schema)
         widths = (config.emb_dim, *[config.attention_dim] * (config.attention_layers - 1))
+        self.heads = config.heads
         self.layers = nn.ModuleList(Interacting(config, width) for width in widths)
         self.out = nn.Linear(self.num_fields * config.attention_dim, 1)
         self.deep = Deep(self, config) if config.hidden else None
@@ -54,6 +57,14 @@ class AutoInt(FlatModel):
             x_CFA = layer(x_CFA)
         logits_C: Tensor = self.out(x_CFA.flatten(1)).squeeze(-1)
         return logits_C if self.deep is None else logits_C + self.deep.score(state, items, user_index)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        schema = self.fields.schema
+        items = tuple(field.name for field in schema.group("item"))
+        names = request_names(schema, use_history=self.config.use_history) + items
+        fields, attended = (Axis(name=name, labels=names) for name in ("field", "attended_field"))
+        layers, heads = numbered("layer", len(self.layers)), numbered("head", self.heads)
+        return (Explanation(name="field_attn", axes=(CANDIDATE, layers, heads, fields, attended), meaning=LOOKS),)
 
 
 class Interacting(nn.Module):
@@ -73,5 +84,6 @@ class Interacting(nn.Module):
     def forward(self, x_CFD: Tensor) -> Tensor:
         query_CHFW = split_heads(self.query(x_CFD) / self.scale, self.heads)
         weights_CHFF = (query_CHFW @ split_heads(self.key(x_CFD), self.heads).transpose(-1, -2)).softmax(dim=-1)
+        tap("field_attn", weights_CHFF)
         attended_CFA = merge_heads(self.dropout(weights_CHFF) @ split_heads(self.value(x_CFD), self.heads))
         return F.relu(self.norm(attended_CFA + self.residual(x_CFD)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.baselines.sequence import SequenceConfig, SequenceModel
 from models.blocks import Inputs, SelfAttention, UserState, start_linears, tiny_normal
 from models.config import Count
+from models.explanation import ATTENDED_EVENT, CANDIDATE, EVENT, Explanation, numbered
 from models.schema import Schema
 
 
@@ -41,6 +42,7 @@ class BST(SequenceModel):
         # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
         self.positions = nn.Parameter(torch.empty(length, width))
         tiny_normal(self.positions.data)
+        self.heads = config.heads
         self.blocks = nn.ModuleList(Block(config, width) for _ in range(config.blocks))
         start_linears(self, nn.init.xavier_normal_)
 
@@ -56,6 +58,12 @@ class BST(SequenceModel):
         for block in self.blocks:
             x_CSE = block(x_CSE, mask_CS)
         return self.finish(state, items, (x_CSE * mask_CS.unsqueeze(-1)).flatten(1), user_index)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        layers = (numbered("block", len(self.blocks)), numbered("head", self.heads))
+        meaning = "Which events (past clicks, then the candidate) each event (a row, which sums to 1) attends to."
+        axes = (CANDIDATE, *layers, EVENT, ATTENDED_EVENT)
+        return (Explanation(name="self_attn", axes=axes, meaning=meaning),)
 
 
 class Block(nn.Module):

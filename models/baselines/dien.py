@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from models.baselines.sequence import SequenceConfig, SequenceModel
 from models.blocks import Inputs, UserState, masked_softmax, start_linears
+from models.explanation import BEHAVIOUR, CANDIDATE, Explanation
 from models.schema import Schema
+from models.taps import tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,13 @@ class DIEN(SequenceModel):
         keys_CTE, read_CTG, mask_CT = (state[n].index_select(0, user_index) for n in ("keys", "read", "mask"))
         scores_CT = (keys_CTE @ self.target(items).unsqueeze(-1)).squeeze(-1)
         attention_CT = masked_softmax(scores_CT, mask_CT)
+        tap("alpha_behaviour", attention_CT)
         evolved_CE = self.evolution(read_CTG, mask_CT, attention_CT)[-1]
         return self.finish(state, items, evolved_CE, user_index)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        meaning = "How far each past click may move this candidate's state; sums to 1 (to 0 where there is none)."
+        return (Explanation(name="alpha_behaviour", axes=(CANDIDATE, BEHAVIOUR), meaning=meaning),)
 
 
 class GRU(nn.Module):

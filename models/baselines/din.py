@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from models.baselines.sequence import SequenceConfig, SequenceModel
 from models.blocks import Inputs, UserState, masked_softmax, start_linears
 from models.config import Count
+from models.explanation import BEHAVIOUR, CANDIDATE, Explanation
 from models.schema import Schema
+from models.taps import tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,14 @@ class DIN(SequenceModel):
         user_index, items = inputs["user_index"], self.fields.group("item", inputs)
         clicks_CTE, read_CTA, mask_CT = (state[n].index_select(0, user_index) for n in ("clicks", "read", "mask"))
         weights_CT = self.attention(self.target(items), clicks_CTE, read_CTA, mask_CT)
+        tap("alpha_behaviour", weights_CT)
         interest_CE = (weights_CT.unsqueeze(1) @ clicks_CTE).squeeze(1)
         return self.finish(state, items, interest_CE, user_index)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        bounds = "sums to 1 (to 0 where there is none)" if self.attention.softmax else "below 0 it is taken away"
+        meaning = f"How much of each past click this candidate takes up; {bounds}."
+        return (Explanation(name="alpha_behaviour", axes=(CANDIDATE, BEHAVIOUR), meaning=meaning),)
 
 
 class TargetAttention(nn.Module):

@@ -86,3 +86,10 @@ def request_fields(fields: FieldEmbeddings, inputs: Inputs, *, use_history: bool
     if use_history and fields.schema.group("behaviour"):
         flat += fields.pooled_history(inputs)
     return flat
+
+
+def request_names(schema: Schema, *, use_history: bool) -> tuple[str, ...]:
+    """What `request_fields` are, by name."""
+    names = [field.name for field in (*schema.group("user"), *schema.group("context"))]
+    past = schema.group("behaviour") if use_history else ()
+    return (*names, *(f"past {field.name}" for field in past))

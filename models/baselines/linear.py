@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.flat import FlatConfig, request_fields
+from models.baselines.flat import FlatConfig, request_fields, request_names
 from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, tiny_normal
 from models.config import Config, Weight
+from models.explanation import BIAS, CANDIDATE, REQUEST, Axis, Explanation, of_fields
 from models.schema import Schema
+from models.taps import tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,34 @@ class LR(CTRModel):
 
     def encode_user(self, inputs: Inputs) -> UserState:
         fields = request_fields(self.fields, inputs, use_history=self.config.use_history)
-        return {"first_order": torch.cat(fields, dim=1).sum(dim=1)} if fields else {}
+        if not fields:
+            return {}
+        weights_UF = torch.cat(fields, dim=1)
+        tap("request_contrib", weights_UF)
+        return {"first_order": weights_UF.sum(dim=1)}
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
         parts = [state["first_order"].index_select(0, inputs["user_index"])] if "first_order" in state else []
         items = self.fields.group("item", inputs)
         if items:
-            parts.append(torch.cat(items, dim=1).sum(dim=1))
+            weights_CF = torch.cat(items, dim=1)
+            tap("item_contrib", weights_CF)
+            parts.append(weights_CF.sum(dim=1))
+        tap("bias", self.bias.squeeze)
         return torch.stack(parts).sum(dim=0) + self.bias
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        schema, shown = self.fields.schema, []
+        names = request_names(schema, use_history=self.config.use_history)
+        if names:
+            meaning = "What each field of the request adds to the logit of every candidate."
+            axes = (REQUEST, Axis(name="field", labels=names))
+            shown.append(Explanation(name="request_contrib", axes=axes, meaning=meaning))
+        if schema.group("item"):
+            meaning = "What each field of the candidate adds to its logit: with the request's and `bias`, all of it."
+            axes = (CANDIDATE, of_fields(schema, ["item"]))
+            shown.append(Explanation(name="item_contrib", axes=axes, meaning=meaning))
+        return (*shown, BIAS)
 
     def penalty(self) -> Tensor:
         return self.fields.penalty(self.config.l2_emb)

@@ -46,7 +46,7 @@ CHECKS = [
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a real port, in a thread."""
     root = tmp_path_factory.mktemp("artifacts")
-    tiny.write(root)
+    tiny.write(root, explaining_seed=1)
     alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
     app = create_app(Settings(artifacts_dir=root, experiment=alone, redis_url=None))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
@@ -67,6 +67,8 @@ READS = ("/healthz", "/readyz", "/models", "/experiments")
 OPERATIONS = [
     ("/predict", "POST", GenerationMode.POSITIVE, 80),
     ("/predict", "POST", GenerationMode.NEGATIVE, 60),
+    ("/explain", "POST", GenerationMode.POSITIVE, 40),
+    ("/explain", "POST", GenerationMode.NEGATIVE, 40),
     ("/events", "POST", GenerationMode.POSITIVE, 40),  # no bad events: each is rejected by itself, in a good answer
     *((path, "GET", GenerationMode.POSITIVE, 3) for path in READS),
 ]
@@ -90,7 +92,7 @@ def test_the_service_does_what_its_document_says(
 def test_the_examples_of_the_document_are_answered(url: str) -> None:
     document = httpx.get(f"{url}/openapi.json").json()
 
-    for path, status in (("/predict", 200), ("/events", 202)):
+    for path, status in (("/predict", 200), ("/explain", 200), ("/events", 202)):
         content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         for example in content["examples"].values():
             answer = httpx.post(url + path, json=example["value"])
@@ -102,7 +104,9 @@ def test_the_document_names_every_route_and_limit_of_the_contract(url: str) -> N
     document = httpx.get(f"{url}/openapi.json").json()
 
     paths = document["paths"]
-    assert set(paths) == {"/predict", "/events", "/healthz", "/readyz", "/models", "/experiments"}
-    assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 413, 415, 422, 503, 504}
-    rows, columns = document["components"]["schemas"]["PredictRequest"]["properties"]["candidates"]["anyOf"]
-    assert [(a["minItems"], a["maxItems"]) for a in (rows, columns["properties"]["id"])] == [(1, 1000), (1, 1000)]
+    assert set(paths) == {"/predict", "/explain", "/events", "/healthz", "/readyz", "/models", "/experiments"}
+    assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 409, 413, 415, 422, 503, 504}
+    for name, limit in (("PredictRequest", 1000), ("ExplainRequest", 20)):
+        rows, columns = document["components"]["schemas"][name]["properties"]["candidates"]["anyOf"]
+        ids = columns["properties"]["id"]
+        assert [(a["minItems"], a["maxItems"]) for a in (rows, ids)] == [(1, limit), (1, limit)]

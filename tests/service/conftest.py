@@ -35,7 +35,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
-    tiny.write(root, "tiny", seed=1)
+    tiny.write(root, "tiny", seed=1, explaining_seed=1)
     tiny.write(root, "other", seed=2)
     return root
 

@@ -94,7 +94,7 @@ def to_torchscript(seed: int) -> bytes:
 
     import torch
 
-    names = [name for name in FED if name != "hist_mask"]
+    names = [name for name in FED if name not in tiny.UNREAD]
     numbers = {name: torch.from_numpy(table) for name, table in tiny.tables(seed).items()}
     positions = torch.from_numpy(tiny.POSITIONS)
 

@@ -90,7 +90,7 @@ BAD: dict[str, tuple[bytes, int, str | None]] = {
         422,
         "/behaviours/0/features/genres",
     ),
-    "an explanation": (body(explain=True), 422, "/explain"),
+    "an explanation of too many": (body(explain=True, candidates=[{"id": 1}] * 21), 422, "/candidates"),
     "an empty request id": (body(request_id=""), 422, "/request_id"),
     "endless nesting": (b'{"context": {"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}", 422, ""),
     "2 MB and more": (body(context={"x": "a" * 2_200_000}), 413, None),

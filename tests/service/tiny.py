@@ -7,9 +7,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from models import artifact
-from models.artifact import Golden
+from models.artifact import EXPLAINING, Golden
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Event, Request, concat
+from models.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
 from models.schema import FIRST, FieldSpec, Schema, SchemaSpec
 
 T = 3
@@ -39,6 +40,7 @@ SCHEMA = SchemaSpec(
         "genres": [["x"], ["y"], ["x", "z"], []],
     }
 )
+UNREAD = ("hist_mask", "hist_age")
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
 
 
@@ -47,7 +49,7 @@ def tables(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     made = {}
     for wanted in SCHEMA.inputs:
-        if wanted.dtype == "int64" and wanted.name != "user_index":
+        if wanted.dtype == "int64" and wanted.name not in ("user_index", *UNREAD):
             field = SCHEMA.field(wanted.name.split(".")[1])
             made[wanted.name] = rng.normal(0, 0.5, field.num_ids).astype(np.float32)
             made[wanted.name][0] = 0.0
@@ -68,8 +70,14 @@ def score(arrays: Arrays, *, seed: int) -> np.ndarray:
     return np.array(logits, dtype=np.float64)
 
 
-def to_onnx(seed: int, *, poisoned: str | None = None) -> bytes:
-    """The model as a graph; it scores the `poisoned` item as NaN."""
+EXPLANATIONS = (
+    Explanation(name="click_contrib", axes=(CANDIDATE, BEHAVIOUR), meaning="What each click's item adds to the logit."),
+    Explanation(name="user_part", axes=(REQUEST,), meaning="What the user, the context and the clicks add to it."),
+)
+
+
+def to_onnx(seed: int, *, poisoned: str | None = None, explaining: bool = False) -> bytes:
+    """The model as a graph; it scores the `poisoned` item as NaN. Explaining, it gives EXPLANATIONS after the logit."""
     numbers = tables(seed)
     if poisoned is not None:
         vocabulary = SCHEMA.field("item_id").vocabulary
@@ -107,9 +115,17 @@ def to_onnx(seed: int, *, poisoned: str | None = None) -> bytes:
     ]
     types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
     inputs = [
-        helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in SCHEMA.inputs if i.name != "hist_mask"
+        helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in SCHEMA.inputs if i.name not in UNREAD
     ]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["C"]) for name in ("logit", "prob")]
+    if explaining:
+        weights.append(numpy_helper.from_array(np.array([2]), "last"))
+        nodes.append(helper.make_node("Squeeze", ["hist.item_id.placed", "last"], ["clicks_U"]))
+        nodes.append(helper.make_node("Gather", ["clicks_U", "user_index"], ["click_contrib"]))
+        outputs[1:] = [
+            helper.make_tensor_value_info("click_contrib", TensorProto.FLOAT, ["C", T]),
+            helper.make_tensor_value_info("user_part", TensorProto.FLOAT, ["U"]),
+        ]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
@@ -138,8 +154,9 @@ def write(
     files: dict[str, bytes] | None = None,
     schema: Schema = SCHEMA,
     offset: float = 0.0,
+    explaining_seed: int | None = None,
 ) -> Path:
-    """An artifact of the model; `offset` makes its golden scores lie."""
+    """An artifact of the model; `offset` makes its golden scores lie. With a seed explain.onnx is that seed's model."""
     arrays = concat([Encoder(schema).encode(request) for request in GOLDEN])
     return artifact.write(
         root,
@@ -149,7 +166,11 @@ def write(
         calibration=CALIBRATION,
         metrics={"test_auc": 0.5},
         golden=Golden(requests=GOLDEN, arrays=arrays, logits=score(arrays, seed=seed) + offset),
-        inputs=[i.name for i in schema.inputs if i.name != "hist_mask"],
+        inputs=[i.name for i in schema.inputs if i.name not in UNREAD],
         data_hash="none",
-        files=files or {"model.onnx": to_onnx(seed)},
+        files={
+            **(files or {"model.onnx": to_onnx(seed)}),
+            **({} if explaining_seed is None else {EXPLAINING: to_onnx(explaining_seed, explaining=True)}),
+        },
+        explain=() if explaining_seed is None else EXPLANATIONS,
     )
