@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState
 from models.config import Config, Count, Weight, Within
-from models.dynint_maps import DA, DGP, DWP, PIN, Gate, Maps, cross
+from models.dynint_maps import DA, DGP, DWP, PIN, Gate, Maps, apply_kernel, cross
+from models.explanation import BIAS, CANDIDATE, Explanation, of_fields
+from models.own import if_one_request
 from models.schema import Schema
+from models.taps import tap, tapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ class DynInt(CTRModel):
     Flat fields only: the history is not read (D10). The paper's fields are all categorical; a number enters here as
     its value times a direction, as in every model (models.md section 1). All maps read X_0 and most are linear in it,
     so the request's part of them, and of the gates' first layer, is computed once for all candidates; with
-    `gate_scope` request so are the gates (models.md section 8.4).
+    `gate_scope` request so are the gates, and a single request's weights as dgp or dwp make them (models.md
+    section 8.4).
     """
 
     def __init__(self, config: DynIntConfig, schema: Schema) -> None:
@@ -77,6 +81,8 @@ class DynInt(CTRModel):
                 out=self.maps.gate_width,
                 detach=config.detach_gate_input,
             )
+        both_sides = 0 < self.num_request < self.num_fields
+        self.makes_weights = config.gate_scope == "request" and isinstance(self.maps, DGP | DWP) and both_sides
         self.out = nn.Linear(self.num_fields * (1 if config.residual else config.layers + 1), 1)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -92,14 +98,42 @@ class DynInt(CTRModel):
         return state
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
+        if self.makes_weights and not (self.training or tapped()):
+            return self._score_by_request(state, inputs)
         parts = [{name: value.index_select(0, inputs["user_index"]) for name, value in state.items()}] if state else []
         items = self.fields.group("item", inputs)
         if items:
             parts.append(self._read(torch.stack(items, dim=1), slice(self.num_request, self.num_fields)))
         read = _join(parts)
-        x_CWP = read["rows"]
+        return self._read_out(read["rows"], self._terms(read))
+
+    def _score_by_request(self, state: UserState, inputs: Inputs) -> Tensor:
+        """The same with gates that read the request alone, which then makes the weights of all of its candidates."""
+        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
+        rows_UWSR, gate_ULO = state["rows"], state["gate"]
+        rows_CWSG = cross(torch.stack(items, dim=1), self.config.subspaces)
+        operands = (rows_UWSR, gate_ULO, rows_CWSG, user_index)
+        terms_CWLP = if_one_request(gate_ULO.shape[0], self._terms_of_one_request, self._terms_of_any, operands)
+        whole_CWSF = torch.cat([rows_UWSR.index_select(0, user_index), rows_CWSG], dim=-1)
+        return self._read_out(whole_CWSF.flatten(2), terms_CWLP.unbind(dim=2))
+
+    def _terms_of_any(self, rows_UWSR: Tensor, gate_ULO: Tensor, rows_CWSG: Tensor, user_index: Tensor) -> Tensor:
+        assert self.maps is not None
+        rows_CWSF = torch.cat([rows_UWSR.index_select(0, user_index), rows_CWSG], dim=-1)
+        read = {"rows": rows_CWSF.flatten(2), "gate": gate_ULO.index_select(0, user_index)}
+        terms_CWLP: Tensor = self.maps(read | self.maps.read(rows_CWSF, slice(0, self.num_fields)))
+        return terms_CWLP
+
+    def _terms_of_one_request(self, rows_UWSR: Tensor, gate_ULO: Tensor, rows_CWSG: Tensor, _: Tensor) -> Tensor:
+        assert self.maps is not None
+        (weights_LPP,) = self.maps.weights(gate_ULO[:1])
+        of_request_1WLP = apply_kernel(weights_LPP, rows_UWSR[:1], slice(0, self.num_request))
+        return of_request_1WLP + apply_kernel(weights_LPP, rows_CWSG, slice(self.num_request, self.num_fields))
+
+    def _read_out(self, x_CWP: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
+        """The logits [C], given X_0 and the terms t_1 .. t_L."""
         orders = [x_CWP]
-        for t_CWP in self._terms(read):
+        for t_CWP in terms:
             x_CWP = x_CWP * (1 + t_CWP) if self.config.residual else x_CWP * t_CWP
             orders.append(x_CWP)
         # Back from subspaces to fields: a field has one weight for the sum over its width.
@@ -107,8 +141,17 @@ class DynInt(CTRModel):
             torch.unflatten(x.sum(dim=1), -1, (-1, self.num_fields)).sum(dim=1)
             for x in (orders[-1:] if self.config.residual else orders)
         ]
-        logit_C1: Tensor = self.out(torch.cat(sums_CFs, dim=-1))
+        sums_CX = torch.cat(sums_CFs, dim=-1)
+        tap("field_contrib", lambda: torch.unflatten(sums_CX * self.out.weight, -1, (-1, self.num_fields)).sum(dim=1))
+        tap("bias", self.out.bias.squeeze)
+        logit_C1: Tensor = self.out(sums_CX)
         return logit_C1.squeeze(-1)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        fields = of_fields(self.fields.schema)
+        meaning = "What each field's row of the last layer adds to the logit: with `bias`, exactly all of it."
+        contributions = Explanation(name="field_contrib", axes=(CANDIDATE, fields), meaning=meaning)
+        return (contributions, BIAS, *(self.maps.explanations(fields.labels or ()) if self.maps is not None else ()))
 
     def penalty(self) -> Tensor:
         """The tables' L2, and with `orth_lambda` how far dgp's or dwp's vectors are from orthogonal (section 5.4).
@@ -145,6 +188,8 @@ class DynInt(CTRModel):
         if isinstance(self.maps, DWP) and self.training and self.config.orth_lambda:
             before, mean = self.config.orth_on == "before", self.config.orth_reduction == "mean"
             self._overlap = self.maps.overlap(read["gate"], before=before, mean=mean)
+        if tapped():
+            self.maps.show(read)
         terms_CWLP: Tensor = self.maps(read)
         return terms_CWLP.unbind(dim=2)
 

@@ -7,11 +7,15 @@ Equations are those of models.md section 5 (arXiv 2301.08139); D1..D11 its ambig
 # S subspaces, W = D / S, P = S * F crossed rows, L layers, K kernel size or latent rank
 # H inside of a gate, O numbers a layer's gate gives
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import UserState
+from models.explanation import CANDIDATE, Axis, Explanation, numbered
+from models.taps import tap
 
 
 class Maps(nn.Module):
@@ -26,6 +30,18 @@ class Maps(nn.Module):
     def forward(self, read: UserState) -> Tensor:
         raise NotImplementedError
 
+    def show(self, read: UserState) -> None:
+        """Taps what `explanations` promises."""
+        raise NotImplementedError
+
+    def weights(self, gate_nLO: Tensor) -> Tensor:
+        """The weights [n, L, P, P] that a gate makes, so that t_l is their product with X_0. DA's are not such."""
+        raise NotImplementedError
+
+    def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
+        """What the map shows of itself, given the names of the flat fields."""
+        raise NotImplementedError
+
 
 class PIN(Maps):
     """t_l = W_l X_0: weights that are the same for every row, xDeepInt's."""
@@ -35,10 +51,17 @@ class PIN(Maps):
         self.kernel_LPP = _glorot(layers, num_rows, num_rows)
 
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
-        return {"map": _apply(self.kernel_LPP, rows_nWSG, fields)}
+        return {"map": apply_kernel(self.kernel_LPP, rows_nWSG, fields)}
 
     def forward(self, read: UserState) -> Tensor:
         return read["map"]
+
+    def show(self, read: UserState) -> None:  # noqa: ARG002  # its weights are nobody's own
+        tap("effective_weight", self.kernel_LPP)
+
+    def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
+        layers, num_rows, _ = self.kernel_LPP.shape
+        return (_effective_weight((numbered("layer", layers), *_rows(fields, num_rows))),)
 
 
 class DA(PIN):
@@ -50,12 +73,27 @@ class DA(PIN):
         self.gate_width = num_rows // subspaces * width if by_element else num_rows
 
     def forward(self, read: UserState) -> Tensor:
-        gate_CLO = 2 * torch.sigmoid(read["gate"])
+        gate = self._gate(read["gate"])
         if not self.by_element:
-            return gate_CLO.unsqueeze(1) * read["map"]
-        gate_CLFD = torch.unflatten(gate_CLO, -1, (-1, self.width))
-        gate_CLWP = cross(gate_CLFD, self.subspaces).flatten(3)
+            return gate.unsqueeze(1) * read["map"]
+        gate_CLWP = cross(gate, self.subspaces).flatten(3)
         return gate_CLWP.transpose(1, 2) * read["map"]
+
+    def show(self, read: UserState) -> None:
+        tap("gate", self._gate(read["gate"]))
+
+    def _gate(self, gate_CLO: Tensor) -> Tensor:
+        """[C, L, F, D], or by row [C, L, P]."""
+        gate_CLO = 2 * torch.sigmoid(gate_CLO)
+        return torch.unflatten(gate_CLO, -1, (-1, self.width)) if self.by_element else gate_CLO
+
+    def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
+        layers, num_rows, _ = self.kernel_LPP.shape
+        rows, _ = _rows(fields, num_rows)
+        gated = (Axis(name="field", labels=tuple(fields)), numbered("dimension", self.width))
+        meaning = "What this row multiplies each product by: 1 is neutral, less suppresses it, up to 2 amplifies it."
+        axes = (CANDIDATE, numbered("layer", layers), *(gated if self.by_element else (rows,)))
+        return (Explanation(name="gate", axes=axes, meaning=meaning),)
 
 
 class DGP(Maps):
@@ -68,13 +106,30 @@ class DGP(Maps):
         self.right_LKP = _glorot(layers, kernel_size, num_rows)
 
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
-        return {"map": _apply(self.right_LKP, rows_nWSG, fields)}
+        return {"map": apply_kernel(self.right_LKP, rows_nWSG, fields)}
 
     def forward(self, read: UserState) -> Tensor:
-        sigma_CLK = read["gate"] if self.linear else 2 * torch.sigmoid(read["gate"])
+        sigma_CLK = self._sigma(read["gate"])
         scaled_LCWK = (sigma_CLK.unsqueeze(1) * read["map"]).permute(2, 0, 1, 3)
         terms_LXP = scaled_LCWK.flatten(1, 2) @ self.left_LKP
         return torch.unflatten(terms_LXP, 1, (-1, read["rows"].shape[1])).permute(1, 2, 0, 3)
+
+    def show(self, read: UserState) -> None:
+        tap("sigma", self._sigma(read["gate"]))
+        tap("effective_weight", self.weights(read["gate"]))
+
+    def weights(self, gate_nLO: Tensor) -> Tensor:
+        return (self.left_LKP.transpose(1, 2) * self._sigma(gate_nLO).unsqueeze(2)) @ self.right_LKP
+
+    def _sigma(self, gate_nLK: Tensor) -> Tensor:
+        return gate_nLK if self.linear else 2 * torch.sigmoid(gate_nLK)
+
+    def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
+        layers, kernel_size, num_rows = self.left_LKP.shape
+        axes = (CANDIDATE, numbered("layer", layers))
+        meaning = "The strength this row gives each of the kernel's directions U_k V_k^T."
+        sigma = Explanation(name="sigma", axes=(*axes, numbered("kernel", kernel_size)), meaning=meaning)
+        return sigma, _effective_weight((*axes, *_rows(fields, num_rows)))
 
     def overlap(self, *, mean: bool) -> Tensor:
         """How far the columns of every U_l, and of every V_l, are from orthogonal: section 5.4."""
@@ -101,6 +156,29 @@ class DWP(Maps):
         mapped_LXP = scaled_LCWKP.flatten(1, 3) @ self.kernel_LPP.transpose(1, 2)
         mapped_LCWKP = torch.unflatten(mapped_LXP, 1, (-1, read["rows"].shape[1], self.rank))
         return (u_CLKP.transpose(0, 1).unsqueeze(2) * mapped_LCWKP).sum(dim=3).permute(1, 2, 0, 3)
+
+    def show(self, read: UserState) -> None:
+        u_CLKP, v_CLKP = self.factors(read["gate"])
+        tap("u", u_CLKP)
+        tap("v", v_CLKP)
+        tap("effective_weight", self.weights(read["gate"]))
+
+    def weights(self, gate_nLO: Tensor) -> Tensor:
+        u_nLKP, v_nLKP = self.factors(gate_nLO)
+        return (u_nLKP.transpose(2, 3) @ v_nLKP) * self.kernel_LPP
+
+    def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
+        layers, num_rows, _ = self.kernel_LPP.shape
+        rows, mapped = _rows(fields, num_rows)
+        axes = (CANDIDATE, numbered("layer", layers))
+        ranks = numbered("rank", self.rank)
+        u = "What this row multiplies the output side of the static weights by, in each rank; see `effective_weight`."
+        v = "The same for the input side: the weights are multiplied by the sum over ranks of u v^T."
+        return (
+            Explanation(name="u", axes=(*axes, ranks, rows), meaning=u),
+            Explanation(name="v", axes=(*axes, ranks, mapped), meaning=v),
+            _effective_weight((*axes, rows, mapped)),
+        )
 
     def factors(self, gate_CLO: Tensor) -> tuple[Tensor, Tensor]:
         """The u and v of each row and layer, each [C, L, K, P]; their products sum to G, which starts near 1."""
@@ -150,7 +228,19 @@ def cross(x_nFD: Tensor, subspaces: int) -> Tensor:
     return torch.unflatten(x_nFD, -1, (subspaces, -1)).transpose(-3, -1)
 
 
-def _apply(kernel_LKP: Tensor, rows_nWSG: Tensor, fields: slice) -> Tensor:
+def _rows(fields: Sequence[str], num_rows: int) -> tuple[Axis, Axis]:
+    """The crossed rows by field and, where there are several, subspace: those multiplied, and those read."""
+    subspaces = num_rows // len(fields)
+    labels = tuple(f"{field}.{s + 1}" if subspaces > 1 else field for s in range(subspaces) for field in fields)
+    return Axis(name="row", labels=labels), Axis(name="read_row", labels=labels)
+
+
+def _effective_weight(axes: tuple[Axis, ...]) -> Explanation:
+    meaning = "The weight with which each row (of a field, in a subspace) is multiplied by each row of the input."
+    return Explanation(name="effective_weight", axes=axes, meaning=meaning)
+
+
+def apply_kernel(kernel_LKP: Tensor, rows_nWSG: Tensor, fields: slice) -> Tensor:
     """Each layer's kernel times the crossed rows of these fields, [n, W, L, K]."""
     columns_LKSG = torch.unflatten(kernel_LKP, -1, (rows_nWSG.shape[2], -1))[..., fields]
     mapped_nWX = F.linear(rows_nWSG.flatten(2), columns_LKSG.flatten(2).flatten(0, 1))

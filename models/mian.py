@@ -29,8 +29,11 @@ from models.blocks import (
     truncated_normal,
 )
 from models.config import Config, Count, Share, Weight
+from models.explanation import ATTENDED, BEHAVIOUR, CANDIDATE, REQUEST, Axis, Explanation, numbered, of_fields
+from models.own import matmul_own
 from models.schema import Group, Schema
 from models.scorers import AdditiveScorer, BilinearScorer, MLPScorer, Scorer
+from models.taps import tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +142,12 @@ class MIAN(CTRModel):
             if group in self.local:
                 # R = sum_n alpha_n [e_i; x_n] = [e_i; sum_n alpha_n x_n], as alpha sums to 1 (eq. 9, 11, 13).
                 # That form also says what an empty history gives: [e_i; 0].
-                scores_CN = self._scorer(group)(item_CI, state[f"{group}.scores"].index_select(0, user_index))
+                scores_CN = self._scorer(group)(item_CI, state[f"{group}.scores"], user_index)
                 mask_CN = state["mask"].index_select(0, user_index) if group == "ibim" else None
-                alpha_C1N = masked_softmax(scores_CN, mask_CN).unsqueeze(1)
-                part_CF = part_CF + (alpha_C1N @ state[f"{group}.values"].index_select(0, user_index)).squeeze(1)
+                alpha_CN = masked_softmax(scores_CN, mask_CN)
+                tap(f"alpha_{_ELEMENTS[group]}", alpha_CN)
+                found_C1F = matmul_own(alpha_CN.unsqueeze(1), state[f"{group}.values"], user_index)
+                part_CF = part_CF + found_C1F.squeeze(1)
             parts.append(part_CF)
         logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
         return logits_C
@@ -151,6 +156,24 @@ class MIAN(CTRModel):
         kernels = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         return self.config.l2_dense * sum_of_squares(kernels) + self.fields.penalty(self.config.l2_emb)
 
+    def explanations(self) -> tuple[Explanation, ...]:
+        shown = []
+        for raw, local in _LOCAL.items():
+            if local in self.local:
+                axis = BEHAVIOUR if raw == "behaviour" else of_fields(self.fields.schema, [raw], name=f"{raw}_field")
+                element = axis.name.replace("_", " ")
+                meaning = f"{local.upper()}: how much of each {element} this candidate takes up; {_SOFT}"
+                shown.append(Explanation(name=f"alpha_{raw}", axes=(CANDIDATE, axis), meaning=meaning))
+        if self.gim.attends:
+            meaning = f"GIM: share of each group, raw or found by ibim, iuim, icim, in what the head reads; {_SOFT}"
+            axis = Axis(name="group", labels=self.gim.groups)
+            shown.append(Explanation(name="gim_weight", axes=(CANDIDATE, axis), meaning=meaning))
+        if "ibim" in self.local and self.config.transformer != "none":
+            axes = (REQUEST, numbered("head", self.config.heads), BEHAVIOUR, ATTENDED)
+            meaning = "Which clicks each click (a row, which sums to 1) attends to, before any candidate is seen."
+            shown.append(Explanation(name="self_attn", axes=axes, meaning=meaning))
+        return tuple(shown)
+
     def _scorer(self, local: str) -> Scorer:
         scorer = self.local[local]
         assert isinstance(scorer, Scorer)
@@ -158,6 +181,8 @@ class MIAN(CTRModel):
 
 
 _LOCAL: dict[Group, str] = {"behaviour": "ibim", "user": "iuim", "context": "icim"}  # who attends to which group
+_ELEMENTS = {local: raw for raw, local in _LOCAL.items()}
+_SOFT = "sums to 1 (to 0 over nothing), and as its scores end in a tanh no two differ by more than a factor of 7.4."
 
 
 class Transformer(nn.Module):
@@ -246,6 +271,7 @@ class GlobalInteraction(nn.Module):
         """Logits from what each group's kernel made of it."""
         if self.attends:
             omega_CL1 = torch.tanh(parts_CLF[..., :1]).softmax(dim=1)
+            tap("gim_weight", lambda: omega_CL1.squeeze(-1))
             parts_CLF = omega_CL1 * parts_CLF[..., 1:]
         return self.head.finish(parts_CLF.sum(dim=1) + self.head.first.bias)
 

@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.own import matmul_own
+
 
 class Scorer(nn.Module):
     """gamma(V_n) with V_n = [e_i; x_n], in two halves: what the elements bring, then the candidates' scores [C, N]."""
 
     def read_elements(self, x_UNX: Tensor) -> Tensor:
-        """Whatever of the elements alone enters the scores, [U, N] or [U, N, *]."""
+        """Whatever of the elements alone enters the scores, [U, N], [U, I, N] or [U, N, X]."""
         raise NotImplementedError
 
-    def forward(self, item_CI: Tensor, read_CN: Tensor) -> Tensor:
-        """The scores, given each candidate and what was read of its own request's elements."""
+    def forward(self, item_CI: Tensor, read_UN: Tensor, user_index: Tensor) -> Tensor:
+        """The scores, given each candidate, what was read of each request's elements, and whose candidate it is."""
         raise NotImplementedError
 
 
@@ -35,8 +37,9 @@ class AdditiveScorer(Scorer):
     def read_elements(self, x_UNX: Tensor) -> Tensor:
         return (x_UNX * self.kernel.weight[:, self.item :]).sum(dim=-1) + self.kernel.bias
 
-    def forward(self, item_CI: Tensor, read_CN: Tensor) -> Tensor:
-        return torch.tanh(F.linear(item_CI, self.kernel.weight[:, : self.item]) + read_CN)
+    def forward(self, item_CI: Tensor, read_UN: Tensor, user_index: Tensor) -> Tensor:
+        item_CN = F.linear(item_CI, self.kernel.weight[:, : self.item])
+        return torch.tanh(item_CN + read_UN.index_select(0, user_index))
 
 
 class BilinearScorer(Scorer):
@@ -49,10 +52,10 @@ class BilinearScorer(Scorer):
 
     def read_elements(self, x_UNX: Tensor) -> Tensor:
         read_UNI: Tensor = self.kernel(x_UNX)
-        return read_UNI / math.sqrt(self.kernel.out_features)
+        return read_UNI.transpose(1, 2) / math.sqrt(self.kernel.out_features)
 
-    def forward(self, item_CI: Tensor, read_CNI: Tensor) -> Tensor:
-        return torch.tanh((read_CNI @ item_CI.unsqueeze(-1)).squeeze(-1) + self.bias)
+    def forward(self, item_CI: Tensor, read_UIN: Tensor, user_index: Tensor) -> Tensor:
+        return torch.tanh(matmul_own(item_CI.unsqueeze(1), read_UIN, user_index).squeeze(1) + self.bias)
 
 
 class MLPScorer(Scorer):
@@ -68,6 +71,7 @@ class MLPScorer(Scorer):
     def read_elements(self, x_UNX: Tensor) -> Tensor:
         return F.linear(x_UNX, self.kernel.weight[:, self.item :], self.kernel.bias)
 
-    def forward(self, item_CI: Tensor, read_CNX: Tensor) -> Tensor:
+    def forward(self, item_CI: Tensor, read_UNX: Tensor, user_index: Tensor) -> Tensor:
         item_C1X = F.linear(item_CI, self.kernel.weight[:, : self.item]).unsqueeze(1)
+        read_CNX = read_UNX.index_select(0, user_index)
         return torch.tanh(self.out(F.relu(item_C1X + read_CNX)).squeeze(-1) + self.bias)

@@ -3,13 +3,15 @@
 arXiv 2308.15033. Equation numbers are the paper's; S1..S12 are the ambiguities listed in models.md section 4.3.
 """
 
-# U requests, C candidates, F flat fields (request's first), H heads, D embedding width, W = D / H, P pairs of fields
+# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), P pairs of fields
+# X fields that attend, Y fields attended to; H heads, D embedding width, W = D / H; O first layer of the head
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import (
@@ -25,7 +27,11 @@ from models.blocks import (
     tiny_normal,
 )
 from models.config import Config, Count, Share, Weight
+from models.explanation import BIAS, CANDIDATE, LOOKS, Explanation, numbered, of_fields, of_pairs
+from models.own import if_one_request
 from models.schema import Schema
+from models.stec_pairs import PairReader
+from models.taps import tap, tapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,9 @@ class STECConfig(Config):
     block_norm: Literal["post", "pre", "none"] = "post"  # S6
     ffn: bool = True  # false with explicit: the ablation STEC_NF
     fusion: Literal["concat", "last", "add"] = "concat"  # last, add: the ablations STEC_LO and STEC_F
+    field_mask: Literal["none", "user_first"] = "none"  # user_first: the request's fields do not attend to the item's
     hidden: tuple[Count, ...] = ()
+    batch_norm: bool = False  # in the head's hidden layers too
     dropout: Share = 0.0
     l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the tables
 
@@ -50,13 +58,18 @@ class STECConfig(Config):
         super().__post_init__()
         if self.emb_dim % self.heads:
             raise ValueError(f"option heads: {self.heads} do not divide emb_dim {self.emb_dim}")
+        if self.field_mask == "user_first" and self.bilinear == "explicit":
+            raise ValueError("option field_mask: user_first goes with bilinear implicit, got explicit")
 
 
 class STEC(CTRModel):
     """A Transformer over the fields whose attention scores, before they are summed, are bilinear interactions.
 
     Flat fields only: the history is not read. From the first block on every field has attended to the candidate, so
-    no more than the request's embeddings can be shared among its candidates (models.md section 8.3).
+    no more than the embeddings and the first level's pairs can be shared among a request's candidates (models.md
+    section 8.3); sharing these pairs was tried, gained 1.06 to 1.19 times with two blocks, and was dropped. With
+    `field_mask` user_first, another model and ours, the request's fields run through all blocks once and a candidate
+    computes only its own; candidates of one request share their fields' part of the head, too (models/stec_pairs.py).
     """
 
     def __init__(self, config: STECConfig, schema: Schema) -> None:
@@ -72,37 +85,118 @@ class STEC(CTRModel):
         levels = 1 if config.fusion == "last" else config.blocks + 1
         self.norms = nn.ModuleList(nn.BatchNorm1d(self.last.num_outputs) for _ in range(levels))
         fused = self.last.num_outputs * (levels if config.fusion == "concat" else 1)
-        self.head = MLP(fused, config.hidden, dropout=config.dropout)
+        self.head = MLP(fused, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
+        num_request = len(schema.group("user")) + len(schema.group("context"))
+        self.request_first = config.field_mask == "user_first" and 0 < num_request < num_fields
+        self.pairs = PairReader(self.last.first, self.last.second, num_request)
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
         fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        return {"fields": torch.stack(fields, dim=1)} if fields else {}
+        if not fields:
+            return {}
+        x_URD = torch.stack(fields, dim=1)
+        return self._levels(x_URD, {}) if self.request_first else {"fields": x_URD}
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        parts = [fields_UFD.index_select(0, inputs["user_index"]) for fields_UFD in state.values()]
+        user_index = inputs["user_index"]
+        parts = [state["fields"].index_select(0, user_index)] if "fields" in state else []
         items = self.fields.group("item", inputs)
         if items:
             parts.append(torch.stack(items, dim=1))
-        x_CFD = torch.cat(parts, dim=1)
-        interactions = []
-        for block in self.blocks:
-            x_CFD, interactions_CP = block(x_CFD)
-            interactions.append(interactions_CP)
-        interactions.append(self.last.interactions(*self.last(self.last_norm(x_CFD))))
-        logits_C: Tensor = self.head(self._fuse(interactions))
+        own = {name: value.index_select(0, user_index) for name, value in state.items() if name != "fields"}
+        levels = self._levels(torch.cat(parts, dim=1), own)
+        for n in range(len(self.blocks) if tapped() else 0):
+            self._show_attention(own.get(f"weights.{n}"), levels.get(f"weights.{n}"))
+        names = [f"{side}.{n}" for side in ("left", "right") for n in range(len(self.blocks) + 1)]
+        if not own or self.training or tapped() or self.config.interaction == "scalar":
+            normed = self._normed([torch.cat([own[n], levels[n]], dim=1) if own else levels[n] for n in names])
+            self._show_pairs(normed)
+            logits_C: Tensor = self.head(self._fuse(normed))
+            return logits_C
+        operands = (user_index, *(state[name] for name in names), *(levels[name] for name in names))
+        return if_one_request(operands[1].shape[0], self._of_one_request, self._of_any, operands)
+
+    def _of_any(self, user_index: Tensor, *factors: Tensor) -> Tensor:
+        """The logits [C], given the factors of each request's fields and those of each candidate's."""
+        num = len(factors) // 2
+        own = [factor_URD.index_select(0, user_index) for factor_URD in factors[:num]]
+        whole = [torch.cat(both, dim=1) for both in zip(own, factors[num:], strict=True)]
+        logits_C: Tensor = self.head(self._fuse(self._normed(whole)))
         return logits_C
+
+    def _of_one_request(self, user_index: Tensor, *factors: Tensor) -> Tensor:  # noqa: ARG002  # `_of_any` needs it
+        """The same where there is one request, whose fields meet the head's first layer once."""
+        num = len(self.blocks) + 1
+        sides = [factors[n * num : (n + 1) * num][-len(self.norms) :] for n in range(4)]
+        levels = [(left[:1], right[:1], *of_item) for left, right, *of_item in zip(*sides, strict=True)]
+        norms = [norm for norm in self.norms if isinstance(norm, nn.BatchNorm1d)]
+        return self.head.finish(self.pairs(levels, norms, self.head.first))
+
+    def _levels(self, x_nXD: Tensor, seen: UserState) -> UserState:
+        """Of these fields both factors of each level's products, and values; `seen`: of those they attend to, too."""
+
+        def whole(name: str) -> Tensor:
+            return torch.cat([seen[name], levels[name]], dim=1) if name in seen else levels[name]
+
+        levels: UserState = {}
+        for n, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            levels[f"left.{n}"], levels[f"right.{n}"], levels[f"value.{n}"] = block.read(x_nXD)
+            x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], whole(f"right.{n}"), whole(f"value.{n}"))
+            if weights_nHXY is not None and tapped():
+                levels[f"weights.{n}"] = weights_nHXY
+        num = len(self.blocks)
+        levels[f"left.{num}"], levels[f"right.{num}"] = self.last(self.last_norm(x_nXD))
+        return levels
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        schema, config = self.fields.schema, self.config
+        layers = (numbered("block", config.blocks), numbered("head", config.heads))
+        fields = (of_fields(schema), of_fields(schema, name="attended_field"))
+        shown = [Explanation(name="field_attn", axes=(CANDIDATE, *layers, *fields), meaning=LOOKS)]
+        if not config.hidden:
+            pairs = of_pairs(schema, self.last.first.tolist(), self.last.second.tolist())
+            meaning = "What each pair of fields adds to the logit at each level: with `bias`, exactly all of it."
+            axes = (CANDIDATE, numbered("level", len(self.norms)), pairs)
+            shown.append(Explanation(name="pair_contrib", axes=axes, meaning=meaning))
+            shown.append(BIAS)
+        return tuple(shown)
+
+    def _show_attention(self, of_request_CHRR: Tensor | None, of_rest_CHXF: Tensor | None) -> None:
+        """One block's attention; where the request's fields attended among themselves, theirs above the item's."""
+        if of_rest_CHXF is not None and of_request_CHRR is not None:
+            of_request_CHRF = F.pad(of_request_CHRR, (0, of_rest_CHXF.shape[2]))
+            of_rest_CHXF = torch.cat([of_request_CHRF, of_rest_CHXF], dim=2)
+        if of_rest_CHXF is not None:  # else the block's own module shows it
+            tap("field_attn", of_rest_CHXF)
 
     def penalty(self) -> Tensor:
         return self.fields.penalty(self.config.l2_emb)
 
-    def _fuse(self, interactions: list[Tensor]) -> Tensor:
-        """Eq. (11): one batch norm per level, over the flattened vector."""
-        levels = interactions[-1:] if self.config.fusion == "last" else interactions
-        normed = [norm(level_CP) for norm, level_CP in zip(self.norms, levels, strict=True)]
+    def _normed(self, factors: list[Tensor]) -> list[Tensor]:
+        """Each level's interactions after its batch norm, given the factors of all fields: all left, then all right."""
+        num = len(factors) // 2
+        levels = list(zip(factors[:num], factors[num:], strict=True))[-len(self.norms) :]
+        return [norm(self.last.interactions(*both)) for norm, both in zip(self.norms, levels, strict=True)]
+
+    def _fuse(self, normed: list[Tensor]) -> Tensor:
+        """Eq. (11), over the flattened vectors."""
         if self.config.fusion == "add":
             return torch.stack(normed).sum(dim=0)
         return torch.cat(normed, dim=-1)
+
+    def _show_pairs(self, normed: list[Tensor]) -> None:
+        if not self.config.hidden:
+            tap("pair_contrib", lambda: self._pair_contrib(torch.stack(normed, dim=1)))
+            tap("bias", self.head.first.bias.squeeze)
+
+    def _pair_contrib(self, normed_CLX: Tensor) -> Tensor:
+        """[C, L, P]: what a linear head makes of each of L levels, pair by pair."""
+        weight_LX = self.head.first.weight.view(-1, normed_CLX.shape[-1])  # one row for all levels where they are added
+        vector = self.config.interaction == "vector"
+        inner = (len(self.last.first), -1) if vector else (-1, len(self.last.first))
+        return torch.unflatten(normed_CLX * weight_LX, -1, inner).sum(dim=-1 if vector else -2)
 
 
 class Bilinear(nn.Module):
@@ -124,8 +218,9 @@ class Bilinear(nn.Module):
         self.right = nn.ModuleList(nn.Linear(width // blocks, width // blocks, bias=False) for _ in range(blocks))
         self.left = nn.Linear(width, width, bias=False) if form == "qk" else nn.Identity()
         first, second = _pairs(config.pairs, num_fields)
-        self.register_buffer("first", first, persistent=False)
-        self.register_buffer("second", second, persistent=False)
+        # Copies: torch.cond takes no two tensors that share their memory.
+        self.register_buffer("first", first.clone(), persistent=False)
+        self.register_buffer("second", second.clone(), persistent=False)
         self.num_outputs = len(first) * (width if self.interaction == "vector" else self.heads)
 
     def forward(self, x_CFD: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +251,11 @@ class Block(nn.Module):
         if config.bilinear == "implicit":
             self.value = nn.Linear(width, width, bias=False)
             self.out = nn.Linear(width, width, bias=False)
-        self.attention = SelfAttention(width, config.heads, dropout=0.0) if config.bilinear == "explicit" else None
+        self.attention = (
+            SelfAttention(width, config.heads, dropout=0.0, shown_as="field_attn")
+            if config.bilinear == "explicit"
+            else None
+        )
         self.ffn = (
             nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)) if config.ffn else None
         )
@@ -164,23 +263,30 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_norms))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_CFD: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields after the block, and this level's interactions."""
-        read_CFD = self.norms[0](x_CFD) if self.norm == "pre" else x_CFD
-        left_CFD, right_CFD = self.bilinear(read_CFD)
+    def read(self, x_nXD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each field both factors of its products, and what it shows to those that attend to it."""
+        read_nXD = self.norms[0](x_nXD) if self.norm == "pre" else x_nXD
+        shown_nXD = self.value(read_nXD) if self.attention is None else read_nXD
+        return *self.bilinear(read_nXD), shown_nXD
+
+    def forward(
+        self, x_nXD: Tensor, left_nXD: Tensor, right_nYD: Tensor, shown_nYD: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attending fields after the block, and their attention [n, H, X, Y], if it is made of the products."""
+        weights_nHXY = None
         if self.attention is not None:
-            attended_CFD = self.attention(read_CFD)
+            attended_nXD = self.attention(shown_nYD)
         else:
-            weights_CHFF = self.bilinear.scores(left_CFD, right_CFD).softmax(dim=-1)
-            attended_CFD = self.out(merge_heads(weights_CHFF @ split_heads(self.value(read_CFD), self.heads)))
-        x_CFD = x_CFD + self.dropout(attended_CFD)
+            weights_nHXY = self.bilinear.scores(left_nXD, right_nYD).softmax(dim=-1)
+            attended_nXD = self.out(merge_heads(weights_nHXY @ split_heads(shown_nYD, self.heads)))
+        x_nXD = x_nXD + self.dropout(attended_nXD)
         if self.norm == "post":
-            x_CFD = self.norms[0](x_CFD)
+            x_nXD = self.norms[0](x_nXD)
         if self.ffn is not None:
-            x_CFD = x_CFD + self.dropout(self.ffn(self.norms[1](x_CFD) if self.norm == "pre" else x_CFD))
+            x_nXD = x_nXD + self.dropout(self.ffn(self.norms[1](x_nXD) if self.norm == "pre" else x_nXD))
             if self.norm == "post":
-                x_CFD = self.norms[1](x_CFD)
-        return x_CFD, self.bilinear.interactions(left_CFD, right_CFD)
+                x_nXD = self.norms[1](x_nXD)
+        return x_nXD, weights_nHXY
 
 
 def _pairs(kind: str, num_fields: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"sa_rezero": "mult_res", "sa_blocks": 3},
     {"sa_rezero": "none", "dnn_rezero": "none"},
     {"sa_blocks": 2, "alpha_init": 0.5},
+    {"use_rezero": False, "sa_blocks": 2},
     {"qkv_act": "none"},
     {"query_ln": True, "ffn_ln": True, "sa_final_ln": True, "field_mask": "causal"},
     {"field_mask": "causal", "sa_blocks": 2, "sa_rezero": "add"},
@@ -38,6 +39,8 @@ SWITCHES: list[dict[str, Any]] = [
     {"sa_readout": "mean"},
     {"sa_readout": "mean", "field_mask": "user_first"},
     {"readout": "linear"},
+    {"readout": "linear", "field_mask": "user_first", "sa_rezero": "mult_res"},
+    {"readout": "linear", "sa_final_ln": True, "branches": "sa"},
 ]
 
 
@@ -176,6 +179,12 @@ def test_blocks_with_an_identity_path_learn_from_alpha_zero():
     gradient = gradients_at_the_start(sa_blocks=3, sa_rezero="mult_res")
 
     assert min(gradient[f"attention.blocks.{n}.alphas.0"] for n in range(3)) > 1e-3
+
+
+def test_without_rezero_no_layer_is_weighed():
+    model = lively("deepmr", SCHEMA, **OPTIONS, use_rezero=False)
+
+    assert not [name for name, _ in model.named_parameters() if "alphas" in name]
 
 
 @pytest.mark.parametrize(("field_mask", "shared"), [("none", False), ("causal", True), ("user_first", True)])

@@ -45,6 +45,16 @@ def test_the_model_computes_what_the_paper_writes(switches):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["dgp", "dwp"])
+def test_weights_made_once_for_a_request_are_those_of_its_rows(mode):
+    model = lively("dynint", SCHEMA, **OPTIONS, mode=mode, gate_scope="request")
+    inputs = tensors(example(SCHEMA, 1, 12))
+
+    logits = model(inputs).detach().numpy()
+
+    np.testing.assert_allclose(logits, [paper_logit(model, x) for x in fields_of(model, inputs)], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("subspaces", [1, 3, D])
 def test_any_number_of_subspaces_is_the_same_formula_over_other_rows(subspaces):
     model = lively("dynint", SCHEMA, **OPTIONS | {"subspaces": subspaces, "mode": "da"})

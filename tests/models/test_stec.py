@@ -14,7 +14,7 @@ from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, ten
 from training.export import example, used_inputs
 
 SCHEMA = without_history()
-F, D, HEADS = 8, 6, 2
+F, R, D, HEADS = 8, 5, 6, 2
 OPTIONS = {"emb_dim": D, "heads": HEADS, "blocks": 2, "hidden": (5,)}
 SWITCHES: list[dict[str, Any]] = [
     {},
@@ -34,13 +34,20 @@ SWITCHES: list[dict[str, Any]] = [
     {"fusion": "add"},
     {"bilinear": "explicit"},
     {"bilinear": "explicit", "ffn": False, "block_norm": "pre"},
+    {"field_mask": "user_first"},
+    {"field_mask": "user_first", "hidden": (), "blocks": 1},
+    {"field_mask": "user_first", "pairs": "upper_diag", "block_norm": "pre", "fusion": "last"},
+    {"field_mask": "user_first", "pairs": "all", "bilinear_form": "qk", "fusion": "add"},
+    {"field_mask": "user_first", "pairs": "all", "bilinear_form": "blockdiag", "ffn": False},
+    {"field_mask": "user_first", "interaction": "scalar", "block_norm": "none"},
 ]
 
 
+@pytest.mark.parametrize("num_requests", [1, 3])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_the_model_computes_what_the_paper_writes(switches):
+def test_the_model_computes_what_the_paper_writes(switches, num_requests):
     model = lively("stec", SCHEMA, **OPTIONS | switches)
-    inputs = tensors(example(SCHEMA, 3, 12))
+    inputs = tensors(example(SCHEMA, num_requests, 12))
 
     logits = model(inputs).detach().numpy()
 
@@ -101,7 +108,8 @@ def paper_logit(model: CTRModel, x: np.ndarray) -> float:
         heads = []
         for h in range(c.heads):
             part = slice(h * width, (h + 1) * width)
-            heads.append(np.stack([softmax(scores[h, i]) @ v[:, part] for i in range(F)]))
+            seen = [R if c.field_mask == "user_first" and i < R else F for i in range(F)]
+            heads.append(np.stack([softmax(scores[h, i, : seen[i]]) @ v[: seen[i], part] for i in range(F)]))
         return linear(f"{name}.out", np.concatenate(heads, axis=1))
 
     def own_scores(name, rows):
@@ -151,21 +159,55 @@ def test_scalar_interactions_are_one_number_per_pair_and_head():
     assert model.get_parameter("head.first.weight").shape == (5, 3 * 28 * HEADS)
 
 
+def test_one_requests_answers_follow_from_what_its_rows_taught():
+    model = lively("stec", SCHEMA, **OPTIONS, field_mask="user_first", fusion="add").train()
+    inputs = tensors(example(SCHEMA, 1, 40))
+    seen: dict[Any, torch.Tensor] = {}
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm1d):
+            norm.register_forward_hook(lambda norm, read, _: seen.update({norm: read[0].detach()}))
+
+    learned = model(inputs).detach().numpy()
+    for norm, read in seen.items():
+        norm.running_mean, norm.running_var = read.mean(dim=0), read.var(dim=0, unbiased=False)
+
+    assert len(seen) == 3
+    np.testing.assert_allclose(model.eval()(inputs).detach().numpy(), learned, rtol=0, atol=1e-10)
+
+
+def test_a_masked_request_runs_through_all_blocks_before_a_candidate_is_seen():
+    model = lively("stec", SCHEMA, **OPTIONS, field_mask="user_first")
+
+    state = model.encode_user(tensors(example(SCHEMA, 3, 12)))
+
+    assert {name: tuple(value.shape) for name, value in state.items() if name.endswith(".2")} == {
+        "left.2": (3, R, D),
+        "right.2": (3, R, D),
+    }
+
+
+def test_attention_of_its_own_beside_the_interactions_cannot_be_masked():
+    with pytest.raises(ValueError, match="field_mask: user_first goes with bilinear implicit, got explicit"):
+        STECConfig(field_mask="user_first", bilinear="explicit")
+
+
+@pytest.mark.parametrize("fields", [ITEM_FIELDS, REQUEST_FIELDS], ids=["item", "request"])
+@pytest.mark.parametrize("field_mask", ["none", "user_first"])
+def test_fields_of_one_side_are_enough(fields, field_mask):
+    schema = SchemaSpec(fields=fields).fit(COLUMNS)
+
+    logits = lively("stec", schema, **OPTIONS, field_mask=field_mask)(tensors(example(schema, 2, 3)))
+
+    assert logits.shape == (3,)
+    assert torch.isfinite(logits).all()
+
+
 def test_the_history_is_not_read():
     schema = with_history()
 
     names = [i.name for i in used_inputs(lively("stec", schema, **OPTIONS), schema)]
 
     assert names == [i.name for i in schema.inputs if not i.name.startswith("hist")]
-
-
-def test_fields_of_the_item_alone_are_enough():
-    schema = SchemaSpec(fields=ITEM_FIELDS).fit(COLUMNS)
-
-    logits = lively("stec", schema, **OPTIONS)(tensors(example(schema, 2, 3)))
-
-    assert logits.shape == (3,)
-    assert torch.isfinite(logits).all()
 
 
 def test_one_field_makes_no_pair_and_is_refused():
