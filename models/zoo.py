@@ -18,6 +18,7 @@ from models.blocks import CTRModel
 from models.config import Config
 from models.deepmr import DeepMR, DeepMRConfig
 from models.dynint import DynInt, DynIntConfig
+from models.feseq import FESeq, FESeqConfig
 from models.mian import MIAN, MIANConfig
 from models.schema import Schema
 from models.stec import STEC, STECConfig
@@ -28,6 +29,7 @@ MODELS: dict[str, tuple[type[Config], Callable[[Any, Schema], CTRModel]]] = {
     "stec": (STECConfig, STEC),
     "dynint": (DynIntConfig, DynInt),
     "deepmr": (DeepMRConfig, DeepMR),
+    "feseq": (FESeqConfig, FESeq),
     "deepfm": (DeepFMConfig, DeepFM),
     "lr": (LRConfig, LR),
     "fm": (FMConfig, FM),

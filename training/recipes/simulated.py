@@ -61,3 +61,23 @@ def stec_simulated() -> Run:
         max_epochs=4,
         patience=2,
     )
+
+
+def feseq_simulated() -> Run:
+    """FESeq on a simulated log, a quick run. Not measured here yet."""
+    return Run(
+        model="feseq",
+        model_config={
+            "emb_dim": 8,
+            "pool_width": 32,
+            "hidden": (128, 64),
+            "dropout_attention": 0.0,
+            "dropout_interact": 0.0,
+            "dropout_net": 0.1,
+            "l2_emb": 1e-5,
+        },
+        batch_size=512,
+        lr=1e-3,
+        max_epochs=4,
+        patience=2,
+    )

@@ -1,0 +1,195 @@
+"""What FESeq is made of: how the fields of one event interact, how events attend to each other, how they are pooled.
+
+F1..F16 are the ambiguities of models.md section 3.3, "the code" is the authors'.
+"""
+
+# U requests, C candidates, n: U or C; T history length, S = T + 1 with the candidate last
+# F fields of an event, D width of a field, X = F * D; M width of an event in the sequence, E = 2 * M
+# A width inside the pooling
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.baselines.din import DINConfig, TargetAttention
+from models.blocks import FieldEmbeddings, Inputs, UserState, masked_softmax, merge_heads, split_heads
+from models.schema import Schema
+from models.taps import tap
+
+NEVER = -1e9  # not -inf: models.md section 9, X1
+
+
+class Interaction(nn.Module):
+    """Layers over the fields of each event or item, [*, F, D] to [*, F, D]; none leave it as it is."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x0: Tensor, name: str) -> Tensor:
+        """`name`: under which the weights of attending layers are shown."""
+        x = x0
+        for layer in self.layers:
+            x = layer(x, name) if isinstance(layer, Interacting) else layer(x, x0)
+        return x
+
+
+class Interacting(nn.Module):
+    """AutoInt's layer with one head, ReLU(LN(softmax(Q K^T / sqrt(D)) V + X)); LN and scale are the code's (F7)."""
+
+    def __init__(self, width: int, *, layer_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        # The fields attended to are the rows at first: a softmax over a short last axis takes three times as long.
+        weights = (self.key(x) @ (self.query(x) / self.scale).transpose(-1, -2)).softmax(dim=-2).transpose(-1, -2)
+        tap(name, weights)
+        return F.relu(self.norm(self.dropout(weights) @ self.value(x) + x))
+
+
+class Cross(nn.Module):
+    """DCN's layer over the F * D numbers of an event, x_0 (x^T w) + b + x, or DCNv2's, x_0 * (W x + b) + x."""
+
+    def __init__(self, width: int, *, full: bool) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(width, width if full else 1, bias=False)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.full = full
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        flat, flat0 = x.flatten(-2), x0.flatten(-2)
+        crossed = flat0 * (self.kernel(flat) + self.bias) if self.full else flat0 * self.kernel(flat) + self.bias
+        return torch.unflatten(crossed + flat, -1, (-1, x.shape[-1]))
+
+
+def interaction(
+    kind: str, layers: int, num_fields: int, width: int, *, layer_norm: bool, dropout: float
+) -> Interaction:
+    """That many layers of autoint, crossnet or crossnetv2."""
+    made: list[nn.Module] = []
+    for _ in range(layers):
+        if kind == "autoint":
+            made.append(Interacting(width, layer_norm=layer_norm, dropout=dropout))
+        else:
+            made.append(Cross(num_fields * width, full=kind == "crossnetv2"))
+    return Interaction(nn.ModuleList(made))
+
+
+class Refiner(nn.Module):
+    """One Transformer layer without LayerNorm: Y = E + MHA(E), then Y + W_2 LeakyReLU(W_1 Y + b_1) + b_2 (F3, F6)."""
+
+    heads_HM: Tensor  # noqa: N815  # 1 where a place of M belongs to the head
+
+    def __init__(self, width: int, heads: int, *, attention_dropout: float, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, math.sqrt(width / heads)
+        self.query, self.shown, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(0.01), nn.Linear(width, width))
+        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
+        heads_HM = torch.eye(heads).repeat_interleave(width // heads, dim=1)
+        self.register_buffer("heads_HM", heads_HM, persistent=False)
+
+    def read(self, x_nTM: Tensor) -> Tensor:
+        """What each event shows to those that attend to it, [n, T, E]: its key and its value."""
+        shown_nTE: Tensor = self.shown(x_nTM)
+        return shown_nTE
+
+    def forward(self, x_nSM: Tensor, shown_nSE: Tensor, visible_nSS: Tensor) -> Tensor:
+        """A whole sequence refined; each event must see at least one."""
+        key_nHSW, value_nHSW = (split_heads(part, self.heads) for part in shown_nSE.chunk(2, dim=-1))
+        query_nHSW = split_heads(self.query(x_nSM) / self.scale, self.heads)
+        hidden_n1SS = torch.where(visible_nSS, 0.0, NEVER).to(x_nSM.dtype).unsqueeze(1)
+        weights_nHSS = (query_nHSW @ key_nHSW.transpose(-1, -2) + hidden_n1SS).softmax(dim=-1)
+        tap("self_attn", weights_nHSS)
+        return self._finish(x_nSM, merge_heads(self.attention_dropout(weights_nHSS) @ value_nHSW))
+
+    def last(self, x_CM: Tensor, shown_CTE: Tensor, mask_CS: Tensor) -> Tensor:
+        """The last event of a sequence refined, which sees itself and those shown before it, where the mask is true.
+
+        Queries stand apart by head in the full width, zeros around them: products of whole matrices, though of eight
+        times the size, take half the time of as many more products of thin ones.
+        """
+        key_CTM, value_CTM = shown_CTE.chunk(2, dim=-1)
+        key_C1M, value_C1M = self.read(x_CM).unsqueeze(1).chunk(2, dim=-1)
+        query_CHM = (self.query(x_CM) / self.scale).unsqueeze(1) * self.heads_HM
+        scores_CHS = torch.cat([query_CHM @ key_CTM.transpose(-1, -2), query_CHM @ key_C1M.transpose(-1, -2)], dim=-1)
+        weights_CHS = masked_softmax(scores_CHS, mask_CS.unsqueeze(1))
+        tap("refiner_attn", weights_CHS)
+        weights_CHS = self.attention_dropout(weights_CHS)
+        found_CHM = weights_CHS[..., :-1] @ value_CTM + weights_CHS[..., -1:] * value_C1M
+        return self._finish(x_CM, (found_CHM * self.heads_HM).sum(dim=1))
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        y = x + self.dropout(self.out(attended))
+        refined: Tensor = y + self.dropout(self.ffn(y))
+        return refined
+
+
+class AttentionPooling(nn.Module):
+    """u = PReLU(W_o sum_t alpha_t V_t + b_o), alpha the softmax of how each position's key meets the item's query.
+
+    The query comes from tables of the item's own, which every item field has, and their own interacting layers. Scores
+    are K_t W q / sqrt(A), W being folded into the keys (F10), K_t q with `dot`, or DIN's small MLP of K_t and q (F11).
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        interaction: Interaction,
+        *,
+        emb_dim: int,
+        width: int,
+        inner: int,
+        scorer: str,
+        softmax: bool,
+        scale: bool,
+        attention_dropout: float,
+        dropout: float,
+    ) -> None:
+        """`interaction` is that of the item's fields, `width` an event's, `inner` that of query, key and value."""
+        super().__init__()
+        items = schema.group("item")
+        own = Schema(user_key=None, item_key=None, history_length=0, fields=items)
+        self.fields = FieldEmbeddings(own, emb_dim, init=nn.init.normal_)
+        self.interaction = interaction
+        self.query = nn.Linear(len(items) * emb_dim, inner, bias=False)
+        self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.out = nn.Linear(inner, width)
+        self.activation = nn.PReLU(init=0.1)  # one slope for all of them: the code's
+        self.kernel = nn.Parameter(torch.eye(inner)) if scorer == "bilinear" else None
+        din = DINConfig(attention_hidden=(512, 256, 128), attention_softmax=softmax)
+        self.meeting = TargetAttention(din, inner) if scorer == "din" else None
+        self.softmax, self.scale = softmax, math.sqrt(inner) if scale else 1.0
+        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
+
+    def read(self, events_nTM: Tensor) -> UserState:
+        """What these positions bring to any query."""
+        key_nTA, value_nTA = (self.dropout(self.activation(layer(events_nTM))) for layer in (self.key, self.value))
+        if self.meeting is not None:
+            return {"keys": key_nTA, "values": value_nTA, "met": self.meeting.read(key_nTA)}
+        return {"keys": key_nTA if self.kernel is None else key_nTA @ self.kernel, "values": value_nTA}
+
+    def forward(self, read: UserState, mask_CS: Tensor, candidate_CM: Tensor, inputs: Inputs) -> Tensor:
+        """The pooled sequence u [C, M], given what was read of each candidate's own history, and its own position."""
+        last = self.read(candidate_CM.unsqueeze(1))
+        whole = {name: torch.cat([read[name], last[name]], dim=1) for name in last}
+        item_CFD = self.interaction(torch.stack(self.fields.group("item", inputs), dim=1), "interact_attn_query")
+        query_CA = self.dropout(self.activation(self.query(item_CFD.flatten(1))))
+        alpha_CS = self._weigh(query_CA, whole, mask_CS)
+        tap("pool_score", alpha_CS)
+        found_CA = (self.attention_dropout(alpha_CS).unsqueeze(1) @ whole["values"]).squeeze(1)
+        u_CM: Tensor = self.activation(self.out(found_CA))
+        return u_CM
+
+    def _weigh(self, query_CA: Tensor, whole: UserState, mask_CS: Tensor) -> Tensor:
+        if self.meeting is not None:
+            weights_CS: Tensor = self.meeting(query_CA, whole["keys"], whole["met"], mask_CS)
+            return weights_CS
+        scores_CS = (whole["keys"] @ query_CA.unsqueeze(-1)).squeeze(-1) / self.scale
+        return masked_softmax(scores_CS, mask_CS) if self.softmax else scores_CS * mask_CS
