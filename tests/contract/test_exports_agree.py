@@ -22,9 +22,12 @@ SCHEMA = with_history()
 OPTIONS: dict[str, dict[str, Any]] = {
     "mian": {"emb_dim": 4, "heads": 2},
     "stec": {"emb_dim": 4, "dropout": 0.3, "hidden": [8]},
+    "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first"},
     "deepfm": {"emb_dim": 4, "hidden": [8], "batch_norm": True},
     "dynint": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "orth_lambda": 0.1},
+    "dynint by request": {"emb_dim": 4, "subspaces": 2, "kernel_size": 5, "gate_scope": "request"},
     "deepmr": {"emb_dim": 4, "dropout": 0.3},
+    "feseq": {"emb_dim": 4, "heads": 4, "hidden": [4], "pool_width": 6},
     "lr": {},
     "fm": {"emb_dim": 4},
     "widedeep": {"emb_dim": 4, "hidden": [8], "batch_norm": True},
@@ -41,14 +44,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]
 
 
-@pytest.fixture(scope="session", params=zoo.MODELS)
+def test_every_model_is_held_to_these_laws():
+    assert {case.split()[0] for case in OPTIONS} == set(zoo.MODELS)
+
+
+@pytest.fixture(scope="session", params=OPTIONS)
 def exported(request, tmp_path_factory):
     """A model in training mode, as the loop leaves it, and the artifact made of it."""
-    name = request.param
-    model = lively(name, SCHEMA, **OPTIONS[name]).float().train()
+    name, *_ = request.param.split()
+    options = OPTIONS[request.param]
+    model = lively(name, SCHEMA, **options).float().train()
     folder = export.export(
         name,
-        OPTIONS[name],
+        options,
         model,
         SCHEMA,
         calibration=Calibration(slope=0.9, intercept=-0.1),

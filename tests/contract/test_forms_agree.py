@@ -1,5 +1,7 @@
 """One model, two uses: what it learns from rows of training is what it answers to a request."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,16 @@ from tests.models.small import encoded, lively, one_request, rows_of, tensors, w
 from training.export import example
 
 SCHEMA = with_history()
+FESEQ: dict[str, Any] = {"emb_dim": 4, "heads": 4, "hidden": (8, 6), "pool_width": 6, "time_buckets": 10_000}
 MODELS = {
     "mian": lively("mian", SCHEMA, emb_dim=4, heads=2),
     "mian with every alternative": lively(
         "mian", SCHEMA, emb_dim=4, heads=2, position="learned", ibim_scorer="bilinear", gim_combine="concat"
     ),
     "stec": lively("stec", SCHEMA, emb_dim=4),
+    "stec user_first": lively("stec", SCHEMA, emb_dim=4, field_mask="user_first", hidden=(6,), batch_norm=True),
+    "dynint with dgp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, kernel_size=5, gate_scope="request"),
+    "dynint with dwp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, mode="dwp", gate_scope="request"),
     "dynint with dgp": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, kernel_size=5),
     "dynint with pin": lively("dynint", SCHEMA, mode="pin", emb_dim=4, subspaces=2),
     "dynint with da": lively("dynint", SCHEMA, mode="da", emb_dim=4, subspaces=2, gate_scope="request"),
@@ -25,6 +31,23 @@ MODELS = {
     "deepmr": lively("deepmr", SCHEMA, emb_dim=4),
     "deepmr causal": lively("deepmr", SCHEMA, emb_dim=4, sa_blocks=2, alpha_init=0.1, field_mask="causal"),
     "deepmr user_first": lively("deepmr", SCHEMA, emb_dim=4, field_mask="user_first", sa_readout="mean"),
+    "feseq": lively("feseq", SCHEMA, **FESEQ),
+    "feseq with target in the history": lively("feseq", SCHEMA, **FESEQ, causal=False),
+    "feseq as the paper writes it": lively(
+        "feseq", SCHEMA, **FESEQ, pos_time="add", pool_softmax=False, pool_scale=False
+    ),
+    "feseq without requests in events": lively(
+        "feseq", SCHEMA, **FESEQ, nonseq_in_interaction=False, interact_ln=False
+    ),
+    "feseq without places": lively("feseq", SCHEMA, **FESEQ, use_pos=False, use_time=False),
+    "feseq without interaction": lively("feseq", SCHEMA, **FESEQ, interact_layers_in=0, interact_layers_item=0),
+    "feseq with dot": lively("feseq", SCHEMA, **FESEQ, pool_attn="dot", use_pos=False),
+    "feseq with din": lively("feseq", SCHEMA, **FESEQ, pool_attn="din", use_time=False),
+    "feseq with target pooling": lively("feseq", SCHEMA, **FESEQ, pool="target"),
+    "feseq with mean pooling": lively("feseq", SCHEMA, **FESEQ, pool="mean"),
+    "feseq with sum pooling": lively("feseq", SCHEMA, **FESEQ, pool="sum", interaction="crossnet"),
+    "feseq with concat pooling": lively("feseq", SCHEMA, **FESEQ, pool="concat", interaction="crossnetv2"),
+    "feseq with both": lively("feseq", SCHEMA, **FESEQ, pool="concat", causal=False),
     "deepfm": lively("deepfm", SCHEMA, emb_dim=4, hidden=(8,), batch_norm=True),
     "lr": lively("lr", SCHEMA, use_history=True),
     "fm": lively("fm", SCHEMA, emb_dim=4),
@@ -140,7 +163,7 @@ def test_awkward_values_and_empty_histories_score_finite(model):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in zoo.MODELS if n not in {"din", "dien", "dmr", "bst"}]
+    "name", [n for n in zoo.MODELS if n not in {"din", "dien", "dmr", "bst", "feseq"}]
 )  # which refuse such a schema
 def test_the_forms_agree_without_a_history_in_the_schema(name):
     schema = without_history()
