@@ -19,33 +19,20 @@ from training import export
 from training.export import ExportError
 
 SCHEMA = with_history()
+# test_every_model_is_served.py exports and compares every model, with weights that one epoch moved. Here stand those
+# whose graphs have the most to them, with weights large enough to show a difference.
 OPTIONS: dict[str, dict[str, Any]] = {
     "mian": {"emb_dim": 4, "heads": 2},
     "stec": {"emb_dim": 4, "dropout": 0.3, "hidden": [8]},
     "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first"},
-    "deepfm": {"emb_dim": 4, "hidden": [8], "batch_norm": True},
     "dynint": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "orth_lambda": 0.1},
     "dynint by request": {"emb_dim": 4, "subspaces": 2, "kernel_size": 5, "gate_scope": "request"},
     "deepmr": {"emb_dim": 4, "dropout": 0.3},
     "feseq": {"emb_dim": 4, "heads": 4, "hidden": [4], "pool_width": 6},
     "lr": {},
-    "fm": {"emb_dim": 4},
-    "widedeep": {"emb_dim": 4, "hidden": [8], "batch_norm": True},
-    "dcn": {"emb_dim": 4, "hidden": [8], "batch_norm": True},
-    "dcnv2": {"emb_dim": 4, "hidden": [8], "batch_norm": True, "rank": 2},
-    "xdeepfm": {"emb_dim": 4, "hidden": [8], "cin": [5, 3]},
-    "autoint": {"emb_dim": 4, "hidden": [8], "attention_dim": 6, "layer_norm": True, "dropout": 0.3},
     "finalmlp": {"emb_dim": 4, "hidden_1": [8], "hidden_2": [6], "heads": 2, "gate_1": "user", "gate_2": "item"},
-    "din": {"emb_dim": 4, "hidden": [8]},
-    "dien": {"emb_dim": 4, "hidden": [8]},
-    "dmr": {"emb_dim": 4, "hidden": [8]},
-    "bst": {"emb_dim": 4, "hidden": [8], "dropout": 0.3},
 }
 SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]
-
-
-def test_every_model_is_held_to_these_laws():
-    assert {case.split()[0] for case in OPTIONS} == set(zoo.MODELS)
 
 
 @pytest.fixture(scope="session", params=OPTIONS)

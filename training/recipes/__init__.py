@@ -15,7 +15,7 @@ def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
 
 
 RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(papers)
-# Whose recipes a data set takes: of its own, or of one of its kind (Frappe's are of flat rows, MovieLens's of histories).
+# Whose recipes a data set takes: its own, or those of its kind (Frappe's are of flat rows, MovieLens's of histories).
 FAMILIES = {
     "movielens-1m": "movielens",
     "amazon": "movielens",
