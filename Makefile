@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 demo: install ## simulate, train, export, serve and replay; ONCE=1 stops after the summary
 	$(BIN)/python deploy/demo/run.py $(if $(ONCE),--once)
 
+# Two processes: most of the time goes into ONNX exports, which use one core each.
 test: install lint types imports ## everything .ci/run checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 install: $(STAMP)
 
