@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Request, concat
 from models.explanation import Explanation
-from models.requests import request_from_json, request_to_json
+from models.requests import golden_from_json, golden_to_json
 from models.schema import Schema
 
 CURRENT = "current"
@@ -110,7 +110,7 @@ def write(
         **files,
         "schema.json": schema.to_json().encode(),
         "calibration.json": calibration.model_dump_json().encode(),
-        "golden.json": _dump(golden),
+        "golden.json": golden_to_json(golden.requests, golden.arrays, golden.logits),
     }
     folder = root / model
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,23 +214,10 @@ def make_current(root: Path, model: str, version: str) -> None:
     draft.replace(root / model / "current.json")
 
 
-def _dump(golden: Golden) -> bytes:
-    document = {
-        "requests": [request_to_json(request) for request in golden.requests],
-        "arrays": {name: array.tolist() for name, array in golden.arrays.items()},
-        "logits": golden.logits.tolist(),
-    }
-    return json.dumps(document, allow_nan=False).encode()
-
-
 def _load(file: Path, content: bytes) -> Golden:
     try:
-        document = json.loads(content)
-        return Golden(
-            requests=tuple(request_from_json(r) for r in document["requests"]),
-            arrays={name: np.array(values) for name, values in document["arrays"].items()},
-            logits=np.array(document["logits"], dtype=np.float64),
-        )
+        requests, arrays, logits = golden_from_json(content)
+        return Golden(requests=requests, arrays=arrays, logits=logits)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ArtifactError(f"{file}: expected requests, arrays and logits ({err!r})") from err
 
@@ -244,9 +231,11 @@ def _check_golden(file: Path, golden: Golden, schema: Schema) -> None:
     except (ValueError, TypeError, AttributeError) as err:  # whatever a request of another shape runs into
         raise ArtifactError(f"{file}: {err}") from err
     for name, array in encoded.items():
-        stored = golden.arrays.get(name)
-        if stored is None or stored.dtype.kind not in "biuf" or not np.array_equal(array, stored):
-            raise ArtifactError(f"{file}: {name} encodes to other values than were stored")
+        if name not in golden.arrays:
+            raise ArtifactError(f"{file}: holds no {name}, which the encoder makes now; export it again")
+        stored = golden.arrays[name]
+        if stored.dtype.kind not in "biuf" or not np.array_equal(array, stored):
+            raise ArtifactError(f"{file}: {name} encodes to other values than were stored; export it again")
         golden.arrays[name] = array  # with its dtype, which JSON does not keep
     if golden.logits.shape != encoded["user_index"].shape or not np.isfinite(golden.logits).all():
         raise ArtifactError(f"{file}: expected a finite logit for each of {len(encoded['user_index'])} candidates")
@@ -270,9 +259,12 @@ def _read_file(path: Path, name: str, sha256: str) -> bytes:
     try:
         content = (path / name).read_bytes()
     except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path / name}: named in the manifest but unreadable ({err})") from err
+        why = err.strerror if isinstance(err, OSError) else err  # the path stands before it
+        raise ArtifactError(f"{path / name}: named in the manifest but unreadable ({why}); export it again") from err
     if (found := _sha256(content)) != sha256:
-        raise ArtifactError(f"{path / name}: sha256 {found[:12]} is not the manifest's {sha256[:12]}; damaged file")
+        raise ArtifactError(
+            f"{path / name}: sha256 {found[:12]} is not the manifest's {sha256[:12]}; damaged file, export it again"
+        )
     return content
 
 

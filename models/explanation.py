@@ -64,6 +64,16 @@ class Explanation(BaseModel):
     axes: tuple[Axis, ...]
     meaning: str
 
+    def shape(self, *, requests: int, candidates: int, history_length: int) -> tuple[int, ...]:
+        """The tensor's, as its axes promise it, where so many requests with so many candidates are scored at once."""
+        along: Mapping[str | None, int] = {
+            "request": requests,
+            "candidate": candidates,
+            "behaviour": history_length,
+            "event": history_length + 1,
+        }
+        return tuple(along[axis.along] if axis.labels is None else len(axis.labels) for axis in self.axes)
+
 
 LOGIT = Explanation(
     name="logit",

@@ -1,12 +1,14 @@
-"""A raw request as plain JSON values, as golden.json holds it, and back."""
+"""Golden requests as JSON, and back: raw, and in an artifact with what they encode to and score."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from models.encoding import Event, Request
+from models.encoding import Arrays, Event, Request
 
 
 def request_to_json(request: Request) -> dict[str, Any]:
@@ -30,3 +32,23 @@ def request_from_json(values: Mapping[str, Any]) -> Request:
     """The inverse of `request_to_json`; raises KeyError or TypeError where the shape is another."""
     behaviours = tuple(Event(**event) for event in values["behaviours"])
     return Request(**{**values, "behaviours": behaviours})
+
+
+def golden_to_json(requests: Sequence[Request], arrays: Arrays, logits: NDArray[np.float64]) -> bytes:
+    """An artifact's golden.json. Raises ValueError where a number is none."""
+    document = {
+        "requests": [request_to_json(request) for request in requests],
+        "arrays": {name: array.tolist() for name, array in arrays.items()},
+        "logits": logits.tolist(),
+    }
+    return json.dumps(document, allow_nan=False).encode()
+
+
+def golden_from_json(content: bytes) -> tuple[tuple[Request, ...], Arrays, NDArray[np.float64]]:
+    """The inverse; raises ValueError, KeyError, TypeError or AttributeError where the shape is another."""
+    document = json.loads(content)
+    return (
+        tuple(request_from_json(r) for r in document["requests"]),
+        {name: np.array(values) for name, values in document["arrays"].items()},
+        np.array(document["logits"], dtype=np.float64),
+    )

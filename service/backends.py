@@ -46,15 +46,24 @@ def load(artifact: Artifact, kind: Kind) -> Backend:
 def load_explaining(artifact: Artifact) -> "OnnxBackend":
     """What gives the logits and then each tensor that the manifest lists under `explain`, in their order.
 
-    Raises ArtifactError where it cannot be loaded, or is another model's.
+    Raises ArtifactError where it cannot be loaded, is another model's, or has not the axes that the manifest names.
     """
     fed = [i.name for i in artifact.schema.inputs]
     outputs = ["logit", *(shown.name for shown in artifact.manifest.explain)]
     backend = OnnxBackend(_graph(artifact, EXPLAINING), fed=fed, outputs=outputs)
     try:
-        check_scores(artifact, backend.run(artifact.golden.arrays))
+        logits, *tensors = backend.run_all(artifact.golden.arrays)
     except BackendError as err:
         raise ArtifactError(f"{artifact.path}: {EXPLAINING} does not run on its own golden rows: {err}") from err
+    check_scores(artifact, logits)
+    num_requests, length = len(artifact.golden.requests), artifact.schema.history_length
+    for shown, values in zip(artifact.manifest.explain, tensors, strict=True):
+        wanted = shown.shape(requests=num_requests, candidates=len(logits), history_length=length)
+        if values.shape != wanted:  # its labels would stand beside other values
+            raise ArtifactError(
+                f"{artifact.path}/{EXPLAINING}: {shown.name} is {values.shape}, the manifest's axes are {wanted};"
+                " export it again"
+            )
     return backend
 
 

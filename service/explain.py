@@ -1,7 +1,6 @@
 """What a model attended to in one request, with names: its explain.onnx, run aside so that predictions never wait."""
 
 import asyncio
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,8 +17,6 @@ from service.errors import explaining_enough, model_failed, not_explained, of_ar
 from service.scorer import Encoded, Scored, Scorer
 from service.values import spelled
 from service.worker import Deadline
-
-log = logging.getLogger(__name__)
 
 MAX_UNDER_WAY = 4  # one runs, the others wait for it
 
@@ -45,16 +42,18 @@ class Explainer:
 
     async def explain(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Explained:
         """Raises Problem as `Scorer.score` does, and 409 where the arm's artifact explains nothing."""
-        encoded = await self._scorer.encode(given, request_id=request_id, deadline=deadline)
+        if self._under_way >= MAX_UNDER_WAY:  # before anything else: a storm of these must not reach the store
+            raise explaining_enough(self._under_way)
+        self._under_way += 1
+        try:
+            encoded = await self._scorer.encode(given, request_id=request_id, deadline=deadline)
+            _check_explained(encoded)
+        except BaseException:
+            self._under_way -= 1
+            raise
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._run, given, encoded, deadline)
+        answer.add_done_callback(self._ended)
         with of_arm(encoded.arm):
-            manifest = encoded.model.artifact.manifest
-            if not manifest.explain:
-                raise not_explained(manifest.model, manifest.version)
-            if self._under_way >= MAX_UNDER_WAY:
-                raise explaining_enough(self._under_way)
-            self._under_way += 1
-            answer = asyncio.get_running_loop().run_in_executor(self._thread, self._run, given, encoded, deadline)
-            answer.add_done_callback(self._ended)
             await asyncio.wait([answer], timeout=max(deadline.left_s, 0))
             if not answer.done():
                 raise too_late(deadline.timeout_ms)
@@ -92,6 +91,13 @@ class Explainer:
     def close(self) -> None:
         """Ends after the explanation under way."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_explained(encoded: Encoded) -> None:
+    manifest = encoded.model.artifact.manifest
+    with of_arm(encoded.arm):
+        if not manifest.explain:
+            raise not_explained(manifest.model, manifest.version)
 
 
 def _in_pieces(values: NDArray[np.float64]) -> msgspec.Raw:

@@ -19,7 +19,7 @@ from service.catalog import Catalog, Model
 from service.errors import invalid, of_arm
 from service.experiment import Experiment
 from service.features import FeatureStore, Fetched, StoreUnavailable
-from service.metrics import OTHER_FIELD, Metrics
+from service.metrics import OTHER_FIELD, Metrics, Stage
 from service.values import spelled
 from service.worker import Deadline, Worker
 
@@ -52,6 +52,7 @@ class Encoded:
     arrays: Arrays
     past: Sequence[Event]
     degraded: list[str]
+    seconds: dict[Stage, float]  # that it took so far
 
 
 class Scorer:
@@ -68,6 +69,8 @@ class Scorer:
     async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
         """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late."""
         encoded = await self.encode(given, request_id=request_id, deadline=deadline)
+        for stage, seconds in encoded.seconds.items():
+            self._metrics.stages[stage].observe(seconds)
         with of_arm(encoded.arm):
             deadline.check()
             logits = await self._worker.run(encoded.model.backend, encoded.arrays, deadline)
@@ -87,9 +90,15 @@ class Scorer:
             stored, past, degraded = await self._fetch(model, given, deadline)
             fetched = time.perf_counter()
             arrays = self._encode(model.encoder, given, stored, past, degraded)
-        self._metrics.stages["fetch"].observe(fetched - started)
-        self._metrics.stages["encode"].observe(time.perf_counter() - fetched)
-        return Encoded(request_id=request_id, arm=arm, model=model, arrays=arrays, past=past, degraded=degraded)
+        return Encoded(
+            request_id=request_id,
+            arm=arm,
+            model=model,
+            arrays=arrays,
+            past=past,
+            degraded=degraded,
+            seconds={"fetch": fetched - started, "encode": time.perf_counter() - fetched},
+        )
 
     def answer(self, encoded: Encoded, logits: NDArray[np.float32]) -> Scored:
         artifact = encoded.model.artifact

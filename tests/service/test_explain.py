@@ -153,6 +153,7 @@ async def test_what_is_explained_is_no_prediction_to_the_metrics(service: Runnin
 
     assert await service.metric('clickserve_requests_total{arm="one",route="/explain",status="200"}') == 1
     assert await service.metric('clickserve_candidates_total{arm="one"}') == 0
+    assert await service.metric('clickserve_stage_seconds_count{stage="encode"}') == 0
 
 
 async def test_a_dead_store_costs_the_clicks_and_not_the_answer(
@@ -186,13 +187,30 @@ async def test_explanations_under_way_hold_up_no_prediction_and_beyond_a_few_are
     await asyncio.to_thread(running.wait, 30)
 
     predicted = await service.predict(**ASKED)
+    fetched = await service.metric('clickserve_store_seconds_count{op="fetch"}')
     refused = await service.client.post("/explain", json=ASKED)
     go_on.set()
 
     assert predicted.status_code == 200
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert await service.metric('clickserve_store_seconds_count{op="fetch"}') == fetched
     assert len({json.dumps(told) for told in await asyncio.gather(*waiting)}) == 1
     assert (await service.client.post("/explain", json=ASKED)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [({"user": {"id": "u2"}}, 409), ({"context": {"device": []}}, 422), ({"timeout_ms": 1e-6}, 504)],
+)
+async def test_what_was_refused_leaves_its_place_in_the_line(
+    service: Running, changes: dict[str, Any], status: int
+) -> None:
+    for _ in range(explain.MAX_UNDER_WAY + 1):
+        refused = await service.client.post("/explain", json={**ASKED, **changes})
+        assert refused.status_code == status
+        await asyncio.sleep(0.01)  # what came too late is still to be dropped
+
+    await asked(service)
 
 
 async def test_a_deadline_that_passed_is_told(service: Running) -> None:
@@ -201,9 +219,13 @@ async def test_a_deadline_that_passed_is_told(service: Running) -> None:
     assert answer.status_code == 504
 
 
-@pytest.mark.parametrize("spoil", ["another model's", "no graph", "changed on disk"])
+@pytest.mark.parametrize("spoil", ["another model's", "other axes", "no graph", "changed on disk"])
 async def test_an_explaining_graph_that_cannot_be_trusted_is_not_used(start: Start, tmp_path: Path, spoil: str) -> None:
     folder = tiny.write(tmp_path, explaining_seed=2 if spoil == "another model's" else 1)
+    if spoil == "other axes":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["explain"][0]["axes"][1] = {"name": "field", "labels": ["price", "genres"]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     async with start(artifacts_dir=tmp_path, experiment=ALONE) as service:
         if spoil == "no graph":
             (folder / artifact.EXPLAINING).unlink()
