@@ -86,6 +86,25 @@ def test_an_unknown_model_or_recipe_is_refused_before_anything_is_measured(forms
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes", "10,x"], "argument --sizes: expected a whole number from 1 to 10^6, got 'x'"),
+        (["--sizes", "0"], "argument --sizes: expected a whole number"),
+        (["--repeats", "0"], "argument --repeats: expected a whole number"),
+        (["--train-s", "nan"], "argument --train-s: expected seconds above 0, got 'nan'"),
+        (["--out", __file__], f"--out {__file__}: File exists"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_before_anything_is_measured(forms, data, capsys, one_thread, words, said):
+    assert forms.main(["--data", str(data), *words]) == 2
+
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
 def test_both_forms_hold_the_same_rows(forms, data):
     rows = Prepared.open(data).rows("test")
     request = forms.request_form(rows, 7)

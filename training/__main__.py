@@ -1,4 +1,4 @@
-"""The door to everything offline: `python -m training simulate | prepare | train | evaluate | export | compare`."""
+"""The door to everything offline: `python -m training COMMAND`, from simulate and prepare to compare and explain."""
 
 import argparse
 import os
@@ -109,7 +109,9 @@ def _compare(options: argparse.Namespace) -> None:
     data, failed = Prepared.open(options.data), []
     if not options.report_only:
         wanted = compare.variants(options.models, options.variants)
-        failed = compare.compare(options.out, data, wanted, options.seeds, options.settings, command=options.line)
+        failed = compare.compare(
+            options.out, data, wanted, options.seeds, options.settings, command=options.line, against=options.against
+        )
     print(compare.report(options.out, data, options.against))
     say(f"wrote {options.out}/compare.md, compare.csv, compare.png and runs.csv")
     if failed:
@@ -123,7 +125,8 @@ def _explain(options: argparse.Namespace) -> None:
 
     trained = runs.read(options.run)
     data = Prepared.open(options.data or trained.data)
-    files = explain.explain(trained, data, options.part, options.out, rows=options.rows, num_requests=options.requests)
+    num = options.requests or 3
+    files = explain.explain(trained, data, options.part, options.out, rows=options.rows, num_requests=num)
     print(f"wrote {files[0]} and {len(files) - 1} heat maps beside it")
 
 
@@ -259,9 +262,9 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR", help="default: what it was trained on")
     parser.add_argument("--part", choices=("test", "valid"), default="test")
-    chosen = parser.add_mutually_exclusive_group()
+    chosen = parser.add_mutually_exclusive_group()  # without defaults: argparse takes one of them for not given
     chosen.add_argument("--rows", type=_rows, metavar="N,N,...", help="these rows of the part, by request")
-    chosen.add_argument("--requests", type=_count, default=3, metavar="N", help="or so many requests; default: 3")
+    chosen.add_argument("--requests", type=_count, metavar="N", help="or so many requests; default: 3")
     _add_threads(parser)
 
 

@@ -86,7 +86,12 @@ class Prepared:
             raise UserError(f"{path}: damaged data set, prepare it again ({err})") from err
 
     def rows(self, part: str) -> Rows:
-        """One of `train`, `valid` and `test`; nothing is read before it is used."""
+        """One of `train`, `valid` and `test`; nothing is read before it is used.
+
+        Raises UserError where the folder is damaged, or no longer the one that was opened.
+        """
+        if _about(self.path).get("data_hash") != self.data_hash:
+            raise UserError(f"{self.path} was prepared anew, with other rows or options, while it was in use")
         folder = self.path / part
         names = [i.name for i in self.schema.inputs if not i.name.startswith("hist") and i.name != "user_index"]
         inputs = {name: _map(folder / f"{name}.npy") for name in names}
@@ -153,6 +158,14 @@ def in_order(rows: Rows, batch_size: int) -> Iterator[Batch]:
     """Every row once, in the order of the files."""
     for first in range(0, len(rows), batch_size):
         yield rows.take(np.arange(first, min(first + batch_size, len(rows))))
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((path / "dataset.json").read_bytes())
+    except (OSError, ValueError) as err:
+        raise UserError(f"{path / 'dataset.json'}: missing or damaged, prepare the data set again ({err})") from err
+    return about
 
 
 def _map(file: Path) -> NDArray[Any]:

@@ -73,12 +73,20 @@ def variants(models: str | None, named: Sequence[Sequence[str]]) -> list[Variant
 
 
 def compare(
-    out: Path, data: Prepared, wanted: Sequence[Variant], num_seeds: int, settings: Sequence[str], *, command: str
+    out: Path,
+    data: Prepared,
+    wanted: Sequence[Variant],
+    num_seeds: int,
+    settings: Sequence[str],
+    *,
+    command: str,
+    against: str | None = None,
 ) -> list[str]:
     """Train every cell that is not finished yet, go on with those that were interrupted; returns what failed and why.
 
     All is checked before anything is trained. A cell that cannot be trained is noted as failed and the others go on;
-    the next call tries it again. Raises UserError where a cell was begun with other settings or on other data.
+    the next call tries it again. Raises UserError where a cell was begun with other settings or on other data, and
+    where `report` would find nothing of the name `against`.
     """
     _check_target(out)
     _check_labels(data)
@@ -87,7 +95,11 @@ def compare(
         for seed in range(FIRST_SEED, FIRST_SEED + num_seeds)
         for variant in wanted
     ]
-    begun = {cell.path: cell for cell in standings.read(out, data)}
+    cells = standings.read(out, data)
+    begun = {cell.path: cell for cell in cells}
+    names = sorted({variant.name for variant in wanted} | {cell.name for cell in cells})
+    if against is not None and against not in names:
+        raise UserError(f"--against {against}: no model has this name; there are {', '.join(names)}")
     for cell in plan:
         if cell.path in begun:
             change = difference(Run.from_json(begun[cell.path].run), cell.run)
@@ -96,6 +108,8 @@ def compare(
                     f"{cell.path} was begun with other settings: {change};"
                     " remove it, name this one otherwise with --variant, or compare into another folder"
                 )
+        else:
+            runs.check_new(cell.path)
     _remember(out, command)
     threads, failures = torch.get_num_threads(), []
     for number, cell in enumerate(plan, start=1):
@@ -118,7 +132,7 @@ def report(out: Path, data: Prepared, against: str | None = None) -> str:
     _check_labels(data)
     cells = standings.read(out, data)
     judged, reference = standings.judge(cells, data, against)
-    commands = (out / "commands.txt").read_text("utf-8") if (out / "commands.txt").exists() else ""
+    commands = "".join(f"{line}\n" for line in _commands(out))
     text = tables.markdown(judged, data, reference=reference, chosen=against is None, commands=commands)
     write_atomically(out / "compare.md", text.encode())
     write_atomically(out / "compare.csv", tables.of_models(judged, data, reference).encode())
@@ -165,11 +179,15 @@ def _planned(out: Path, data: Prepared, variant: Variant, seed: int, settings: S
 
 
 def _remember(out: Path, command: str) -> None:
-    file = out / "commands.txt"
-    known = file.read_text("utf-8").splitlines() if file.exists() else []
-    if command not in known:
+    if command not in _commands(out):
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        write_atomically(file, "".join(f"{line}\n" for line in (*known, command)).encode())
+        with (out / "commands.txt").open("a", encoding="utf-8") as file:  # others may be adding theirs
+            file.write(f"{command}\n")
+
+
+def _commands(out: Path) -> list[str]:
+    file = out / "commands.txt"
+    return file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []
 
 
 def _train(cell: _Planned, data: Prepared) -> str | None:

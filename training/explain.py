@@ -38,6 +38,8 @@ def explain(
         raise UserError(f"{data.path} is encoded by another schema than {trained.path} was trained with")
     if not trained.model.explanations():
         raise UserError(f"{trained.path}: a model {trained.run.model} of this form shows nothing of itself")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: expected a folder, or a new one, found a file")
     source = data.rows(part)
     requests = [_request(trained, source, part, chosen) for chosen in _chosen(source, rows, num_requests)]
     averaged = np.unique(np.linspace(0, len(source) - 1, min(AVERAGED_ROWS, len(source))).astype(np.int64))
@@ -69,7 +71,7 @@ def _chosen(source: Rows, rows: Sequence[int] | None, num_requests: int) -> Iter
     request = np.asarray(source.request)
     if rows is None:
         ids = np.unique(request)
-        for wanted in np.unique(np.linspace(0, len(ids) - 1, num_requests).astype(np.int64)):
+        for wanted in np.unique(np.linspace(0, len(ids) - 1, min(num_requests, len(ids))).astype(np.int64)):
             yield np.flatnonzero(request == ids[wanted])[:MAX_CANDIDATES]
         return
     for row in rows:

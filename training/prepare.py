@@ -13,13 +13,16 @@
 Rows stand in time order, rows of one time in the order of the file.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ from training.log import PARTS, Log, write_parquet
 from training.progress import say
 from training.spill import complete
 
+CONTENTS = ("schema.json", "dataset.json", "golden.json", *PARTS, "events", "raw")
 DATASETS: Mapping[str, Callable[..., Log]] = {
     "movielens-1m": movielens.load,
     "movielens-tag": movielens_tag.load,
@@ -72,12 +76,12 @@ def prepare(
     """Prepare a known data set or, with `schema_yaml`, any CSV or Parquet file; returns what dataset.json holds.
 
     `settings` are `key=value`, for the data set's options. `out` appears whole or not at all; an earlier prepared
-    folder of that name is replaced. Memory does not grow with the rows, but with the different values and the clicks
-    of known users. Raises UserError.
+    folder of that name is replaced, and what a killed call for it left is removed. Memory does not grow with the rows,
+    but with the different values and the clicks of known users. Raises UserError.
     """
     began = time.perf_counter()
     out = out.resolve()
-    _check_target(out)
+    _check_target(out, source, schema_yaml)
     say(f"reading {source}")
     log, options = _load(dataset, source, schema_yaml, settings)
     for note in log.notes:
@@ -195,9 +199,17 @@ def _hash(files: tuple[Path, ...], options: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_target(out: Path) -> None:
+def _check_target(out: Path, *inputs: Path | None) -> None:
     if out.exists() and not (out / "dataset.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: expected a new, an empty or a prepared folder, found something else there")
+    strange = sorted({path.name for path in out.iterdir()} - set(CONTENTS)) if out.exists() else []
+    if strange:
+        raise UserError(
+            f"{out}: expected a prepared folder and nothing else in it, as it is replaced; found {strange[0]}"
+        )
+    for path in inputs:
+        if path is not None and path.resolve().is_relative_to(out):
+            raise UserError(f"{path}: lies in {out}, which is replaced; name another folder")
 
 
 @contextmanager
@@ -206,17 +218,48 @@ def _draft(out: Path) -> Iterator[Path]:
     # Not by process id: in another container another job has the same one, or a killed one had it.
     token = secrets.token_hex(4)
     draft, old = (out.with_name(f".{out.name}.{state}-{token}") for state in ("writing", "old"))
+    _clear(out)
     try:
         draft.mkdir(parents=True)
     except OSError as err:
         raise UserError(f"{out}: expected a folder that can be made ({err.strerror})") from err
     try:
-        yield draft
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
+        with _locked(draft) as lock:
+            with suppress(OSError):  # a file system without locks: then `_clear` leaves all as it is
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield draft
+            if out.exists():
+                out.rename(old)
+            draft.rename(out)
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear(out: Path) -> None:
+    """Removes what killed processes left beside `out`, which may be as large as the data; nothing of a living one.
+
+    A prepared folder that was on its way to be replaced gets its name back.
+    """
+    for draft in out.parent.glob(f".{glob.escape(out.name)}.writing-*"):
+        with suppress(OSError), _locked(draft) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error: its process lives
+            old = out.with_name(f".{out.name}.old-{draft.name.rpartition('-')[2]}")
+            if old.exists() and not out.exists():
+                old.rename(out)
+            shutil.rmtree(draft, ignore_errors=True)
+    for old in out.parent.glob(f".{glob.escape(out.name)}.old-*"):
+        if not out.with_name(f".{out.name}.writing-{old.name.rpartition('-')[2]}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """For a lock on the folder, which ends with the block or with the process, however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock
+    finally:
+        os.close(lock)

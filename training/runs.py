@@ -10,9 +10,12 @@ RUN/epochs.png, RUN/reliability.png
 RUN/checkpoint.pt         while it is trained
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +63,7 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     wanted = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
     file = path / "config.json"
     if not file.exists():
-        if path.exists() and (not path.is_dir() or any(p.suffix != ".tmp" for p in path.iterdir())):
-            raise UserError(f"{path}: expected a new or an empty folder for the run, found something else there")
+        check_new(path)
         path.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {
             "run": wanted.to_json(),
@@ -83,8 +85,22 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     return saved
 
 
+def check_new(path: Path) -> None:
+    """Raises UserError where `path` holds what no run that was killed while it began has left."""
+    if path.exists() and (not path.is_dir() or any(p.suffix != ".tmp" for p in path.iterdir())):
+        raise UserError(f"{path}: expected a new or an empty folder for the run, found something else there")
+
+
 def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
-    """Train, calibrate, measure and draw; returns what metrics.json holds. A finished run is not trained again."""
+    """Train, calibrate, measure and draw; returns what metrics.json holds. A finished run is not trained again.
+
+    Raises UserError while another process trains it, and where memory does not suffice.
+    """
+    with _alone(path), _enough_memory(run):
+        return _train(path, data, run)
+
+
+def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     if (path / "metrics.json").exists():
         say(f"{path} is finished")
         return _json(path / "metrics.json")
@@ -196,6 +212,32 @@ def measure(data: Prepared, part: str, logits: NDArray[np.float32], calibration:
         if truth is not None:
             figures[figure] = metrics.auc(rows.label, truth)
     return figures
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError as err:
+            raise UserError(f"{path} is being trained by another process") from err
+        except OSError:
+            say(f"{path}: this file system has no locks; train in it with one process only")
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _enough_memory(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:  # torch has no type of its own for it
+        if "allocate memory" not in str(err):
+            raise
+        what = str(err).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
+        raise UserError(f"not enough memory for {run.model} with these settings ({what})") from err
 
 
 def _identity(data: Prepared) -> dict[str, str]:

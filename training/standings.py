@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from training import significance
 from training.batches import Prepared
+from training.config import Run
 from training.errors import UserError
 from training.significance import Difference
 
@@ -161,7 +162,7 @@ def _cell(path: Path) -> Cell:
     config = _json(path / "config.json")
     finished = (path / "metrics.json").exists() and (path / "test_logits.npy").exists()
     try:
-        return Cell(
+        cell = Cell(
             path=path,
             name=path.name.rpartition("-")[0],
             model=config["run"]["model"],
@@ -171,8 +172,26 @@ def _cell(path: Path) -> Cell:
             figures=_json(path / "metrics.json") if finished else None,
             failure=_failure(path / "failed.json"),
         )
-    except (KeyError, TypeError) as err:
+        _check_whole(cell)
+    except (KeyError, TypeError, ValueError) as err:
         raise UserError(f"{path}: damaged run, remove it and compare again ({err!r})") from err
+    return cell
+
+
+def _check_whole(cell: Cell) -> None:
+    """Raises KeyError, TypeError or ValueError where something is missing that the tables tell of every cell."""
+    if not cell.name or cell.path.name != f"{cell.name}-{cell.seed}":  # a copy would stand in twice for its seed
+        raise ValueError(f"expected a folder NAME-{cell.seed}")
+    Run.from_json(cell.run)
+    for name in ("path", "data_hash", "schema_fingerprint"):
+        str(cell.data[name])
+    if cell.figures is not None:
+        for name in ("parameters", "epochs", "samples_per_s"):
+            float(cell.figures[name])
+        for part in ("valid", "test"):
+            for measured in (cell.figures[part], cell.figures[part]["calibrated"]):
+                float(measured["logloss"])
+            float(cell.figures[part]["auc"])
 
 
 def _failure(file: Path) -> str | None:

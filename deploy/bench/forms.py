@@ -15,6 +15,7 @@ cannot be measured is listed with the reason, and the exit code is then 1.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import polars as pl
@@ -232,22 +233,52 @@ def chosen(text: str | None, dataset: str) -> Iterator[tuple[str, str]]:
         yield model, recipe
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:12]) <= 10**6 or len(text) > 12:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 10^6, got {text!r:.60}")
+    return int(text)
+
+
+def _sizes(text: str) -> list[int]:
+    return list(dict.fromkeys(map(_count, text.split(","))))
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r:.60}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder written by `python -m training prepare`")
     parser.add_argument("--models", metavar="NAME[:RECIPE],...", help="default: every model")
-    parser.add_argument("--sizes", default="100,1000", help="numbers of candidates")
-    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each form, runtime and size")
-    parser.add_argument("--train-s", type=float, default=5.0, help="seconds of training to time")
+    parser.add_argument("--sizes", type=_sizes, default="100,1000", help="numbers of candidates")
+    parser.add_argument("--repeats", type=_count, default=30, help="timed runs of each form, runtime and size")
+    parser.add_argument("--train-s", type=_seconds, default=5.0, help="seconds of training to time")
     parser.add_argument("--out", type=Path, help="a folder for forms.md, forms.csv and forms.png")
-    options = parser.parse_args(arguments)
-    sizes = [int(size) for size in options.sizes.split(",")]
     torch.set_num_threads(1)
     try:
-        data = Prepared.open(options.data)
+        options = parser.parse_args(arguments)
+        data, sizes = Prepared.open(options.data), options.sizes
         asked = list(chosen(options.models, data.name))
+        for part in ("train", "valid", "test"):
+            data.rows(part)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     except UserError as err:
-        print(err, file=sys.stderr)
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except OSError as err:
+        print(f"error: --out {options.out}: {err.strerror}", file=sys.stderr)
         return 2
     lines = []
     for number, (model, recipe) in enumerate(asked, start=1):
@@ -256,7 +287,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"  {lines[-1].error or f'{lines[-1].samples_per_s:,.0f} samples/s'}")
     print(markdown(lines, sizes))
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "forms.md").write_text(markdown(lines, sizes) + "\n")
         table(lines).write_csv(options.out / "forms.csv")
         plot(lines, sizes[-1], options.out / "forms.png")

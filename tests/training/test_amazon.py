@@ -162,6 +162,14 @@ def test_a_damaged_file_is_told(source, file, content, message):
         amazon.load(source)
 
 
+def test_a_time_far_before_there_were_reviews_is_told(source):
+    (source / "reviews_Grocery_5.json.gz").unlink()
+    pl.DataFrame({"user": [1], "item": [2], "timestamp": [-(2**62)]}).write_parquet(source / "interactions.parquet")
+
+    with pytest.raises(UserError, match="expected times in Unix seconds, got -46"):
+        amazon.load(source)
+
+
 def test_a_packed_file_that_ends_too_soon_is_told(source):
     file = source / "reviews_Grocery_5.json.gz"
     file.write_bytes(file.read_bytes()[:-40])

@@ -63,6 +63,7 @@ def test_hour_and_weekday_come_from_the_row(source, tmp_path):
     ("line", "message"),
     [
         ("1,0,14102199" + ",a" * 21, "line 11, column hour: expected a time as YYMMDDHH, got '14102199'"),
+        ("1,0,14023010" + ",a" * 21, "line 11: expected a time that there is in column hour, got '14023010'"),
         ("1,0,14102100" + ",a" * 20, "line 11: expected 24 values, got 23"),
         ("1,yes,14102100" + ",a" * 21, "line 11, column click: expected 0 or 1, got 'yes'"),
     ],

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -191,3 +192,12 @@ def test_damaged_golden_requests_are_one_clear_error(tmp_path, content):
 
     with pytest.raises(UserError, match="golden.json: .*damaged, prepare the data set again"):
         Prepared.open(data).golden_requests()
+
+
+def test_data_that_were_prepared_anew_while_in_use_are_refused(tmp_path):
+    data = Prepared.open(write_prepared(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data")
+    write_prepared(tmp_path / "data", seed=1)
+
+    with pytest.raises(UserError, match="was prepared anew, with other rows or options, while it was in use"):
+        data.rows("test")

@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +206,25 @@ def test_more_than_the_memory_holds_is_one_clear_error(tmp_path, capsys, monkeyp
 
     words = ["simulate", "--out", "x", "--users", "5", "--items", "40", "--rows", "80", "--seed", "1"]
     assert "not enough memory" in refused(capsys, *words)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_clear_error(data, tmp_path, capsys):
+    words = ["train", "fm", "--data", data, "--out", tmp_path / "run", "--set", "model.emb_dim=100000000000"]
+
+    assert "not enough memory for fm with these settings" in refused(capsys, *words)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(run, data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "run")
+    other = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    words = ["train", "stec", "--data", data, "--out", tmp_path / "run", "--resume"]
+    assert "run is being trained by another process" in refused(capsys, *words)
+
+    os.close(other)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")

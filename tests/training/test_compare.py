@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,7 @@ def test_cells_begun_with_other_settings_or_on_other_data_are_refused_before_any
         (["--variant", "lr", "--seeds", "1"], "expected NAME=MODEL[:RECIPE] [key=value ...]"),
         (["--variant", "x=mian", "ibim=false", "--seeds", "1"], "x: ibim: no such setting; did you mean model.ibim?"),
         (["--models", "lr", "--seeds", "1", "--set", "seed=7"], "seed cannot be set for a model"),
+        (["--models", "lr", "--seeds", "1", "--against", "din"], "--against din: no model has this name; there are lr"),
         (["--report-only"], "holds no comparison"),
     ],
 )
@@ -290,6 +292,54 @@ def test_data_that_is_missing_and_a_folder_of_something_else_are_one_clear_sente
 
     assert "nowhere is no prepared data set" in missing
     assert "found something else there" in taken
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"run": {"model": "lr", "seed": 2026}, "data": {}}'),
+        ("config.json", None),  # a setting that there is no more
+        ("metrics.json", "[]"),
+        ("metrics.json", '{"test": {"auc": 0.5}}'),
+        ("failed.json", "{"),
+    ],
+)
+@pytest.mark.parametrize("words", [["--report-only"], ["--models", "lr", "--seeds", 1, *QUICK]])
+def test_a_damaged_cell_is_one_clear_sentence(compared, data, tmp_path, capsys, file, content, words):
+    out = tmp_path / "c"
+    shutil.copytree(compared, out)
+    cell = out / "runs" / "lr-2026"
+    if content is None:
+        config = json.loads((cell / file).read_text())
+        content = json.dumps({**config, "run": {**config["run"], "weight_decay": 0.1}})
+    (cell / file).write_text(content)
+
+    assert f"{cell}: damaged run, remove it and compare again" in refused(capsys, *command(data, out, *words))
+
+
+def test_a_copy_of_a_cell_under_another_name_is_not_counted_twice(compared, data, tmp_path, capsys):
+    out = tmp_path / "c"
+    shutil.copytree(compared, out)
+    shutil.copytree(out / "runs" / "lr-2026", out / "runs" / "lr-copy")
+
+    assert "lr-copy: damaged run" in refused(capsys, *command(data, out, "--report-only"))
+
+
+def test_what_stands_in_the_way_of_a_later_cell_is_told_before_anything_is_trained(data, tmp_path, capsys):
+    (tmp_path / "c" / "runs" / "fm-2026").mkdir(parents=True)
+    (tmp_path / "c" / "runs" / "fm-2026" / "thesis.txt").touch()
+
+    told = refused(capsys, *command(data, tmp_path / "c", "--models", "lr,fm", "--seeds", 1, *QUICK))
+
+    assert "fm-2026: expected a new or an empty folder for the run" in told
+    assert not (tmp_path / "c" / "runs" / "lr-2026").exists()
+
+
+def test_command_lines_that_are_no_text_any_more_do_not_hinder_the_report(compared, data, tmp_path):
+    shutil.copytree(compared, tmp_path / "c")
+    (tmp_path / "c" / "commands.txt").write_bytes(b"\xff\xfe")
+
+    assert main(command(data, tmp_path / "c", "--report-only")) == 0
 
 
 def cells(name, model, aucs, *, valid=0.5):

@@ -122,7 +122,9 @@ def test_milliseconds_are_times_too(source):
         (line(0) + line(1).strip() + ",9\n", "line 2: expected 39 values, got 40"),
         (line(0) + line(1)[: len(line(1)) // 2], "line 2: expected"),
         (line(0, label=2), "line 1, column label: expected 0 or 1, got '2'"),
-        (line(0, avg_price="cheap"), "line 1, column avg_price: expected a number or nothing, got 'cheap'"),
+        (line(0, avg_price="cheap"), "line 1, column avg_price: expected a number below 1e118 or nothing, got 'cheap'"),
+        (line(0, avg_price="1e999"), "line 1, column avg_price: expected a number below 1e118 or nothing, got '1e999'"),
+        (line(0, times="9" * 400), "line 1, column times: expected a whole number"),
         (line(0, hours=24), "line 1, column hours: expected an hour"),
         (line(0, times="2022-02-16"), "line 1, column times: expected a whole number"),
         # Without its first column every line is one short; with the user first it is of the wrong kind.
@@ -158,6 +160,11 @@ def test_a_log_without_a_complete_row_is_told(source):
 def test_an_option_that_cannot_be_is_told(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} is "):
         ElemeOptions(**options)
+
+
+def test_a_file_named_twice_is_refused_for_its_rows_would_stand_in_two_parts():
+    with pytest.raises(UserError, match="files names each file once, got D1_0, D1_0"):
+        ElemeOptions(files="D1_0, D1_0")
 
 
 @pytest.mark.parametrize("history", ["clicks", "impressions"])

@@ -15,7 +15,7 @@ from models.baselines import linear
 from models.taps import explain as tapped
 from tests.models.small import encoded, lively, with_history
 from tests.training.tiny import LENGTH, write_prepared
-from training import export, heatmaps, runs
+from training import explain, export, heatmaps, runs
 from training.__main__ import main
 from training.batches import Prepared
 from training.export import ExportError
@@ -163,12 +163,30 @@ def test_any_tensor_has_a_picture_whose_colours_follow_its_values(tmp_path, monk
         (["--rows", "3,100000"], "expected rows below 400, got 100000"),
         (["--rows", "a"], "expected row numbers"),
         (["--rows", "1", "--requests", "2"], "not allowed with"),
+        (["--rows", "1", "--requests", "3"], "not allowed with"),  # as many as without the option
     ],
 )
 def test_a_wrong_choice_of_rows_is_told_in_one_sentence(trained, tmp_path, capsys, words, told):
     assert main(["explain", str(trained), "--out", str(tmp_path), *words]) == 2
 
     assert told in capsys.readouterr().err
+
+
+def test_more_requests_than_there_are_are_all_of_them(data, trained):
+    source = Prepared.open(data).rows("test")
+
+    chosen = list(explain._chosen(source, None, 10**12))
+
+    assert np.concatenate(chosen).tolist() == list(range(len(source)))
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(explain, "_mean", None)
+
+    assert main(["explain", str(trained), "--out", str(tmp_path / "taken")]) == 2
+
+    assert "taken: expected a folder, or a new one, found a file" in capsys.readouterr().err
 
 
 def test_a_model_with_nothing_to_show_says_so(data, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_a_campaign_is_prepared_in_time_order_whatever_the_order_of_its_file(tmp
     ("column", "value", "message"),
     [
         ("timestamp", "20131306000000000", "line 6, column timestamp: expected a time as"),
+        ("timestamp", "20130230060000000", "line 6: expected a time that there is in column timestamp, got '20130230"),
         ("slotprice", "cheap", "line 6, column slotprice: expected a whole number, got 'cheap'"),
         ("bidid", "1\t2", "line 6: expected 27 values, got 28"),
     ],

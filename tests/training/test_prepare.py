@@ -1,5 +1,6 @@
 """Prepared data: what stands on disk is what the request form encodes, and nothing leaks from later rows."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_dataset_json_tells_what_was_prepared(data, schema):
 def test_preparing_again_gives_the_same_files_and_replaces_them(data, source, tmp_path):
     out = tmp_path / "prepared"
     prepare("simulated", source, out)
-    (out / "left over").touch()
+    (out / "train" / "left over").touch()
 
     prepare("simulated", source, out)
 
@@ -231,6 +232,46 @@ def test_an_interruption_between_two_renames_keeps_what_was_there(source, tmp_pa
         prepare("simulated", source, out)
 
     assert [f.parent.name for f in tmp_path.rglob("dataset.json")] == ["prepared"]
+
+
+def test_what_killed_calls_left_is_removed_and_nothing_of_a_living_one(source, tmp_path):
+    for name in ("writing-dead", "writing-living", "old-done"):
+        (tmp_path / f".prepared.{name}" / "spill").mkdir(parents=True)
+    living = os.open(tmp_path / ".prepared.writing-living", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+
+    prepare("simulated", source, tmp_path / "prepared")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"prepared", ".prepared.writing-living"}
+    os.close(living)
+
+
+def test_data_whose_replacement_was_killed_between_two_renames_get_their_name_back(source, tmp_path, monkeypatch):
+    out = tmp_path / "prepared"
+    prepare("simulated", source, out)
+    before = (out / "dataset.json").read_bytes()
+    out.rename(tmp_path / ".prepared.old-1")
+    (tmp_path / ".prepared.writing-1").mkdir()
+    monkeypatch.setattr(module, "golden_requests", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        prepare("simulated", source, out)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+    assert (out / "dataset.json").read_bytes() == before
+
+
+def test_prepared_data_are_not_replaced_where_runs_or_raw_files_would_go_with_them(source, tmp_path):
+    out = tmp_path / "prepared"
+    prepare("simulated", source, out)
+
+    with pytest.raises(UserError, match=r"raw: lies in .*prepared, which is replaced"):
+        prepare("simulated", out / "raw", out)
+    (out / "run").mkdir()
+    with pytest.raises(UserError, match="expected a prepared folder and nothing else in it, .* found run"):
+        prepare("simulated", source, out)
+
+    assert (out / "raw" / "users.parquet").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_not_replaced(source, tmp_path):

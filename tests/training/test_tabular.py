@@ -209,12 +209,14 @@ def test_files_that_are_not_what_they_are_called_are_refused(load, tmp_path):
     (tmp_path / "log.parquet").write_text("no parquet")
     (tmp_path / "latin.csv").write_bytes("who,at\né,1\n".encode("latin-1"))
     (tmp_path / "bad.yaml").write_text("label: [")
+    (tmp_path / "deep.yaml").write_text("[" * 3000)
 
     for source, described, message in (
         ("log.parquet", "log.yaml", r"log.parquet: expected a Parquet file"),
         ("latin.csv", "log.yaml", r"latin.csv: expected a CSV file in UTF-8"),
         ("nothing.csv", "log.yaml", r"nothing.csv: no such file"),
         ("log.csv", "bad.yaml", r"bad.yaml: expected YAML, .*line 1"),
+        ("log.csv", "deep.yaml", r"deep.yaml: expected YAML, "),
         ("log.csv", "none.yaml", r"none.yaml: unreadable"),
     ):
         with pytest.raises(UserError, match=message):

@@ -171,7 +171,7 @@ def _parquet(file: Path) -> pl.DataFrame:
 
 
 def _in_seconds(bought: pl.DataFrame, file: Path) -> pl.DataFrame:
-    late = bought.filter(pl.col("ts") > LATEST_S)
+    late = bought.filter(pl.col("ts").abs() > LATEST_S)
     if not late.is_empty():
         raise UserError(f"{file}: expected times in Unix seconds, got {late['ts'][0]:.0f}")
     return bought

@@ -53,18 +53,15 @@ class AvazuOptions:
 def load(source: Path, options: AvazuOptions = AvazuOptions()) -> Log:
     """The training file, or a folder with it; the clicks of Avazu's own test file are not public."""
     file = _file(source)
-    hour = pl.col("hour").str.to_datetime("%y%m%d%H%M", strict=True)
-    rows = (
-        delimited.read(file, FORMS, separator=",")
-        .with_columns(pl.col("hour") + "00")
-        .with_columns(
-            *(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item")),
-            (hour.dt.epoch("s")).cast(pl.Float64).alias("ts"),
-            pl.col("click").cast(pl.Int8).alias("label"),
-            split_by_number(pl.col("row"), seed=options.seed, valid=0.1, test=0.2),
-        )
-        .drop("row", "click", "hour")
-    )
+    read = delimited.read(file, FORMS, separator=",")
+    hour = (pl.col("hour") + "00").str.to_datetime("%y%m%d%H%M", strict=False)
+    delimited.check_times(file, read, "hour", hour)
+    rows = read.with_columns(
+        *(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item")),
+        (hour.dt.epoch("s")).cast(pl.Float64).alias("ts"),
+        pl.col("click").cast(pl.Int8).alias("label"),
+        split_by_number(pl.col("row"), seed=options.seed, valid=0.1, test=0.2),
+    ).drop("row", "click", "hour")
     return Log(name="avazu", source=source, spec=_spec(options), rows=rows, files=(file,))
 
 

@@ -38,8 +38,8 @@ History = Literal["clicks", "impressions"]
 GAPS = ("NULL", "null", "NaN", "nan", "NA", "None")  # how tables spell an absent value, if they do not leave it empty
 GAP = "|".join(("", *GAPS))
 ANY = Form("[^,]*", "anything")
-WHOLE = Form(rf"-?\d+|{GAP}", "a whole number or nothing")
-NUMBER = Form(rf"-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|{GAP}", "a number or nothing")
+WHOLE = Form(rf"-?\d{{1,18}}|{GAP}", "a whole number or nothing")
+NUMBER = Form(rf"-?\d{{1,18}}(?:\.\d*)?(?:[eE][+-]?\d{{1,2}})?|{GAP}", "a number below 1e118 or nothing")
 HOUR = Form(rf"[01]?\d|2[0-3]|{GAP}", "an hour from 0 to 23 or nothing")
 LISTS = (
     *("shop_id_list", "item_id_list", "category_1_id_list", "merge_standard_food_id_list", "brand_id_list"),
@@ -82,6 +82,9 @@ class ElemeOptions:
     def __post_init__(self) -> None:
         if self.history not in get_args(History):
             raise UserError(f"history is one of {', '.join(get_args(History))}, got {self.history}")
+        names = [name.strip() for name in self.files.split(",")]
+        if len(set(names)) < len(names):
+            raise UserError(f"files names each file once, got {self.files}")
         if not 0 < self.share <= 1:
             raise UserError(f"share is a part of the rows above 0 and up to 1, got {self.share:g}")
         if self.seed < 0:

@@ -92,18 +92,17 @@ def _cut(train: pl.LazyFrame, valid: float) -> float:
 
 
 def _log(file: Path) -> pl.LazyFrame:
-    time = pl.col("timestamp").str.slice(0, 14).str.to_datetime("%Y%m%d%H%M%S").dt.epoch("s") - BEIJING_S
-    return (
-        delimited.read(file, FORMS, separator="\t")
-        .select(
-            (time + pl.col("timestamp").str.slice(14).cast(pl.Float64) / 1000).alias("ts"),
-            pl.col("click").cast(pl.Int8).alias("label"),
-            *(pl.col(name) for name in FIELDS if name not in ("useragent", "slotprice")),
-            pl.concat_str(_first_of(SYSTEMS), _first_of(BROWSERS), separator="_").alias("useragent"),
-            _price().alias("slotprice"),
-        )
-        .select("ts", "label", *FIELDS)
-    )
+    moment = pl.col("timestamp").str.slice(0, 14).str.to_datetime("%Y%m%d%H%M%S", strict=False)
+    time = moment.dt.epoch("s") - BEIJING_S
+    rows = delimited.read(file, FORMS, separator="\t")
+    delimited.check_times(file, rows, "timestamp", moment)
+    return rows.select(
+        (time + pl.col("timestamp").str.slice(14).cast(pl.Float64) / 1000).alias("ts"),
+        pl.col("click").cast(pl.Int8).alias("label"),
+        *(pl.col(name) for name in FIELDS if name not in ("useragent", "slotprice")),
+        pl.concat_str(_first_of(SYSTEMS), _first_of(BROWSERS), separator="_").alias("useragent"),
+        _price().alias("slotprice"),
+    ).select("ts", "label", *FIELDS)
 
 
 def _first_of(words: tuple[str, ...]) -> pl.Expr:

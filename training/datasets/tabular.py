@@ -147,7 +147,7 @@ def _describe(path: Path) -> Description:
         return Description.model_validate(values)
     except OSError as err:
         raise UserError(f"{path}: unreadable ({err.strerror})") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
         raise UserError(f"{path}: expected YAML, {' '.join(str(err).split())}") from err
     except ValidationError as err:
         first = err.errors(include_url=False)[0]

