@@ -6,12 +6,12 @@ from training.config import Run
 
 
 def stec_frappe() -> Run:
-    """STEC on Frappe: MEASURED
+    """STEC on Frappe: test AUC 0.9840, logloss 0.1506 (one seed, 13 epochs; published 0.9850 / 0.1477).
 
-    Layer norm and what else it is made of cost most of it. Test AUC of one seed each: post-norm with head (400,) and
-    dropout 0.4 0.9813, with batch norm in the head 0.9803; a linear head 0.9786; without layer norm, two blocks, width
-    10, head (400, 400, 400) 0.9829. A layer norm makes every embedding equally long, those of rare values too, which
-    the penalty had made short.
+    What the block is made of decides, one seed each: post-norm, head (400,), dropout 0.4 0.9813 / 0.1822, with batch
+    norm in the head 0.9803 / 0.1748; a linear head 0.9786 / 0.1761; without layer norm and with head (400, 400, 400)
+    0.9829 / 0.1568; one block, width 16, l2_emb 0.1, dropout 0.3 0.9843 / 0.1588. A layer norm makes every embedding
+    equally long, those of rare values too, which the penalty had made short.
     """
     return Run(
         model="stec",
@@ -23,8 +23,8 @@ def stec_frappe() -> Run:
             "block_norm": "none",
             "hidden": (400, 400, 400),
             "batch_norm": True,
-            "dropout": 0.3,
-            "l2_emb": 0.1,
+            "dropout": 0.4,
+            "l2_emb": 0.2,
         },
         batch_size=4096,
         lr=1e-3,
@@ -34,8 +34,8 @@ def stec_frappe() -> Run:
 
 
 def deepfm_frappe() -> Run:
-    """DeepFM on Frappe: test AUC 0.9847, logloss 0.1524 (one seed, 16 epochs), with the settings of BARS, which
-    publishes 0.9842 / 0.1482; FuxiCTR's own reaches 0.9850 / 0.1510 on these rows.
+    """DeepFM on Frappe: test AUC 0.9843, logloss 0.1554 (4 seeds, deviations 0.0005 and 0.0025), with the settings of
+    BARS, which publishes 0.9842 / 0.1482; FuxiCTR's own reaches 0.9850 / 0.1510 on these rows.
     """
     return Run(
         model="deepfm",
@@ -76,7 +76,8 @@ def dcn_frappe() -> Run:
 def dcnv2_frappe() -> Run:
     """DCNv2, parallel, on Frappe, with the settings of BARS.
 
-    Published AUC 0.9845, logloss 0.1491; mean of its five seeds 0.9838, 0.1520. Not measured here yet.
+    Test AUC 0.9840, logloss 0.1567 (4 seeds, deviations 0.0005 and 0.0025). Published 0.9845, 0.1491; mean of its five
+    seeds 0.9838, 0.1520; FuxiCTR's own reaches 0.9844, 0.1577 on these rows.
     """
     return _frappe("dcnv2", cross_layers=4, hidden=(400, 400, 400), batch_norm=True, dropout=0.4, l2_emb=5e-2)
 
@@ -105,7 +106,10 @@ def autoint_frappe() -> Run:
 
 
 def finalmlp_frappe() -> Run:
-    """FinalMLP on Frappe, with the settings of BARS (published AUC 0.9861, logloss 0.1484). Not measured here yet."""
+    """FinalMLP on Frappe, with the settings of BARS: test AUC 0.9854, logloss 0.1508 (3 seeds).
+
+    Deviations 0.0007 and 0.0031. Published 0.9861, 0.1484.
+    """
     return _frappe(
         "finalmlp",
         hidden_1=(400,),
@@ -121,13 +125,31 @@ def finalmlp_frappe() -> Run:
 
 
 def dynint_frappe() -> Run:
-    """DynInt-DGP on Frappe, with Adam. The paper has no Frappe; not measured here yet."""
-    return _frappe("dynint", emb_dim=16, mode="dgp", kernel_size=32, orth_lambda=1e-4, l2_emb=5e-2)
+    """DynInt-DGP on Frappe, with Adam: test AUC 0.9810, logloss 0.2010 (one seed, 28 epochs).
+
+    The paper has no Frappe. Others, one seed each: width 16, 4 subspaces, l2_emb 1e-2 0.9776; width 64 0.9805; l2_emb
+    2e-2 0.9770; PIN 0.9747; DA 0.9742. It learns the training rows by heart long before it is good: nothing holds its
+    products back but the penalty on the tables.
+    """
+    config = {"emb_dim": 32, "subspaces": 8, "mode": "dgp", "kernel_size": 32, "l2_emb": 5e-3}
+    return Run(model="dynint", model_config=config, batch_size=4096, lr=2e-3, max_epochs=100, patience=2)
 
 
 def deepmr_frappe() -> Run:
-    """DeepMR on Frappe, an eighth of the paper's width, so that two cores are enough. Not measured here yet."""
-    return _frappe("deepmr", emb_dim=64, heads=8, beta=0.8, dropout=0.35, l2_emb=5e-2)
+    """DeepMR on Frappe, a quarter of the paper's width, so that two cores are enough. Not measured to its end yet.
+
+    After 21 epochs (validation AUC 0.9819, still rising) it was stopped for want of time. With l2_emb 5e-2 it learns
+    nothing: its layers start so near zero that the penalty takes the tables first.
+    """
+    return Run(
+        model="deepmr",
+        model_config={"emb_dim": 128, "heads": 8, "beta": 0.8, "dropout": 0.35, "l2_emb": 1e-3},
+        batch_size=4096,
+        lr=1e-3,
+        max_epochs=100,
+        patience=4,
+        plateau_patience=1,
+    )
 
 
 def _frappe(model: str, **options: Any) -> Run:
