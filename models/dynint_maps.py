@@ -19,7 +19,10 @@ from models.taps import tap
 
 
 class Maps(nn.Module):
-    """The maps t_1 .. t_L, [C, W, L, P], in two halves: what is linear in the fields, by fields, then the terms."""
+    """The maps t_1 .. t_L, [C, W, L, P], in two halves: what is linear in the fields, by fields, then the terms.
+
+    What each kind of map defines for itself raises here.
+    """
 
     gate_width = 0
     """How many numbers a layer's gate gives."""

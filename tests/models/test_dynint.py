@@ -11,6 +11,7 @@ from models import zoo
 from models.blocks import CTRModel
 from models.dynint import DynInt, DynIntConfig
 from models.schema import SchemaSpec
+from tests.models.flat import fields_of
 from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
 from training.export import example, used_inputs
 
@@ -63,14 +64,6 @@ def test_any_number_of_subspaces_is_the_same_formula_over_other_rows(subspaces):
     logits = model(inputs).detach().numpy()
 
     np.testing.assert_allclose(logits, [paper_logit(model, x) for x in fields_of(model, inputs)], rtol=0, atol=1e-10)
-
-
-def fields_of(model: CTRModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """X_0 of each row, request's fields first: tested on its own in test_blocks.py."""
-    fields: Any = model.fields
-    request = torch.stack(fields.group("user", inputs) + fields.group("context", inputs), dim=1)
-    item = torch.stack(fields.group("item", inputs), dim=1)
-    return torch.cat([request[inputs["user_index"]], item], dim=1).detach().numpy()
 
 
 def crossed(x: np.ndarray, subspaces: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from models import zoo
 from models.blocks import CTRModel
 from models.schema import SchemaSpec
 from models.stec import STECConfig
+from tests.models.flat import fields_of
 from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
 from training.export import example, used_inputs
 
@@ -54,14 +55,6 @@ def test_the_model_computes_what_the_paper_writes(switches, num_requests):
     expected = [paper_logit(model, x) for x in fields_of(model, inputs)]
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
-
-
-def fields_of(model: CTRModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """The matrix x of each row, request's fields first: tested on its own in test_blocks.py."""
-    fields: Any = model.fields
-    request = torch.stack(fields.group("user", inputs) + fields.group("context", inputs), dim=1)
-    item = torch.stack(fields.group("item", inputs), dim=1)
-    return torch.cat([request[inputs["user_index"]], item], dim=1).detach().numpy()
 
 
 def paper_logit(model: CTRModel, x: np.ndarray) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import zoo
-from tests.training.tiny import write_prepared
+from tests.training.tiny import KILLED, write_prepared
 from training import checkpoint
 from training.__main__ import main
 from training.batches import Prepared
@@ -26,23 +26,6 @@ def data(tmp_path_factory):
 
 def command(data, run, *more):
     return ["train", "stec", "--data", str(data), "--out", str(run), "--threads", "1", "--set", *SETTINGS, *more]
-
-
-# Kills the process just before its n-th file takes its name: in the middle of a checkpoint.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from training.__main__ import main
-left, rename = int(sys.argv[1]), Path.replace
-def replace(path, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(path, target)
-Path.replace = replace
-main(sys.argv[2:])
-"""
 
 
 @pytest.fixture(scope="module")

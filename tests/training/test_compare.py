@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from tests.training.tiny import write_prepared
+from tests.training.tiny import KILLED, write_prepared
 from training import metrics, significance, standings, tables
 from training.__main__ import main
 from training.batches import Prepared
@@ -165,23 +165,6 @@ def test_the_report_alone_trains_nothing_and_names_what_is_not_finished(compared
     assert "- dcn-2026 is not finished" in shown
     assert "lr is asked for with --against" in shown
     assert "[" not in (compared / "commands.txt").read_text()
-
-
-# Kills the process just before a cell's n-th file takes its name.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from training.__main__ import main
-left, rename = int(sys.argv[1]), Path.replace
-def replace(path, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(path, target)
-Path.replace = replace
-main(sys.argv[2:])
-"""
 
 
 def test_a_comparison_killed_in_an_epoch_of_its_second_cell_goes_on_from_the_checkpoint(

@@ -78,3 +78,20 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
     (folder / "schema.json").write_text(schema.to_json())
     (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "data_hash": f"seed {seed}"}))
     return folder
+
+
+# A program that is killed just before its n-th file takes its name: in the middle of a checkpoint, or of a cell.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from training.__main__ import main
+left, rename = int(sys.argv[1]), Path.replace
+def replace(path, target):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+Path.replace = replace
+main(sys.argv[2:])
+"""
