@@ -12,6 +12,7 @@ from fastapi.responses import RedirectResponse
 
 from service import documents, shapes
 from service.catalog import Catalog
+from service.deadline import Deadline
 from service.decoding import Decoder
 from service.errors import compressed, not_open, store_down, too_large, too_slow
 from service.events import Events
@@ -22,7 +23,6 @@ from service.metrics import Metrics
 from service.scorer import Scorer
 from service.settings import Settings
 from service.shapes import EventsDecoder, PredictRequest
-from service.worker import Deadline
 
 BODY_S = 10.0  # for a client to send a body
 

@@ -21,6 +21,7 @@ from service.events import Events
 from service.experiment import Experiment
 from service.explain import Explainer
 from service.features import FeatureStore, MemoryStore, StoreUnavailable
+from service.inputs import Inputs
 from service.metrics import NO_ARM, Metrics
 from service.redis_store import RedisStore
 from service.scorer import Scorer
@@ -83,7 +84,8 @@ async def open_parts(settings: Settings, metrics: Metrics) -> AsyncIterator[Part
         for arm, model in catalog.models.items():
             manifest = model.artifact.manifest
             metrics.model_serves(arm=arm, model=manifest.model, version=manifest.version)
-        scorer = Scorer(experiment=running, catalog=catalog, store=store, worker=worker, metrics=metrics)
+        inputs = Inputs(store=store, metrics=metrics)
+        scorer = Scorer(experiment=running, catalog=catalog, inputs=inputs, worker=worker, metrics=metrics)
         explainer = Explainer(scorer)
         stack.callback(explainer.close)
         yield Parts(

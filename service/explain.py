@@ -13,10 +13,10 @@ from models.encoding import history
 from models.explanation import LOGIT, worded
 from service.assembly import Given
 from service.backends import BackendError
+from service.deadline import Deadline
 from service.errors import explaining_enough, model_failed, not_explained, of_arm, too_late
 from service.scorer import Encoded, Scored, Scorer
 from service.values import spelled
-from service.worker import Deadline
 
 MAX_UNDER_WAY = 4  # one runs, the others wait for it
 
@@ -65,10 +65,10 @@ class Explainer:
     def _run(self, given: Given, encoded: Encoded, deadline: Deadline) -> Explained:
         deadline.check()
         artifact = encoded.model.artifact
-        logits, *tensors = encoded.model.explaining.run_all(encoded.arrays)
+        logits, *tensors = encoded.model.explaining.run_all(encoded.read.arrays)
         if not all(np.isfinite(values).all() for values in (logits, *tensors)):
             raise model_failed("the model gave an explanation that is no number")
-        clicks = history(encoded.past, before=given.ts, limit=artifact.schema.history_length)
+        clicks = history(encoded.read.past, before=given.ts, limit=artifact.schema.history_length)
         explanations = {}
         for explanation, values in zip((LOGIT, *artifact.manifest.explain), (logits, *tensors), strict=True):
             told = worded(

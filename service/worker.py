@@ -1,40 +1,17 @@
-"""The thread that runs the models, the bounded line of candidates before it, and the time a request has."""
+"""The thread that runs the models, and the bounded line of candidates before it."""
 
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.encoding import Arrays
 from service.backends import Backend, BackendError
+from service.deadline import Deadline
 from service.errors import model_failed, overloaded, too_late
 from service.metrics import Metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """When an answer stops being of use; `at` is on the monotonic clock."""
-
-    at: float
-    timeout_ms: float
-
-    @classmethod
-    def after(cls, timeout_ms: float, *, since: float) -> Self:
-        return cls(since + timeout_ms / 1000, timeout_ms)
-
-    @property
-    def left_s(self) -> float:
-        """Below 0 once it has passed."""
-        return self.at - time.monotonic()
-
-    def check(self) -> None:
-        """Raises Problem (504) once it has passed."""
-        if self.left_s < 0:
-            raise too_late(self.timeout_ms)
 
 
 class Worker:

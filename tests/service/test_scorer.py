@@ -12,10 +12,11 @@ import pytest
 
 from models.encoding import Arrays, Encoder, Event, Request
 from service.backends import OnnxBackend
+from service.deadline import Deadline
 from service.errors import Problem
 from service.features import Click, Fetched, MemoryStore, StoreUnavailable
 from service.metrics import Metrics
-from service.worker import Deadline, Worker
+from service.worker import Worker
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 

@@ -1,0 +1,29 @@
+"""The time a request has."""
+
+import time
+from dataclasses import dataclass
+from typing import Self
+
+from service.errors import too_late
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When an answer stops being of use; `at` is on the monotonic clock."""
+
+    at: float
+    timeout_ms: float
+
+    @classmethod
+    def after(cls, timeout_ms: float, *, since: float) -> Self:
+        return cls(since + timeout_ms / 1000, timeout_ms)
+
+    @property
+    def left_s(self) -> float:
+        """Below 0 once it has passed."""
+        return self.at - time.monotonic()
+
+    def check(self) -> None:
+        """Raises Problem (504) once it has passed."""
+        if self.left_s < 0:
+            raise too_late(self.timeout_ms)
