@@ -27,6 +27,7 @@ from models.requests import golden_from_json, golden_to_json
 from models.schema import Schema
 
 CURRENT = "current"
+_PARTS = ("schema.json", "calibration.json", "golden.json")
 EXPLAINING = "explain.onnx"  # gives the logit, then what the manifest lists under `explain`, by name
 # float32 graphs on different runtimes add the same numbers in different orders (models.md section 1).
 LOGIT_TOLERANCE = 1e-5
@@ -64,6 +65,13 @@ class Manifest(BaseModel):
     data_hash: str
     files: dict[str, str]
 
+    @property
+    def click_rate(self) -> float | None:
+        """Of the validation part, and so what the calibrated scores come to on average: the best guess without them."""
+        valid = self.metrics.get("valid")
+        rate = valid.get("click_rate") if isinstance(valid, dict) else None
+        return rate if isinstance(rate, float) and 0 < rate < 1 else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
@@ -83,6 +91,7 @@ class Artifact:
     schema: Schema
     calibration: Calibration
     golden: Golden
+    encoder: Encoder
 
 
 def write(
@@ -146,20 +155,23 @@ def write(
     return final
 
 
-def read(path: Path) -> Artifact:
+def read(path: Path, *, known: Sequence[Artifact] = ()) -> Artifact:
     """Read an artifact folder and verify all that can be verified without running the model.
 
     Every file has the manifest's sha256, the schema the manifest's fingerprint, and the golden requests encode to the
     stored arrays, bit for bit. Raises ArtifactError otherwise. The golden logits are for `check_scores`.
+    Where a `known` artifact has the very same schema file, its schema and encoder are taken: making them anew takes
+    seconds where a vocabulary has a million values.
     """
     manifest = _read_manifest(path)
     contents = {name: _read_file(path, name, expected) for name, expected in manifest.files.items()}
     explaining = [EXPLAINING] if manifest.explain else []
-    for name in ("schema.json", "calibration.json", "golden.json", *explaining):
+    for name in (*_PARTS, *explaining):
         if name not in contents:
             raise ArtifactError(f"{path}/manifest.json: does not list {name}")
+    like = next((a for a in known if a.manifest.files["schema.json"] == manifest.files["schema.json"]), None)
     try:
-        schema = Schema.from_json(contents["schema.json"])
+        schema = Schema.from_json(contents["schema.json"]) if like is None else like.schema
         calibration = Calibration.model_validate_json(contents["calibration.json"])
     except ValueError as err:
         raise ArtifactError(f"{path}: {err}") from err
@@ -172,8 +184,11 @@ def read(path: Path) -> Artifact:
         if tensor not in _tensors(schema):
             raise ArtifactError(f"{path}/manifest.json: the schema makes no input {tensor!r}")
     golden = _load(path / "golden.json", contents["golden.json"])
-    _check_golden(path / "golden.json", golden, schema)
-    return Artifact(path=path, manifest=manifest, schema=schema, calibration=calibration, golden=golden)
+    encoder = Encoder(schema) if like is None else like.encoder
+    _check_golden(path / "golden.json", golden, encoder)
+    return Artifact(
+        path=path, manifest=manifest, schema=schema, calibration=calibration, golden=golden, encoder=encoder
+    )
 
 
 def check_scores(artifact: Artifact, logits: NDArray[Any]) -> None:
@@ -222,10 +237,9 @@ def _load(file: Path, content: bytes) -> Golden:
         raise ArtifactError(f"{file}: expected requests, arrays and logits ({err!r})") from err
 
 
-def _check_golden(file: Path, golden: Golden, schema: Schema) -> None:
+def _check_golden(file: Path, golden: Golden, encoder: Encoder) -> None:
     if not golden.requests:
         raise ArtifactError(f"{file}: expected requests, it holds none")
-    encoder = Encoder(schema)
     try:
         encoded = concat([encoder.encode(request) for request in golden.requests])
     except (ValueError, TypeError, AttributeError) as err:  # whatever a request of another shape runs into
@@ -254,14 +268,17 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _read_file(path: Path, name: str, sha256: str) -> bytes:
+    """Its content, where that is read here; a graph's is only hashed, piece by piece, as it may be large."""
     if Path(name).name != name or (path / name).is_symlink():
         raise ArtifactError(f"{path}/manifest.json: {name!r} is not a plain file of this folder")
     try:
-        content = (path / name).read_bytes()
+        with (path / name).open("rb") as file:
+            content = file.read() if name in _PARTS else b""
+            found = _sha256(content) if content else hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as err:
         why = err.strerror if isinstance(err, OSError) else err  # the path stands before it
         raise ArtifactError(f"{path / name}: named in the manifest but unreadable ({why}); export it again") from err
-    if (found := _sha256(content)) != sha256:
+    if found != sha256:
         raise ArtifactError(
             f"{path / name}: sha256 {found[:12]} is not the manifest's {sha256[:12]}; damaged file, export it again"
         )

@@ -1,4 +1,4 @@
-"""The door of the service: serve | load-behaviours | load-features."""
+"""The door of the service: serve | load-behaviours | load-features | bench."""
 
 import argparse
 import asyncio
@@ -8,12 +8,15 @@ from pathlib import Path
 import uvloop
 
 from models.artifact import ArtifactError
-from service import loading, logs, server, settings
+from service import loading, logs, settings, workers
+from service.bench import command as bench
+from service.bench.errors import BenchError
 from service.experiment import ExperimentError
 from service.features import StoreUnavailable
 from service.loading import LoadError
 from service.redis_store import RedisStore
 from service.settings import SettingsError
+from service.workers import WorkerError
 
 LOADING_TIMEOUT_S = 30.0  # a load waits for a busy store; a request does not
 
@@ -22,10 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     """0 when all went well, 2 with one sentence on stderr when what the user gave cannot be used."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "bench":
+            return bench.run(arguments)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(arguments))
-    except (SettingsError, ExperimentError, ArtifactError, LoadError, StoreUnavailable) as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (SettingsError, ExperimentError, ArtifactError, LoadError, StoreUnavailable, WorkerError, BenchError) as err:
+        if vars(arguments).get("as_worker"):
+            print(err)  # to the supervisor, which repeats what one of its workers said
+        else:
+            print(f"error: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -33,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "serve" and arguments.as_worker:
+        await workers.work()
+        return
     if arguments.command == "serve":
         logs.setup()
-        await server.serve(settings.load(arguments.config, host=arguments.host, port=arguments.port))
+        given = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
+        await workers.serve(settings.load(arguments.config, **given))
         return
     url = settings.load(arguments.config).redis_url
     if url is None:
@@ -56,11 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="answer requests over HTTP")
     serve.add_argument("--host")
     serve.add_argument("--port", type=int)
+    serve.add_argument("--workers", type=int, help="processes, one a core; 0, the default, is as many as there are")
+    serve.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)  # one of those, told all on stdin
     behaviours = commands.add_parser("load-behaviours", help="past clicks from Parquet: columns user, item, ts")
     features = commands.add_parser("load-features", help="users' or items' raw features from Parquet")
     features.add_argument("kind", choices=("users", "items"))
     for command in (behaviours, features):
         command.add_argument("file", type=Path)
+    told = "an open loop of requests: the rate that a service stands, and how it stands more"
+    bench.add_options(commands.add_parser("bench", help=told))
     for command in (serve, behaviours, features):
         told = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
         command.add_argument("--config", type=Path, help=told)

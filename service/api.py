@@ -9,20 +9,27 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
 from service import documents, shapes
+from service.admin import Admin
+from service.assembly import Unreadable
 from service.catalog import Catalog
 from service.deadline import Deadline
 from service.decoding import Decoder
 from service.errors import compressed, not_open, store_down, too_large, too_slow
 from service.events import Events
-from service.experiment import Experiment
+from service.experiment import Running
 from service.explain import Explainer
 from service.features import FeatureStore, StoreUnavailable
+from service.front import Departure
 from service.metrics import Metrics
+from service.peers import Peers
 from service.scorer import Scorer
 from service.settings import Settings
 from service.shapes import EventsDecoder, PredictRequest
+from service.v2 import OpenInference
 
 BODY_S = 10.0  # for a client to send a body
 
@@ -34,7 +41,8 @@ class Parts:
     scorer: Scorer
     explainer: Explainer
     events: Events
-    experiment: Experiment
+    running: Running
+    peers: Peers
     catalog: Catalog
     store: FeatureStore
 
@@ -65,43 +73,64 @@ class Api:
         add("/readyz", self.readyz, **documents.READYZ)
         add("/models", self.models, **documents.MODELS)
         add("/experiments", self.experiments, **documents.EXPERIMENTS)
+        OpenInference(
+            self._settings, catalog=lambda: self._open().catalog, body=self._body, ready=self.readyz
+        ).add_routes(add)
+        Admin(self._settings.admin_token, parts=self._open, body=self._body).add_routes(add)
         add("/metrics", self.metrics, include_in_schema=False)
         add("/", self.index, include_in_schema=False)
         return router
 
     async def predict(self, request: Request) -> Response:
+        """Where the path is only found by routing, as behind a prefix; see front.py for the straight way."""
+        return _json(await self.predicted(request.scope, request.receive))
+
+    async def predicted(self, scope: Scope, receive: Receive) -> bytes:
+        """The answer to a prediction. Raises Problem, and ClientDisconnect when nobody waits for it any more."""
         arrived = time.monotonic()
-        body = await self._body(request)
+        body = await self._body(scope, receive)
+        with Departure(receive):
+            return await self._predicted(scope, body, arrived)
+
+    async def _predicted(self, scope: Scope, body: bytes, arrived: float) -> bytes:
         started = time.perf_counter()
         asked = self._predict_decoder.decode(body)
         if asked.explain:
-            return await self._explain(request, asked, arrived)
+            return await self._explained(scope, body, asked, arrived)
         given = shapes.given(asked, now=time.time(), max_candidates=self._settings.max_candidates)
         self._metrics.stages["parse"].observe(time.perf_counter() - started)
 
         deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
-        scored = await self._open().scorer.score(given, request_id=asked.request_id, deadline=deadline)
+        try:
+            scored = await self._open().scorer.score(given, request_id=asked.request_id, deadline=deadline)
+        except Unreadable as err:
+            raise self._predict_decoder.refusal(body, str(err)) from None
 
         started = time.perf_counter()
-        request.state.arm = scored.arm
-        answer = _json(shapes.answer(asked, scored))
+        scope["state"]["arm"] = scored.arm
+        answer = shapes.answer(asked, scored)
         self._metrics.stages["respond"].observe(time.perf_counter() - started)
         return answer
 
     async def explain(self, request: Request) -> Response:
         arrived = time.monotonic()
-        return await self._explain(request, self._predict_decoder.decode(await self._body(request)), arrived)
+        body = await self._body(request.scope, request.receive)
+        with Departure(request.receive):
+            return _json(await self._explained(request.scope, body, self._predict_decoder.decode(body), arrived))
 
-    async def _explain(self, request: Request, asked: PredictRequest, arrived: float) -> Response:
+    async def _explained(self, scope: Scope, body: bytes, asked: PredictRequest, arrived: float) -> bytes:
         limit = min(self._settings.max_explained, self._settings.max_candidates)
         given = shapes.given(asked, now=time.time(), max_candidates=limit)
         deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
-        explained = await self._open().explainer.explain(given, request_id=asked.request_id, deadline=deadline)
-        request.state.arm = explained.scored.arm
-        return _json(shapes.explained(asked, explained))
+        try:
+            explained = await self._open().explainer.explain(given, request_id=asked.request_id, deadline=deadline)
+        except Unreadable as err:
+            raise self._predict_decoder.refusal(body, str(err)) from None
+        scope["state"]["arm"] = explained.scored.arm
+        return shapes.explained(asked, explained)
 
     async def events(self, request: Request) -> Response:
-        sent = self._events_decoder.decode(await self._body(request))
+        sent = self._events_decoder.decode(await self._body(request.scope, request.receive))
         try:
             receipt = await self._open().events.record(sent)
         except StoreUnavailable as err:
@@ -124,13 +153,11 @@ class Api:
         return _json(body, status=503 if refusing else 200)
 
     async def models(self) -> Response:
-        models = self._open().catalog.models
-        return _json(msgspec.json.encode([{"arm": arm, **model.describe()} for arm, model in models.items()]))
+        catalog = self._open().catalog
+        return _json(msgspec.json.encode([catalog.describe(arm) for arm in catalog.models]))
 
     async def experiments(self) -> Response:
-        experiment = self._open().experiment
-        arms = [{**arm.model_dump(), "propensity": experiment.propensity(arm)} for arm in experiment.arms]
-        return _json(msgspec.json.encode([{"experiment": experiment.name, "unit": experiment.unit, "arms": arms}]))
+        return _json(msgspec.json.encode([self._open().running.now.describe()]))
 
     async def metrics(self, request: Request) -> Response:
         text, content_type = self._metrics.exposition(request.headers.get("accept", ""))
@@ -144,25 +171,30 @@ class Api:
             raise not_open()
         return self.parts
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. Raises Problem: 415 for a compressed one, 413 as soon as it is too large, 408 if late."""
         limit = self._settings.max_body_bytes
-        coding = request.headers.get("content-encoding", "identity")
-        if coding.lower() != "identity":
-            raise compressed(coding)
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit:
-            raise too_large(limit)
-        body = bytearray()
+        for name, value in scope["headers"]:
+            if name == b"content-encoding" and value.lower() != b"identity":
+                raise compressed(value.decode("latin-1"))
+            if name == b"content-length" and value.isdigit() and int(value) > limit:
+                raise too_large(limit)
+        body = b""
+        chunk: bytes
         try:
             async with asyncio.timeout(BODY_S):
-                async for chunk in request.stream():
-                    body += chunk
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    chunk = message.get("body", b"")
+                    body = body + chunk if body else chunk
                     if len(body) > limit:
                         raise too_large(limit)
+                    if not message.get("more_body", False):
+                        return body
         except TimeoutError:
             raise too_slow(BODY_S) from None
-        return bytes(body)
 
     async def _store_failure(self, store: FeatureStore) -> str | None:
         try:

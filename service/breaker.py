@@ -24,6 +24,12 @@ class Breaker:
     def is_open(self) -> bool:
         return self._probing is not None
 
+    def told(self, answered: bool) -> None:
+        if answered:
+            self.succeeded()
+        else:
+            self.failed()
+
     def succeeded(self) -> None:
         self._failures = 0
 

@@ -4,15 +4,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import inspect
 
-from service.errors import MAX_ERRORS, FieldError, invalid, not_json, pointer, shown
+from service.errors import MAX_ERRORS, FieldError, Problem, invalid, not_json, pointer, shown
 
 T = TypeVar("T")
 _Path = tuple[str | int, ...]
+_READ_LATER = inspect.type_info(dict[str, Any] | None)
 
 
 class Decoder(Generic[T]):
@@ -29,9 +30,13 @@ class Decoder(Generic[T]):
         try:
             return self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-            errors = misfits(_parse(body), self._wanted)
-            # The last resort keeps the promise that whatever the decoder refuses is a client's error.
-            raise invalid(errors or [FieldError(pointer="", expected="a valid body", got=str(err))]) from None
+            raise self.refusal(body, str(err)) from None
+
+    def refusal(self, body: bytes, reason: str) -> Problem:
+        """What is wrong with a body that could not be decoded, or not what it left to be read later (`msgspec.Raw`)."""
+        errors = misfits(_parse(body), self._wanted)
+        # The last resort keeps the promise that whatever the decoder refuses is a client's error.
+        return invalid(errors or [FieldError(pointer="", expected="a valid body", got=reason)])
 
 
 def misfits(value: object, wanted: inspect.Type) -> list[FieldError]:
@@ -73,6 +78,10 @@ def _whole(text: str) -> int | _NotANumber:
 def _check(value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
     if len(errors) >= MAX_ERRORS:
         return
+    if isinstance(wanted, inspect.Metadata):
+        wanted = wanted.type
+    if isinstance(wanted, inspect.RawType):
+        wanted = _READ_LATER
     if not _fits(value, wanted):
         errors.append(FieldError(pointer=pointer(*at), expected=expected(wanted), got=_got(value)))
         return

@@ -1,6 +1,7 @@
 """What /docs and /openapi.json say of the routes: the JSON shapes of shapes.py, with examples."""
 
 import copy
+import re
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from service.errors import MEDIA_TYPE, FieldError
 from service.events import MAX_EVENTS, Receipt, SentEvent
 from service.shapes import ExplainAnswer, PredictAnswer, PredictRequest
+from service.tensors import SHAPES as TENSOR_SHAPES
 from service.values import Id
 
 Json = dict[str, Any]
@@ -56,6 +58,15 @@ def _answers(**schemas: Json) -> dict[int | str, Json]:
         words, _, status = name.rpartition("_")
         media = MEDIA_TYPE if status >= "400" else "application/json"
         answers[int(status)] = {"description": words.replace("_", " "), "content": {media: {"schema": schema}}}
+    return answers
+
+
+def _answers_v2(**schemas: Json) -> dict[int | str, Json]:
+    """The same for the Open Inference Protocol, whose refusals are plain JSON."""
+    answers = _answers(**schemas)
+    for answer in answers.values():
+        (content,) = answer["content"].values()
+        answer["content"] = {"application/json": content}
     return answers
 
 
@@ -113,6 +124,111 @@ READYZ: Json = {
 MODELS: Json = {"summary": "What each arm serves", "responses": _answers(models_200={"type": "array"})}
 EXPERIMENTS: Json = {"summary": "Who gets which arm", "responses": _answers(experiments_200={"type": "array"})}
 
+
+def placed(told: Json, path: str) -> Json:
+    """The same with the parameters that stand in a path."""
+    string = {"type": "string"}
+    parameters = [{"name": n, "in": "path", "required": True, "schema": string} for n in re.findall(r"{(\w+)}", path)]
+    return {**told, "openapi_extra": {**told.get("openapi_extra", {}), "parameters": parameters}}
+
+
+_REFUSED_V2 = _ref("InferError")
+V2_SERVER: Json = {"summary": "The server, for tensor clients", "responses": _answers(server_200={"type": "object"})}
+V2_HEALTH: Json = {
+    "summary": "Whether to send requests, as its status says",
+    "responses": _answers_v2(yes_200={"type": "object"}, no_503={"type": "object"}),
+}
+_V2_NAMED: Json = {"no_such_arm_or_version_404": _REFUSED_V2, "starting_or_stopping_503": _REFUSED_V2}
+V2_MODEL: Json = {
+    "summary": "What an arm's model takes and gives, as tensors",
+    "responses": _answers_v2(model_200=_ref("ModelTensors"), **_V2_NAMED),
+}
+V2_MODEL_READY: Json = {
+    "summary": "An arm's model is verified and warm",
+    "responses": _answers_v2(ready_200={"type": "object"}, **_V2_NAMED),
+}
+V2_INFER: Json = {
+    "summary": "Logits and click probabilities of candidates that the client encoded, as tensors",
+    "description": "Open Inference Protocol v2, with the extension for binary tensors.",
+    "openapi_extra": _body(_ref("InferRequest"), {}),
+    "responses": _answers_v2(
+        inferred_200=_ref("InferAnswer"),
+        bad_tensors_400=_REFUSED_V2,
+        the_body_did_not_arrive_in_time_408=_REFUSED_V2,
+        the_body_is_too_large_413=_REFUSED_V2,
+        the_body_is_compressed_415=_REFUSED_V2,
+        the_deadline_passed_504=_REFUSED_V2,
+        **_V2_NAMED,
+    ),
+}
+_CHANGED = {
+    "without_the_token_401": _PROBLEM,
+    "no_token_is_set_403": _PROBLEM,
+    "no_such_arm_or_experiment_404": _PROBLEM,
+    "starting_or_stopping_503": _PROBLEM,
+}
+_OPTIONAL_VERSION = {"type": "object", "properties": {"version": {"type": "string", "default": "current"}}}
+LOAD: Json = {
+    "summary": "Swap an arm to a version of its model's artifact",
+    "description": (
+        "The artifact is verified, and warmed by the requests that the arm answered last, while the old one serves;"
+        " then one step makes it serve, in every process or in none. What must not serve is refused, and changes"
+        " nothing. It lasts until the service stops: export with, or let the experiment file name, what is to stay."
+    ),
+    "openapi_extra": {
+        "requestBody": {"required": False, "content": {"application/json": {"schema": _OPTIONAL_VERSION}}},
+        "security": [{"token": []}],
+    },
+    "responses": _answers(
+        serving_200={"type": "object"},
+        **{**_REFUSED, **_CHANGED},
+        the_artifact_must_not_serve_or_another_change_is_under_way_409=_PROBLEM,
+        no_such_version_422=_PROBLEM,
+    ),
+}
+ROLLBACK: Json = {
+    "summary": "Back to the version that the arm served before, at once",
+    "description": "It is still loaded. What served is given up; it comes back by loading it.",
+    "openapi_extra": {"security": [{"token": []}]},
+    "responses": _answers(
+        serving_200={"type": "object"},
+        **_CHANGED,
+        another_change_is_under_way_409=_PROBLEM,
+        there_is_no_previous_version_422=_PROBLEM,
+    ),
+}
+RESHARE: Json = {
+    "summary": "Other shares, and the kill switch",
+    "description": (
+        "`shares` by arm, relative to each other; `shadow` by shadow arm, in percent of the requests; `kill` names arms"
+        " of either kind whose share becomes 0. Who is not named keeps its share. No more users move than must: those"
+        " of a killed arm, and none between the others. Overrides stay. It lasts until the service stops."
+    ),
+    "openapi_extra": {
+        **_body(
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "shares": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
+                    "shadow": {
+                        "type": "object",
+                        "additionalProperties": {"type": "number", "minimum": 0, "maximum": 100},
+                    },
+                    "kill": {"type": "array", "items": {"type": "string"}},
+                },
+            },
+            {"shares": {"shares": {"mian": 60, "stec": 40}}, "kill switch": {"kill": ["stec"]}},
+        ),
+        "security": [{"token": []}],
+    },
+    "responses": _answers(
+        running_200={"type": "object"},
+        **{**_REFUSED, **_CHANGED},
+        another_change_is_under_way_409=_PROBLEM,
+    ),
+}
+
 _PROBLEM_SCHEMA = {
     "type": "object",
     "description": "RFC 9457",
@@ -133,7 +249,10 @@ def describe(app: FastAPI, *, max_candidates: int, max_explained: int) -> None:
     def openapi() -> Json:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            document["components"] = {"schemas": _schemas(max_candidates, max_explained)}
+            document["components"] = {
+                "schemas": _schemas(max_candidates, max_explained),
+                "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            }
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -141,7 +260,7 @@ def describe(app: FastAPI, *, max_candidates: int, max_explained: int) -> None:
 
 
 def _schemas(max_candidates: int, max_explained: int) -> Json:
-    shapes = (PredictRequest, PredictAnswer, ExplainAnswer, SentEvent, Receipt, FieldError)
+    shapes = (PredictRequest, PredictAnswer, ExplainAnswer, SentEvent, Receipt, FieldError, *TENSOR_SHAPES)
     _, schemas = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
     schemas["ExplainRequest"] = copy.deepcopy(schemas["PredictRequest"])
     for name, limit in (("PredictRequest", max_candidates), ("ExplainRequest", min(max_explained, max_candidates))):

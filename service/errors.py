@@ -2,6 +2,7 @@
 
 import http
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,6 +94,15 @@ def overloaded(waiting: int) -> Problem:
     return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
 
 
+def predicted_late(wait_s: float) -> Problem:
+    detail = f"{wait_s * 1000:.1f} ms of work is waiting already: this would be scored after its deadline"
+    return Problem(503, detail, reason="predicted_late", headers={"Retry-After": str(max(math.ceil(wait_s), 1))})
+
+
+def shadow_dropped() -> Problem:
+    return Problem(503, "live requests need the model", reason="shadow_dropped", headers={"Retry-After": "1"})
+
+
 def explaining_enough(under_way: int) -> Problem:
     detail = f"{under_way} explanations are under way already; try again"
     return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
@@ -104,6 +114,32 @@ def not_explained(model: str, version: str) -> Problem:
         " or was exported before it had"
     )
     return Problem(409, detail, reason="not_explained")
+
+
+def no_such_version(detail: str) -> Problem:
+    return Problem(422, detail, reason="no_such_version")
+
+
+def artifact_refused(detail: str) -> Problem:
+    return Problem(409, detail, reason="artifact_refused")
+
+
+def busy_changing(detail: str) -> Problem:
+    return Problem(409, detail, reason="busy_changing", headers={"Retry-After": "1"})
+
+
+def not_found(detail: str) -> Problem:
+    return Problem(404, detail, reason="not_found")
+
+
+def not_allowed() -> Problem:
+    detail = "no admin_token is set (CLICKSERVE_ADMIN_TOKEN), so nothing can be changed while the service runs"
+    return Problem(403, detail, reason="not_allowed")
+
+
+def unauthorized(detail: str) -> Problem:
+    challenge = {"WWW-Authenticate": 'Bearer realm="clickserve"'}
+    return Problem(401, detail, reason="unauthorized", headers=challenge)
 
 
 def model_failed(detail: str) -> Problem:

@@ -10,7 +10,7 @@ import msgspec
 from models.values import Row
 from service.decoding import misfits
 from service.errors import sentence
-from service.experiment import Experiment
+from service.experiment import Running
 from service.features import Click, FeatureStore, pack_row
 from service.metrics import Metrics
 from service.values import Id, Time, is_id, spelled
@@ -61,12 +61,12 @@ class Events:
         self,
         *,
         store: FeatureStore,
-        experiment: Experiment,
+        running: Running,
         metrics: Metrics,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._experiment = experiment
+        self._running = running
         self._metrics = metrics
         self._now = now
 
@@ -109,7 +109,7 @@ class Events:
         counters = {"impression": self._metrics.impressions, "click": self._metrics.clicks}
         for event, is_new in zip(events, new, strict=True):
             if is_new:
-                counters[event.type](self._experiment.assign(event.unit).name).inc()
+                counters[event.type](self._running.now.assign(event.unit).name).inc()
         return sum(new)
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe as a metric's label, in a path and in a URL
 
@@ -17,7 +18,10 @@ class ExperimentError(ValueError):
 
 
 class Arm(BaseModel):
-    """A model under test: its artifact, what runs it, and its share of the users (relative to the other arms')."""
+    """A model under test: its artifact, what runs it, and its share of the users (relative to the other arms').
+
+    A shadow arm's share is the percentage of all requests that it scores too.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
@@ -26,10 +30,14 @@ class Arm(BaseModel):
     version: str = Field(default="current", pattern=NAME)
     share: float = Field(ge=0, allow_inf_nan=False)
     backend: Literal["onnx", "torchscript"] = "onnx"
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class Experiment(BaseModel):
-    """One experiment, as its file says it. Holds no state: any process draws the same arm for the same unit."""
+    """One experiment, as its file says it. Holds no state: any process draws the same arm for the same unit.
+
+    Shadow arms score a sample of the requests beside the arm that answers, and never answer.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
@@ -40,20 +48,17 @@ class Experiment(BaseModel):
     shadow: tuple[Arm, ...] = ()
     overrides: dict[str, str] = {}
 
-    @field_validator("shadow")
-    @classmethod
-    def _no_shadow_arms(cls, shadow: tuple[Arm, ...]) -> tuple[Arm, ...]:
-        if shadow:
-            raise ValueError("shadow arms are not served yet; leave the list empty")
-        return shadow
-
     @model_validator(mode="after")
     def _arms_fit_together(self) -> Self:
         names = [arm.name for arm in self.arms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"arm names must differ, got {', '.join(names)}")
+        every = [arm.name for arm in self.served]
+        if len(set(every)) < len(every):
+            raise ValueError(f"arm names must differ, got {', '.join(every)}")
         if not any(arm.share for arm in self.arms):
             raise ValueError("at least one arm needs a share above 0")
+        for arm in self.shadow:
+            if arm.share > 100:
+                raise ValueError(f"shadow arm {arm.name} has share {arm.share:g}: it is a percentage, at most 100")
         for unit, name in self.overrides.items():
             if name not in names:
                 raise ValueError(f"override of {unit} names arm {name}; there are {', '.join(names)}")
@@ -71,12 +76,46 @@ class Experiment(BaseModel):
         unit = unit_id.encode()
         return min(self._drawn, key=lambda arm: -math.log(_uniform(arm[1], unit)) / arm[2])[0]
 
+    def shadows(self, request_id: str) -> list[Arm]:
+        """The shadow arms that score this request too: each draws by the request's id, the same in every process."""
+        request = request_id.encode()
+        return [arm for arm, begun in self._sampled if _uniform(begun, request) * 100 < arm.share]
+
+    @property
+    def served(self) -> tuple[Arm, ...]:
+        """Every arm that needs a model."""
+        return (*self.arms, *self.shadow)
+
     def arm(self, name: str) -> Arm:
         return self._by_name[name]
 
     def propensity(self, arm: Arm) -> float:
         """The probability with which an arm is drawn. Overridden users are not drawn: keep them out of any analysis."""
         return arm.share / math.fsum(a.share for a in self.arms)
+
+    def describe(self) -> dict[str, Any]:
+        """What /experiments tells of it."""
+        return {
+            "experiment": self.name,
+            "unit": self.unit,
+            "arms": [{**arm.model_dump(), "propensity": self.propensity(arm)} for arm in self.arms],
+            "shadow": [arm.model_dump() for arm in self.shadow],
+        }
+
+    def with_shares(self, *, shares: Mapping[str, float], shadow: Mapping[str, float]) -> "Experiment":
+        """The same with other shares, by arm and by shadow arm; who is not named keeps its own.
+
+        Raises ExperimentError for a name that is none, and for shares that no file could have.
+        """
+        told = self.model_dump(by_alias=True)
+        for part, given in (("arms", shares), ("shadow", shadow)):
+            by_name = {arm["name"]: arm for arm in told[part]}
+            for name, share in given.items():
+                if name not in by_name:
+                    known = f"there are {', '.join(by_name)}" if by_name else "there are none"
+                    raise ExperimentError(f"{part} has no {name}; {known}")
+                by_name[name]["share"] = share
+        return parse(told, source="the new shares")
 
     @cached_property
     def _by_name(self) -> dict[str, Arm]:
@@ -86,8 +125,21 @@ class Experiment(BaseModel):
     def _drawn(self) -> "list[tuple[Arm, hashlib.blake2b, float]]":
         """The arms that take part, in the order of their names, each with its hash begun and its share."""
         arms = sorted((arm for arm in self.arms if arm.share), key=lambda arm: arm.name)
-        begin = f"{len(self.salt)}:{self.salt}:"
-        return [(arm, hashlib.blake2b(f"{begin}{arm.name}:".encode(), digest_size=8), arm.share) for arm in arms]
+        return [(arm, self._begun(arm, ""), arm.share) for arm in arms]
+
+    @cached_property
+    def _sampled(self) -> "list[tuple[Arm, hashlib.blake2b]]":
+        return [(arm, self._begun(arm, "shadow:")) for arm in self.shadow if arm.share]
+
+    def _begun(self, arm: Arm, purpose: str) -> "hashlib.blake2b":
+        return hashlib.blake2b(f"{len(self.salt)}:{self.salt}:{arm.name}:{purpose}".encode(), digest_size=8)
+
+
+class Running:
+    """The experiment as it runs. `now` is replaced whole: who reads it once sees one state of it."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.now = experiment
 
 
 def read(path: Path) -> Experiment:

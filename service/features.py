@@ -7,11 +7,11 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import msgspec
 
-from models.encoding import Event, history
+from models.encoding import Event
 from models.values import Row
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,37 @@ class Click:
             raise ValueError(f"ts is Unix seconds, finite and not negative, got {self.ts}")
 
 
+class Past(Sequence[Event]):
+    """A user's clicks in the order of history, each with its features as they were packed: most are never unpacked."""
+
+    __slots__ = ("features", "items", "ts")
+
+    def __init__(self, items: Sequence[str], ts: Sequence[float], features: Sequence[bytes]) -> None:
+        self.items, self.ts, self.features = items, ts, features
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Past": ...
+    def __getitem__(self, index: int | slice) -> "Event | Past":
+        if isinstance(index, slice):
+            return Past(self.items[index], self.ts[index], self.features[index])
+        row = unpack_row(self.features[index])
+        return Event(item=self.items[index], ts=self.ts[index], features=row or {})
+
+
+NO_CLICKS = Past((), (), ())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
     """What is known for one request. None where nothing is stored; `items` stand in the order they were asked for."""
 
     user: Row | None
-    behaviours: list[Event]
+    behaviours: Past
     items: list[Row | None]
 
 
@@ -58,7 +83,8 @@ class FeatureStore(Protocol):
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
         """One round trip: the user's features, their last `limit` clicks strictly before `before`, the items' features.
 
-        An anonymous request (no user) has neither features nor clicks.
+        An anonymous request (no user) has neither features nor clicks. A caller may give up (be cancelled): that costs
+        the store nothing but the answer.
         """
 
     async def append(self, clicks: Sequence[Click]) -> list[bool]:
@@ -94,10 +120,11 @@ class MemoryStore:
         self._known: set[tuple[str, str]] = set()
 
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
-        past = [Event(item=c.item, ts=c.ts, features=c.features) for c in self._pasts.get(user or "", ())]
+        earlier = [c for c in self._pasts.get(user or "", ()) if c.ts < before]
+        past = earlier[max(len(earlier) - limit, 0) :]
         return Fetched(
             user=self._users.get(user) if user is not None else None,
-            behaviours=history(past, before=before, limit=limit),
+            behaviours=Past([c.item for c in past], [c.ts for c in past], [pack_row(c.features) for c in past]),
             items=[self._items.get(item) for item in items],
         )
 
@@ -217,36 +244,38 @@ def pack_click(click: Click) -> bytes:
     return b"".join((front, item, event_tag(click.event_id), features, _SIZE.pack(size)))
 
 
-def unpack_past(packed: bytes | None, *, before: float, limit: int) -> list[Event]:
+def unpack_past(packed: bytes | None, *, before: float, limit: int) -> Past:
     """The last `limit` clicks strictly earlier than `before`, oldest first; none where the value cannot be read."""
     if packed is None:
-        return []
+        return NO_CLICKS
     try:
         return _unpack_past(packed, before, limit)
-    except (ValueError, struct.error, msgspec.MsgspecError) as err:
+    except (ValueError, struct.error) as err:
         log.warning("unreadable behaviours", extra={"error": str(err), "bytes": len(packed)})
-        return []
+        return NO_CLICKS
 
 
-def _unpack_past(packed: bytes, before: float, limit: int) -> list[Event]:
+def _unpack_past(packed: bytes, before: float, limit: int) -> Past:
     if packed[:1] != NO_PAST[:1]:
         raise ValueError(f"layout {packed[:1]!r}, expected {NO_PAST[:1]!r}")
-    events: list[Event] = []
-    view = memoryview(packed)
+    items: list[str] = []
+    times: list[float] = []
+    features: list[bytes] = []
+    front_of, size_of = _FRONT.unpack_from, _SIZE.unpack_from
     end = len(packed)
-    while end > len(NO_PAST) and len(events) < limit:
-        (size,) = _SIZE.unpack_from(packed, end - _SIZE.size)
+    while end > len(NO_PAST) and len(items) < limit:
+        (size,) = size_of(packed, end - _SIZE.size)
         start = end - size
         if start < len(NO_PAST):
             raise ValueError(f"a record of {size} bytes that ends at {end}")
-        front_size, item_len, ts = _FRONT.unpack_from(packed, start)
+        front_size, item_len, ts = front_of(packed, start)
         if front_size != size:
             raise ValueError(f"a record of {front_size} or {size} bytes that ends at {end}")
         if ts < before:
             item_from = start + _FRONT.size
             item_to = item_from + item_len
-            features = _FEATURES.decode(view[item_to + _TAG_BYTES : end - _SIZE.size])
-            events.append(Event(item=packed[item_from:item_to].decode(), ts=ts, features=features))
+            items.append(packed[item_from:item_to].decode())
+            times.append(ts)
+            features.append(packed[item_to + _TAG_BYTES : end - _SIZE.size])
         end = start
-    events.reverse()
-    return events
+    return Past(items[::-1], times[::-1], features[::-1])

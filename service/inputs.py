@@ -3,26 +3,31 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.encoding import Arrays, Encoder, EncodingError, Event, history
 from models.schema import OOV, input_name
+from models.values import Row
 from service import assembly
 from service.assembly import Given
 from service.catalog import Model
 from service.deadline import Deadline
 from service.errors import invalid
-from service.features import FeatureStore, Fetched, StoreUnavailable
+from service.features import NO_CLICKS, FeatureStore, Fetched, StoreUnavailable
+from service.items import Items, Wanted
 from service.metrics import OTHER_FIELD, Metrics, Stage
+from service.past import Pasts
 
 log = logging.getLogger(__name__)
 
 STORE_SHARE = 0.5  # of the time a request has left; the model needs the rest
 BAD_STORED_VALUES = "stored_values_invalid"
+STALE_ITEMS = "item_features_stale"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,85 +37,156 @@ class Read:
     arrays: Arrays
     past: Sequence[Event]
     degraded: list[str]
+    unnamed: int  # features of the candidates that the model does not have
     seconds: dict[Stage, float]  # that it took
 
 
-class Inputs:
-    """Reads what a request's model needs. The store may be down: that costs its values, not the answer."""
+class _Kept:
+    """What is kept of one loaded model's rows."""
 
-    def __init__(self, *, store: FeatureStore, metrics: Metrics) -> None:
+    def __init__(self, encoder: Encoder, *, rows: int, fresh_s: float) -> None:
+        schema = encoder.schema
+        self.encoder = encoder
+        self.items = Items(encoder, capacity=rows, fresh_s=fresh_s)
+        self.pasts = Pasts(encoder, capacity=rows) if schema.group("behaviour") else None
+        self.words = [(f.name, input_name(f)) for f in schema.fields if f.vocabulary is not None]
+        self.user_names = frozenset(f.name for f in schema.group("user"))
+        self.context_names = frozenset(f.name for f in schema.group("context"))
+        self.first_of_all = np.zeros(1, dtype=np.int64)
+
+    def user_index(self, num_candidates: int) -> NDArray[np.int64]:
+        """All candidates are of the one user. The same zeros for every request: nobody writes into them."""
+        if num_candidates > len(self.first_of_all):
+            self.first_of_all = np.zeros(num_candidates, dtype=np.int64)
+        return self.first_of_all[:num_candidates]
+
+
+class Inputs:
+    """Reads what a request's model needs. The store may be down: that costs its values, not the answer.
+
+    Of every model that is loaded it keeps `item_rows` encoded candidates, for `fresh_s` seconds where they are the
+    store's to say, and as many clicks.
+    """
+
+    def __init__(self, *, store: FeatureStore, metrics: Metrics, item_rows: int, fresh_s: float) -> None:
         self._store = store
         self._metrics = metrics
-        self._fetches: set[asyncio.Task[Fetched]] = set()  # the loop itself holds no task
+        self._item_rows = item_rows
+        self._fresh_s = fresh_s
+        self._kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
 
     async def read(self, model: Model, given: Given, deadline: Deadline) -> Read:
-        """Raises Problem (422) for a value of the client that its field cannot take."""
+        """Raises Problem (422) for a value of the client that its field cannot take, and Unreadable."""
         started = time.perf_counter()
-        stored, past, degraded = await self._fetch(model, given, deadline)
+        kept = self._of(model)
+        wanted = kept.items.find(given.candidates)
+        own = None
+        if given.behaviours is not None:
+            own = history(given.behaviours, before=given.ts, limit=kept.encoder.schema.history_length)
+        found = time.perf_counter()
+        stored = await self._fetch(kept, given, wanted, own, deadline)
         fetched = time.perf_counter()
-        arrays = self._encode(model.encoder, given, stored, past, degraded)
-        seconds: dict[Stage, float] = {"fetch": fetched - started, "encode": time.perf_counter() - fetched}
-        return Read(arrays=arrays, past=past, degraded=degraded, seconds=seconds)
+        try:
+            read = self._encode(kept, given, wanted, own, stored)
+        except EncodingError as err:
+            errors = assembly.bad_values(kept.encoder, given)
+            raise (invalid(errors) if errors else err) from None
+        read.seconds["fetch"] = fetched - found
+        read.seconds["encode"] = time.perf_counter() - fetched + found - started
+        return read
+
+    def _of(self, model: Model) -> _Kept:
+        kept = self._kept.get(model)
+        if kept is None:
+            kept = self._kept[model] = _Kept(model.encoder, rows=self._item_rows, fresh_s=self._fresh_s)
+        return kept
 
     async def _fetch(
-        self, model: Model, given: Given, deadline: Deadline
-    ) -> tuple[Fetched, Sequence[Event], list[str]]:
-        """What the store knows, the user's past, and what is missing: a store that is down takes no answer away."""
-        schema = model.artifact.schema
-        limit = schema.history_length
-        own = None if given.behaviours is None else history(given.behaviours, before=given.ts, limit=limit)
-        items = [*given.candidates.ids, *(event.item for event in own or ())]
-        asked = list(dict.fromkeys(items))
+        self, kept: _Kept, given: Given, wanted: Wanted, own: Sequence[Event] | None, deadline: Deadline
+    ) -> Fetched | None:
+        """What the store knows: of the items asked for, then of the client's own behaviours. None where it is down."""
+        items = wanted.asked if not own else [*wanted.asked, *(event.item for event in own)]
+        if given.user is None and not items:
+            return _NOTHING
+        limit = kept.encoder.schema.history_length if own is None else 0
         try:
             with self._metrics.store_call("fetch"):
-                fetch = self._store.fetch(given.user, asked, before=given.ts, limit=limit if own is None else 0)
-                stored = await self._in_time(fetch, deadline)
-        except StoreUnavailable:
-            nothing = Fetched(user=None, behaviours=[], items=[None] * len(given.candidates.ids))
-            return nothing, own or (), assembly.missing(schema, given)
-        rows = dict(zip(asked, stored.items, strict=True))
-        past = stored.behaviours if own is None else [assembly.completed(e, rows[e.item]) for e in own]
-        aligned = [rows[item] for item in given.candidates.ids]
-        return Fetched(user=stored.user, behaviours=stored.behaviours, items=aligned), past, []
-
-    async def _in_time(self, fetch: Coroutine[Any, Any, Fetched], deadline: Deadline) -> Fetched:
-        """What the store answers within its share of the request's time: a slow one costs the past, not the answer."""
-        task = asyncio.create_task(fetch)
-        self._fetches.add(task)
-        task.add_done_callback(self._fetches.discard)
-        await asyncio.wait([task], timeout=max(STORE_SHARE * deadline.left_s, 0))
-        if not task.done():
-            # Left to the store's own timeout: to cancel it would cost its connection, and hide it from the breaker.
-            task.add_done_callback(asyncio.Task.exception)  # nobody is left to read it
-            raise StoreUnavailable(f"no answer from the store within its share of {deadline.timeout_ms:g} ms")
-        return task.result()
+                # A slow store costs the past, not the answer. It goes on by itself, and tells its breaker.
+                async with asyncio.timeout(max(STORE_SHARE * deadline.left_s, 0)):
+                    return await self._store.fetch(given.user, items, before=given.ts, limit=limit)
+        except (StoreUnavailable, TimeoutError):
+            return None
 
     def _encode(
-        self, encoder: Encoder, given: Given, stored: Fetched, past: Sequence[Event], degraded: list[str]
-    ) -> Arrays:
-        """A client's bad value is the client's error; a stored one is taken for absent and named in `degraded`."""
+        self, kept: _Kept, given: Given, wanted: Wanted, own: Sequence[Event] | None, stored: Fetched | None
+    ) -> Read:
+        """Raises EncodingError for a client's bad value; a stored one is taken for absent and named in `degraded`."""
+        encoder, known = kept.encoder, stored or _NOTHING
+        of_items = None if stored is None else dict(zip(wanted.asked, stored.items, strict=False))
+        rows = kept.items.encode(given.candidates, wanted, of_items)
+        arrays, bad_profile = self._profile(encoder, given, known.user)
+        past: Sequence[Event] = known.behaviours
+        bad_past = False
+        if kept.pasts is not None and own is None:
+            clicks, bad_past = kept.pasts.encode(known.behaviours, given.ts)
+            arrays |= clicks
+        elif kept.pasts is not None:
+            of_own = known.items[len(wanted.asked) :] or [None] * len(own or ())
+            clicks, past, bad_past = self._own_past(encoder, own or (), of_own, given.ts)
+            arrays |= clicks
+        arrays |= rows.arrays
+        arrays["user_index"] = kept.user_index(len(given.candidates.ids))
+        degraded = [] if stored is not None else assembly.missing(encoder.schema, given, items=rows.gaps)
+        if rows.stale:
+            degraded.append(STALE_ITEMS)
+        if rows.invalid or bad_profile or bad_past:
+            degraded.append(BAD_STORED_VALUES)
+        return Read(arrays=arrays, past=past, degraded=degraded, unnamed=len(rows.unnamed), seconds={})
+
+    def _profile(self, encoder: Encoder, given: Given, stored: Row | None) -> tuple[Arrays, bool]:
+        """The `user.*` and `ctx.*` inputs, and whether stored values were invalid."""
         schema = encoder.schema
         try:
-            return encoder.encode(assembly.assemble(schema, given, stored, past))
+            return encoder.encode_request(assembly.profile(schema, given, stored), given.context, given.ts), False
         except EncodingError as err:
-            errors = assembly.bad_values(encoder, given)
-            if errors:
-                raise invalid(errors) from None
+            cleaned, _ = assembly.cleaned(encoder, stored, schema.group("user"))
+            arrays = encoder.encode_request(assembly.profile(schema, given, cleaned), given.context, given.ts)
             log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
-        degraded.append(BAD_STORED_VALUES)
-        stored, past = assembly.cleaned(encoder, stored, past)
-        return encoder.encode(assembly.assemble(schema, given, stored, past))
+            return arrays, True
+
+    def _own_past(
+        self, encoder: Encoder, own: Sequence[Event], items: Sequence[Row | None], ts: float
+    ) -> tuple[Arrays, list[Event], bool]:
+        """The `hist*` inputs of behaviours that came with the request, those, and whether stored values were bad."""
+        past = [assembly.completed(event, item) for event, item in zip(own, items, strict=True)]
+        try:
+            return encoder.encode_history(past, ts), past, False
+        except EncodingError as err:
+            repeated = assembly.repeated(encoder.schema)
+            cleaned = [assembly.cleaned(encoder, item, repeated)[0] for item in items]
+            past = [assembly.completed(event, item) for event, item in zip(own, cleaned, strict=True)]
+            arrays = encoder.encode_history(past, ts)
+            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
+            return arrays, past, True
 
     def count(self, model: Model, given: Given, read: Read) -> None:
         """What the answered request did without, in the metrics."""
-        schema = model.artifact.schema
-        for field in schema.fields:
-            if field.vocabulary is not None:
-                unknown = int(np.count_nonzero(read.arrays[input_name(field)] == OOV))
-                if unknown:
-                    self._metrics.unknown_values(field.name).inc(unknown)
-        unnamed = assembly.unknown_names(schema, given)
+        kept = self._of(model)
+        for name, named in kept.words:
+            values = read.arrays[named]
+            if values.size == 1:
+                unknown = int(values.item() == OOV)
+            else:
+                unknown = int(np.count_nonzero(values == OOV))
+            if unknown:
+                self._metrics.unknown_values(name).inc(unknown)
+        unnamed = read.unnamed
+        for sent, names in ((given.user_features, kept.user_names), (given.context, kept.context_names)):
+            unnamed += len(sent.keys() - names)
         if unnamed:
             self._metrics.unknown_values(OTHER_FIELD).inc(unnamed)
         for reason in read.degraded:
             self._metrics.degraded(reason).inc()
+
+
+_NOTHING = Fetched(user=None, behaviours=NO_CLICKS, items=[])

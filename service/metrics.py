@@ -19,6 +19,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from service import shared_metrics
+from service.place import Place
+
 # It doubles the number of series, and no dashboard reads the other half.
 disable_created_metrics()  # type: ignore[no-untyped-call] # the library does not annotate it
 
@@ -31,6 +34,8 @@ OTHER_FIELD = "other"  # a feature no model of the arm knows: clients name those
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 _CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _CTR = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+_MODEL_INFO = "clickserve_model_info"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,15 @@ class ArmMetrics:
 
 
 class Metrics:
-    """All of one process's metrics, in a registry of their own."""
+    """All metrics of one process, in a registry of their own; what it exposes are those of all workers of its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place | None = None) -> None:
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        if place is None or place.folder is None:
+            ProcessCollector(registry=registry)
+            self._exposed = registry
+        else:
+            self._exposed = shared_metrics.join(place, hidden_at_zero=_MODEL_INFO)
         self._requests = Counter(
             "clickserve_requests", "Requests answered.", ["route", "status", "arm"], registry=registry
         )
@@ -86,7 +95,10 @@ class Metrics:
             "clickserve_batch_candidates", "Candidates of one model run.", buckets=_CANDIDATES, registry=registry
         )
         self.queue_candidates = Gauge(
-            "clickserve_queue_candidates", "Candidates that wait for a model.", registry=registry
+            "clickserve_queue_candidates",
+            "Candidates that wait for a model.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._rejected = Counter("clickserve_rejected", "Requests refused.", ["reason"], registry=registry)
         self._degraded = Counter(
@@ -102,7 +114,11 @@ class Metrics:
         self._impressions = Counter("clickserve_impressions", "Impressions reported.", ["arm"], registry=registry)
         self._clicks = Counter("clickserve_clicks", "Clicks reported.", ["arm"], registry=registry)
         self._model_info = Gauge(
-            "clickserve_model_info", "1 for every model that serves.", ["arm", "model", "version"], registry=registry
+            _MODEL_INFO,
+            "1 for every model that serves.",
+            ["arm", "model", "version"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
         self.request_seconds = cache(self._request_seconds.labels)
         self.requests = cache(self._requests.labels)
@@ -121,6 +137,11 @@ class Metrics:
     def model_serves(self, *, arm: str, model: str, version: str) -> None:
         self._model_info.labels(arm, model, version).set(1)
 
+    def model_stops(self, *, arm: str, model: str, version: str) -> None:
+        """Its series vanishes; with several workers, when the last of them has told so."""
+        self._model_info.labels(arm, model, version).set(0)
+        self._model_info.remove(arm, model, version)
+
     @contextmanager
     def store_call(self, op: str) -> Iterator[None]:
         """Times one call to the store; an exception counts as its error and passes on."""
@@ -137,4 +158,4 @@ class Metrics:
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text and its content type, in the format the scraper asks for."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(self._exposed), content_type

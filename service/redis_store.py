@@ -17,6 +17,7 @@ from service.breaker import Breaker
 from service.features import (
     KEEP,
     MARK_TTL_S,
+    NO_CLICKS,
     PAST_TTL_S,
     Click,
     Fetched,
@@ -31,6 +32,7 @@ from service.features import (
     unpack_row,
     user_key,
 )
+from service.wire import Wire
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
 _ROWS_A_COMMAND = 1000
@@ -51,6 +53,13 @@ class RedisStore:
         self._keep = keep
         self._append = client.register_script(_APPEND)
         self._breaker = Breaker(self._probe)
+        pool = client.connection_pool
+        unbounded = {
+            **pool.connection_kwargs,
+            "socket_timeout": None,
+            "health_check_interval": 0,
+        }  # the wire has its own
+        self._wire = Wire(lambda: pool.connection_class(**unbounded), timeout_s=timeout_s, told=self._breaker.told)
 
     @classmethod
     def connect(cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = KEEP) -> Self:
@@ -76,9 +85,9 @@ class RedisStore:
         if user is not None:
             keys += [user_key(user), behaviours_key(user)]
         if not keys:
-            return Fetched(user=None, behaviours=[], items=[])
-        async with self._answering():
-            values: Sequence[Any] = await self._client.mget(keys)
+            return Fetched(user=None, behaviours=NO_CLICKS, items=[])
+        async with self._answering(counted=False):
+            values: Sequence[Any] = await self._wire.ask(_command(b"MGET", keys))
         profile, past = values[len(items) :] if user is not None else (None, None)
         return Fetched(
             user=unpack_row(profile),
@@ -128,6 +137,7 @@ class RedisStore:
 
     async def aclose(self) -> None:
         await self._breaker.aclose()
+        await self._wire.aclose()
         await self._client.aclose()
 
     async def _probe(self) -> None:
@@ -147,22 +157,27 @@ class RedisStore:
                 await self._client.mset(dict(pairs[first : first + _ROWS_A_COMMAND]))
 
     @asynccontextmanager
-    async def _answering(self) -> AsyncIterator[None]:
+    async def _answering(self, *, counted: bool = True) -> AsyncIterator[None]:
         """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and tells the breaker.
 
-        Only silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
+        The wire tells it by itself (`counted` false), as a caller may have gone before there is anything to tell. Only
+        silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
         """
         if self._breaker.is_open:
             raise StoreUnavailable("the store has stopped answering and is being probed")
         try:
-            async with asyncio.timeout(self._timeout_s):
+            if self._free.locked():
+                async with asyncio.timeout(self._timeout_s):
+                    await self._free.acquire()
+            else:
                 await self._free.acquire()
         except TimeoutError:
             raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
         try:
             yield
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as err:
-            self._breaker.failed()
+            if counted:
+                self._breaker.failed()
             raise StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}") from err
         except exceptions.RedisError as err:
             self._breaker.succeeded()
@@ -171,6 +186,13 @@ class RedisStore:
                 await self._client.connection_pool.disconnect(inuse_connections=False)
             raise StoreUnavailable(f"the store refused: {type(err).__name__}: {err}") from err
         else:
-            self._breaker.succeeded()
+            if counted:
+                self._breaker.succeeded()
         finally:
             self._free.release()
+
+
+def _command(name: bytes, arguments: Sequence[str]) -> list[bytes]:
+    """A command as it goes over the wire."""
+    encoded = [name, *(argument.encode() for argument in arguments)]
+    return [b"".join([b"*%d\r\n" % len(encoded), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded)])]

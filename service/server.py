@@ -1,17 +1,23 @@
 """How one process serves: its socket, its signals, and a stop that no client notices."""
 
 import logging
+import random
 import signal
 import socket
 import time
+from asyncio import BaseTransport
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service import address
 from service.api import Api
 from service.app import create_app
-from service.settings import Settings, SettingsError
+from service.place import Place
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -19,27 +25,34 @@ KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that
 IN_FLIGHT_S = 10  # for requests under way once no new one is taken
 
 
-async def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or Ctrl-C. Raises SettingsError for an address that is taken, and what opening raises."""
-    with _bound(settings.host, settings.port) as listener:
-        app = create_app(settings)
+async def serve(settings: Settings, place: Place, *, listening: Callable[[], None] | None = None) -> None:
+    """Serves until SIGTERM or Ctrl-C, and says when connections are taken.
+
+    Raises SettingsError for an address that is taken, and what opening raises.
+    """
+    bind = address.bound if place.folder is None else address.joined
+    with bind(settings.host, settings.port) as listener:
+        app = create_app(settings, place)
         # The lifespan is entered here and not by uvicorn, which would print a traceback for a bad artifact.
         async with app.router.lifespan_context(app):
-            host, port = listener.getsockname()[:2]
-            log.info("serving", extra={"host": host, "port": port})
-            await Server(app, drain_s=settings.drain_s).serve(sockets=[listener])
+            await Server(app, settings, listening or _log_serving(listener)).serve(sockets=[listener])
     log.info("stopped")
+
+
+def _log_serving(listener: socket.socket) -> Callable[[], None]:
+    host, port = listener.getsockname()[:2]
+    return lambda: log.info("serving", extra={"host": host, "port": port, "workers": 1})
 
 
 class Server(uvicorn.Server):
     """SIGTERM: not ready, answer for `drain_s` more, then finish what is under way. Ctrl-C skips the wait."""
 
-    def __init__(self, app: FastAPI, *, drain_s: float) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, listening: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=_connections_of(settings.max_connection_s),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -50,8 +63,13 @@ class Server(uvicorn.Server):
             )
         )
         self._api: Api = app.state.api
-        self._drain_s = drain_s
+        self._listening = listening
+        self._drain_s = settings.drain_s
         self._stop_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         if self._stop_at is not None:
@@ -69,13 +87,23 @@ class Server(uvicorn.Server):
         return ended or (self._stop_at is not None and time.monotonic() >= self._stop_at)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Bound at once, so that a taken address is told before models load; it listens when there are answers."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as err:
-        listener.close()
-        raise SettingsError(f"settings host and port: cannot listen on {host}:{port}: {err.strerror or err}") from None
-    return listener
+def _connections_of(max_age_s: float) -> type[HttpToolsProtocol]:
+    """Connections that are told to close with the first answer after that many seconds, or up to half of it earlier.
+
+    A kept connection stays with the process that took it, so one that starts later would get none of those there are.
+    The client reads `connection: close` with an answer and connects anew for its next request: nothing is lost.
+    """
+    if max_age_s == 0:
+        return HttpToolsProtocol
+
+    class AgingConnection(HttpToolsProtocol):
+        def connection_made(self, transport: BaseTransport) -> None:
+            super().connection_made(transport)  # type: ignore[arg-type] # it narrows the type itself
+            self._close_at = time.monotonic() + max_age_s * random.uniform(0.5, 1)  # or those made together go together
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            if time.monotonic() >= self._close_at:
+                self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
+
+    return AgingConnection

@@ -1,10 +1,10 @@
 """What can be set, from where, and what holds when nothing is: the only file that reads the environment."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_serializer
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "CLICKSERVE_"
@@ -24,16 +24,31 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(default=None, description="redis://...; without one clicks live in this process only")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default=0, ge=0, le=256, description="processes; 0: one a core, without redis_url one")
     max_candidates: int = Field(default=1000, ge=1, le=10_000)
     max_explained: int = Field(default=20, ge=1, le=1000, description="candidates of one request for explanations")
     max_queued_candidates: int = Field(default=10_000, ge=1, description="that wait for the model; beyond it 503")
+    max_batch_candidates: int = Field(default=1000, ge=1, le=10_000, description="of one run: what is larger is cut")
     # A thousand candidates with twenty features each take about half a megabyte.
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
     timeout_ms: float = Field(default=1000, gt=0, le=60_000, description="of a request that names none")
     store_timeout_ms: float = Field(default=50, gt=0, le=10_000, description="after it, score without the store")
     store_write_timeout_ms: float = Field(default=1000, gt=0, le=10_000, description="after it, refuse events with 503")
+    item_cache_rows: int = Field(default=100_000, ge=1, description="encoded candidates kept per model, as many clicks")
+    item_cache_s: float = Field(default=10, ge=0, description="how long stored item features are kept; 0: not at all")
     require_store: bool = Field(default=False, description="be unready while the store is down")
+    max_connection_s: float = Field(default=60, ge=0, description="of a kept connection, to even load out; 0: no end")
+    fallback: Literal["none", "prior"] = Field(
+        default="none", description="late, overloaded or broken: refuse, or answer 200 with the model's click rate"
+    )
+    admin_token: SecretStr | None = Field(default=None, min_length=1, description="without it nothing can be changed")
+    keep_versions: int = Field(default=2, ge=0, le=10, description="earlier models of an arm that stay loaded")
     drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
+
+    @field_serializer("admin_token", when_used="json-unless-none")
+    def _readable(self, token: SecretStr) -> str:
+        """The supervisor tells its workers the settings as JSON; a log or a traceback shows asterisks."""
+        return token.get_secret_value()
 
 
 def load(file: Path | None = None, **flags: Any) -> Settings:

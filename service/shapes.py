@@ -22,9 +22,13 @@ class User(Struct, frozen=True, forbid_unknown_fields=True):
     features: Features | None = None
 
 
-class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
+# An object or null, read when its candidate is not known yet: see items.py. `Decoder` tells the same when it refuses.
+Unread = Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Features | None))]
+
+
+class Candidate(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     id: Id
-    features: Features | None = None
+    features: Unread | msgspec.UnsetType = msgspec.UNSET
 
 
 class Behaviour(Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,13 +117,16 @@ def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
 
 def answer(request: PredictRequest, scored: Scored) -> bytes:
     """The answer in the candidates' own form, with their ids as they were sent."""
-    return msgspec.json.encode(_answer(request, scored))
+    return _ENCODER.encode(_answer(request, scored))
 
 
 def explained(request: PredictRequest, explained: Explained) -> bytes:
     """The same, with the explanations, which are JSON already."""
     told = msgspec.structs.asdict(_answer(request, explained.scored))
     return msgspec.json.encode({**told, "explanations": explained.explanations})
+
+
+_ENCODER = msgspec.json.Encoder()
 
 
 def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
@@ -149,8 +156,8 @@ def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Can
         raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
     if isinstance(sent, dict):
         _check_columns(sent, len(ids))
-        return Candidates(ids=list(map(spelled, ids)), rows=None, columns=sent)
-    return Candidates(ids=list(map(spelled, ids)), rows=[candidate.features or {} for candidate in sent], columns=None)
+        return Candidates(ids=list(map(spelled, ids)), features=None, columns=sent)
+    return Candidates(ids=list(map(spelled, ids)), features=[candidate.features for candidate in sent], columns=None)
 
 
 def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:

@@ -63,7 +63,8 @@ def api_schema(url: str) -> Any:
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
-READS = ("/healthz", "/readyz", "/models", "/experiments")
+READS = ("/healthz", "/readyz", "/models", "/experiments", "/v2", "/v2/health/live", "/v2/health/ready")
+V2 = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 OPERATIONS = [
     ("/predict", "POST", GenerationMode.POSITIVE, 80),
     ("/predict", "POST", GenerationMode.NEGATIVE, 60),
@@ -71,6 +72,9 @@ OPERATIONS = [
     ("/explain", "POST", GenerationMode.NEGATIVE, 40),
     ("/events", "POST", GenerationMode.POSITIVE, 40),  # no bad events: each is rejected by itself, in a good answer
     *((path, "GET", GenerationMode.POSITIVE, 3) for path in READS),
+    *((path + end, "GET", GenerationMode.POSITIVE, 5) for path in V2 for end in ("", "/ready")),
+    *((f"{path}/infer", "POST", GenerationMode.POSITIVE, 20) for path in V2),
+    (f"{V2[0]}/infer", "POST", GenerationMode.NEGATIVE, 40),
 ]
 
 
@@ -84,6 +88,8 @@ def test_the_service_does_what_its_document_says(
     @settings(checked, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
+        if path.endswith("/infer"):
+            case.path_parameters["model"] = "one"  # any other ends before its body is read
         case.call_and_validate(checks=CHECKS)
 
     check()
@@ -104,7 +110,9 @@ def test_the_document_names_every_route_and_limit_of_the_contract(url: str) -> N
     document = httpx.get(f"{url}/openapi.json").json()
 
     paths = document["paths"]
-    assert set(paths) == {"/predict", "/explain", "/events", "/healthz", "/readyz", "/models", "/experiments"}
+    tensors = {path + end for path in V2 for end in ("", "/ready", "/infer")}
+    admin = {"/experiments/{name}", "/models/{arm}/load", "/models/{arm}/rollback"}
+    assert set(paths) == {"/predict", "/explain", "/events", *READS, *tensors, *admin}
     assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 409, 413, 415, 422, 503, 504}
     for name, limit in (("PredictRequest", 1000), ("ExplainRequest", 20)):
         rows, columns = document["components"]["schemas"][name]["properties"]["candidates"]["anyOf"]

@@ -32,13 +32,13 @@ def click(number: int, *, user: str = "u1", item: str = "ad1", ts: float | None 
 
 
 async def past(store: FeatureStore, user: str = "u1", *, before: float = NOW, limit: int = 1000) -> list[Event]:
-    return (await store.fetch(user, [], before=before, limit=limit)).behaviours
+    return list((await store.fetch(user, [], before=before, limit=limit)).behaviours)
 
 
 async def test_nothing_is_known_of_a_new_user_and_a_new_item(store: FeatureStore):
     fetched = await store.fetch("nobody", ["nothing"], before=NOW, limit=30)
 
-    assert (fetched.user, fetched.behaviours, fetched.items) == (None, [], [None])
+    assert (fetched.user, list(fetched.behaviours), fetched.items) == (None, [], [None])
 
 
 async def test_an_anonymous_request_has_items_and_no_past(store: FeatureStore):
@@ -47,7 +47,7 @@ async def test_an_anonymous_request_has_items_and_no_past(store: FeatureStore):
 
     fetched = await store.fetch(None, ["ad1"], before=NOW, limit=30)
 
-    assert (fetched.user, fetched.behaviours, fetched.items) == (None, [], [{"price": 9.5}])
+    assert (fetched.user, list(fetched.behaviours), fetched.items) == (None, [], [{"price": 9.5}])
 
 
 async def test_features_come_back_as_they_were_put(store: FeatureStore):

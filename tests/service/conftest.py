@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import Api
+from service.api import Api, Parts
 from service.app import create_app
 from service.settings import PREFIX, Settings
 from tests.service import tiny
@@ -49,9 +49,13 @@ class Running:
         self.api: Api = app.state.api
 
     @property
-    def store(self) -> Any:
+    def parts(self) -> Parts:
         assert self.api.parts is not None
-        return self.api.parts.store
+        return self.api.parts
+
+    @property
+    def store(self) -> Any:
+        return self.parts.store
 
     async def predict(self, **body: Any) -> httpx.Response:
         return await self.client.post("/predict", json=body)

@@ -1,43 +1,60 @@
 """What may serve: verified artifacts only, each loaded once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.artifact import ArtifactError
-from service.catalog import Catalog
+from models.artifact import ArtifactError, make_current
+from service.batching import Runner
+from service.catalog import Catalog, Loader
 from service.experiment import Arm
+from service.metrics import Metrics
 from tests.service import tiny
+
+Load = Callable[[list[Arm]], Catalog]
 
 
 def arm(name: str = "one", **changes: object) -> Arm:
     return Arm.model_validate({"name": name, "model": "tiny", "share": 1, **changes})
 
 
-def test_every_arm_has_its_model(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
+
+
+@pytest.fixture
+async def load(tmp_path: Path) -> AsyncIterator[Load]:
+    runner = Runner(Metrics(), max_queued_candidates=1000)
+    yield partial(Catalog.load, Loader(root=tmp_path, runner=runner, max_candidates=1000))
+    await runner.aclose()
+
+
+async def test_every_arm_has_its_model(load: Load, tmp_path: Path) -> None:
     tiny.write(tmp_path, "tiny", seed=1)
     tiny.write(tmp_path, "other", seed=2)
 
-    catalog = Catalog.load(tmp_path, [arm(), arm("two", model="other")])
+    catalog = load([arm(), arm("two", model="other")])
 
     arrays = catalog.models["one"].artifact.golden.arrays
     for name, seed in (("one", 1), ("two", 2)):
         assert np.allclose(catalog.models[name].backend.run(arrays), tiny.score(arrays, seed=seed), atol=1e-6)
-    catalog.close()
+    await catalog.aclose()
 
 
-def test_arms_of_one_artifact_share_it(tmp_path: Path) -> None:
+async def test_arms_of_one_artifact_share_it(load: Load, tmp_path: Path) -> None:
     version = tiny.write(tmp_path).name
     tiny.write(tmp_path, seed=2)
 
-    catalog = Catalog.load(tmp_path, [arm(version=version), arm("same", version=version), arm("newer")])
+    catalog = load([arm(version=version), arm("same", version=version), arm("newer")])
 
     assert catalog.models["one"] is catalog.models["same"]
     assert catalog.models["one"] is not catalog.models["newer"]
-    catalog.close()
+    await catalog.aclose()
 
 
 def lies(root: Path) -> None:
@@ -68,6 +85,18 @@ def scores_nan(root: Path) -> None:
     tiny.write(root, files={"model.onnx": tiny.to_onnx(1, poisoned="a1")})
 
 
+def is_another_model(root: Path) -> None:
+    (root / "tiny").mkdir()
+    tiny.write(root, "other").rename(root / "tiny" / "20260101-1")
+    make_current(root, "tiny", "20260101-1")
+
+
+def has_another_name(root: Path) -> None:
+    version = tiny.write(root)
+    version.rename(version.with_name("20260101-1"))
+    make_current(root, "tiny", "20260101-1")
+
+
 def is_absent(root: Path) -> None:
     (root / "tiny").mkdir()
 
@@ -79,23 +108,25 @@ BAD: tuple[tuple[Callable[[Path], None], str], ...] = (
     (has_no_graph, "lists no model.onnx"),
     (has_another_schema, "does not match"),
     (scores_nan, "golden row 0 scores nan"),
+    (is_another_model, "holds other .*, not tiny 20260101-1"),
+    (has_another_name, "holds tiny .*, not tiny 20260101-1"),
     (is_absent, "no such file"),
 )
 
 
 @pytest.mark.parametrize(("spoil", "told"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
-def test_no_model_serves_that(spoil: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+def test_no_model_serves_that(spoil: Callable[[Path], None], told: str, load: Load, tmp_path: Path) -> None:
     spoil(tmp_path)
 
     with pytest.raises(ArtifactError, match=told) as refused:
-        Catalog.load(tmp_path, [arm()])
+        load([arm()])
 
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_an_unknown_version_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_an_unknown_version_is_refused_by_its_path(load: Load, tmp_path: Path) -> None:
     tiny.write(tmp_path)
 
     with pytest.raises(ArtifactError, match="20200101-1: no such artifact folder"):
-        Catalog.load(tmp_path, [arm(version="20200101-1")])
+        load([arm(version="20200101-1")])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.errors import Problem
 from service.events import Events, Receipt
-from service.experiment import Experiment, parse
+from service.experiment import Experiment, Running, parse
 from service.features import MemoryStore, StoreUnavailable
 from service.metrics import Metrics
 from service.shapes import EventsDecoder
@@ -36,7 +36,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def events(store: MemoryStore, experiment: Experiment, metrics: Metrics) -> Events:
-    return Events(store=store, experiment=experiment, metrics=metrics, now=lambda: NOW)
+    return Events(store=store, running=Running(experiment), metrics=metrics, now=lambda: NOW)
 
 
 def event(number: int = 1, **fields: Any) -> dict[str, Any]:
@@ -182,7 +182,7 @@ EVENT = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in ev
 async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[Any]):
     arms = [{"name": "mian", "model": "mian", "share": 1}]
     experiment = parse({"experiment": "test", "salt": "s", "arms": arms}, source="test")
-    events = Events(store=MemoryStore(), experiment=experiment, metrics=Metrics(), now=lambda: NOW)
+    events = Events(store=MemoryStore(), running=Running(experiment), metrics=Metrics(), now=lambda: NOW)
 
     try:
         receipt = await events.record(EventsDecoder().decode(json.dumps(sent).encode()))
@@ -210,7 +210,7 @@ class DownForClicks(MemoryStore):
 
 async def test_a_call_that_failed_half_way_is_made_again_and_loses_no_click(experiment: Experiment, metrics: Metrics):
     store = DownForClicks()
-    events = Events(store=store, experiment=experiment, metrics=metrics, now=lambda: NOW)
+    events = Events(store=store, running=Running(experiment), metrics=metrics, now=lambda: NOW)
     sent = [event(1, type="impression"), event(2), event(3, item="ad8")]
 
     with pytest.raises(StoreUnavailable):

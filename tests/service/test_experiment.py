@@ -107,6 +107,63 @@ def test_the_propensity_of_an_arm_is_its_part_of_all_shares():
     assert [ab.propensity(arm) for arm in ab.arms] == [0.75, 0.25]
 
 
+def with_shadows(**percent: float) -> Experiment:
+    shadow = [{"name": name, "model": name, "share": share} for name, share in percent.items()]
+    arms = [{"name": "mian", "model": "mian", "share": 1}]
+    return parse({"experiment": "test", "salt": "s", "arms": arms, "shadow": shadow}, source="test")
+
+
+def test_a_shadow_arm_scores_its_percentage_of_the_requests_independently_of_the_others():
+    ab = with_shadows(a=10, b=50, never=0, always=100)
+
+    sampled = [frozenset(arm.name for arm in ab.shadows(f"r-{n}")) for n in range(100_000)]
+
+    found = {name: sum(name in names for names in sampled) / len(sampled) for name in ("a", "b", "never", "always")}
+    assert found == {"a": pytest.approx(0.1, abs=0.003), "b": pytest.approx(0.5, abs=0.005), "never": 0, "always": 1}
+    assert sum({"a", "b"} <= names for names in sampled) / len(sampled) == pytest.approx(0.05, abs=0.003)
+
+
+def test_a_request_has_the_same_shadows_in_every_process_and_a_raised_share_keeps_those_it_had():
+    requests = [f"r-{n}" for n in range(10_000)]
+
+    few, again, more = ([r for r in requests if with_shadows(a=share).shadows(r)] for share in (10, 10, 20))
+
+    assert few == again
+    assert set(few) < set(more)
+
+
+def test_shadow_arms_take_no_part_in_the_draw():
+    alone, shadowed = experiment(mian=1), with_shadows(a=100)
+
+    assert [arm.name for arm in shadowed.served] == ["mian", "a"]
+    assert drawn(alone, USERS[:100]) == drawn(shadowed, USERS[:100]) == ["mian"] * 100
+
+
+def test_a_killed_arm_gives_its_users_to_the_others_and_nobody_else_moves():
+    ab = experiment(mian=50, stec=30, deepfm=20)
+
+    without = ab.with_shares(shares={"stec": 0}, shadow={})
+
+    moves = Counter(zip(drawn(ab, USERS[:20_000]), drawn(without, USERS[:20_000]), strict=True))
+    assert {pair for pair in moves if pair[0] != pair[1]} == {("stec", "mian"), ("stec", "deepfm")}
+    assert ("stec", "stec") not in moves
+
+
+@pytest.mark.parametrize(
+    ("shares", "shadow", "says"),
+    [
+        ({"none": 1}, {}, "arms has no none; there are mian"),
+        ({}, {"mian": 1}, "shadow has no mian; there are a"),
+        ({"mian": 0}, {}, "at least one arm needs a share above 0"),
+        ({"mian": -1}, {}, "greater than or equal to 0"),
+        ({}, {"a": 101}, "at most 100"),
+    ],
+)
+def test_shares_that_no_file_could_have_are_refused(shares: dict[str, float], shadow: dict[str, float], says: str):
+    with pytest.raises(ExperimentError, match=says):
+        with_shadows(a=10).with_shares(shares=shares, shadow=shadow)
+
+
 def test_an_arm_without_a_share_serves_overrides_only():
     ab = experiment(mian=100, stec=0, overrides={"qa-user-1": "stec"})
 
@@ -154,7 +211,9 @@ ARM = {"name": "mian", "model": "mian", "share": 1}
         ({"arms": [{**ARM, "model": "../etc"}]}, "arms.0.model: "),
         ({"arms": [{**ARM, "colour": "red"}]}, "arms.0.colour: "),
         ({"overrides": {"u1": "stec"}}, "override of u1 names arm stec; there are mian"),
-        ({"shadow": [ARM]}, "shadow: shadow arms are not served yet"),
+        ({"shadow": [ARM]}, "arm names must differ, got mian, mian"),
+        ({"shadow": [{**ARM, "name": "new", "share": 101}]}, "shadow arm new has share 101: it is a percentage"),
+        ({"arms": [{**ARM, "device": "tpu"}]}, "arms.0.device: .*'cpu' or 'cuda'"),
         ({"unit": "request"}, "unit: "),
         ({"salt": ""}, "salt: "),
         ({"extra": 1}, "extra: "),

@@ -1,22 +1,14 @@
 """The spine against the model in numpy: what is joined, what is absent, and what goes wrong on the way."""
 
 import asyncio
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from models.encoding import Arrays, Encoder, Event, Request
-from service.backends import OnnxBackend
-from service.deadline import Deadline
-from service.errors import Problem
+from models.encoding import Encoder, Event, Request
 from service.features import Click, Fetched, MemoryStore, StoreUnavailable
-from service.metrics import Metrics
-from service.worker import Worker
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
@@ -135,9 +127,10 @@ class Slow(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.let = asyncio.Event()
+        self.asked, self.let = asyncio.Event(), asyncio.Event()
 
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        self.asked.set()
         await self.let.wait()
         return await super().fetch(user, items, before=before, limit=limit)
 
@@ -156,6 +149,34 @@ async def test_a_slow_store_costs_a_request_its_past_and_not_its_answer(
     assert (slow.status_code, quick.status_code) == (200, 200)
     assert "behaviours_unavailable" in slow.json()["degraded"]
     assert quick.json()["degraded"] == []
+
+
+async def test_a_request_that_reads_the_store_during_a_swap_is_scored_by_the_model_it_read_for(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = Slow()
+    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    old, new = (tiny.write(tmp_path, seed=seed).name for seed in (1, 2))
+    one = {"name": "one", "model": "tiny", "version": old, "share": 1}
+
+    async with start(
+        artifacts_dir=tmp_path, experiment={"experiment": "test", "salt": "s", "arms": [one]}, keep_versions=0
+    ) as service:
+        assert service.api.parts is not None
+        catalog = service.api.parts.catalog
+        loaded = await asyncio.to_thread(catalog.read, "one", new)
+        request = asyncio.create_task(service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}]))
+        await store.asked.wait()
+        catalog.flip("one", loaded)
+        for _ in range(10):
+            await asyncio.sleep(0)  # what would close the old model has its turn
+        store.let.set()
+        answer = await request
+        await catalog.settled()
+        after = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}])
+
+    assert (answer.status_code, answer.json()["version"]) == (200, old)
+    assert (after.status_code, after.json()["version"]) == (200, new)
 
 
 async def test_without_its_store_a_request_is_scored_with_what_it_brings(broken: Broken, start: Start) -> None:
@@ -240,80 +261,6 @@ async def test_a_client_is_not_told_of_stored_values(service: Running) -> None:
     answer = await service.predict(candidates=[{"id": "a1"}, {"id": "a2", "features": {"price": "dear"}}])
 
     assert [e["pointer"] for e in answer.json()["errors"]] == ["/candidates/1/features/price"]
-
-
-class Scripted:
-    """A backend that waits for the test, then answers ones."""
-
-    def __init__(self) -> None:
-        self.entered, self.go_on = threading.Event(), threading.Event()
-        self.runs = 0
-
-    def run(self, arrays: Arrays) -> np.ndarray:
-        self.runs += 1
-        self.entered.set()
-        assert self.go_on.wait(10)
-        return np.ones(len(arrays["user_index"]), dtype=np.float32)
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    worker = Worker(Metrics(), max_queued_candidates=100)
-    yield worker
-    worker.close()
-
-
-def candidates(num: int) -> Arrays:
-    return {"user_index": np.zeros(num, dtype=np.int64)}
-
-
-def in_time() -> Deadline:
-    return Deadline.after(30_000, since=time.monotonic())
-
-
-async def test_a_full_line_refuses_and_one_request_of_any_size_is_never_too_long(worker: Worker) -> None:
-    backend = Scripted()
-    running = asyncio.create_task(worker.run(backend, candidates(500), in_time()))
-    await asyncio.to_thread(backend.entered.wait, 10)
-    waiting = asyncio.create_task(worker.run(backend, candidates(60), in_time()))
-    await asyncio.sleep(0)
-
-    with pytest.raises(Problem) as refused:
-        await worker.run(backend, candidates(41), in_time())
-    backend.go_on.set()
-
-    assert (refused.value.status, refused.value.headers) == (503, {"Retry-After": "1"})
-    assert len(await running) == 500
-    assert len(await waiting) == 60
-    assert len(await worker.run(backend, candidates(41), in_time())) == 41
-
-
-async def test_a_model_that_cannot_be_run_is_a_503(worker: Worker, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(tiny.to_onnx(1))
-    backend = OnnxBackend(tmp_path / "model.onnx", fed=[i.name for i in tiny.SCHEMA.inputs])
-    ragged = {**Encoder(tiny.SCHEMA).encode(tiny.GOLDEN[0]), "item.price": np.zeros(7, dtype=np.float32)}
-
-    with pytest.raises(Problem) as failed:
-        await worker.run(backend, ragged, in_time())
-
-    assert (failed.value.status, failed.value.reason) == (503, "model_failed")
-
-
-async def test_a_late_request_is_answered_at_its_deadline_and_never_run(worker: Worker) -> None:
-    backend = Scripted()
-    running = asyncio.create_task(worker.run(backend, candidates(1), in_time()))
-    await asyncio.to_thread(backend.entered.wait, 10)
-
-    with pytest.raises(Problem) as late:
-        await worker.run(backend, candidates(1), Deadline.after(10, since=time.monotonic()))
-    backend.go_on.set()
-    await running
-    await worker.run(backend, candidates(1), in_time())
-
-    assert late.value.status == 504
-    assert backend.runs == 2
 
 
 async def test_a_deadline_that_has_passed_is_a_504(service: Running) -> None:

@@ -48,7 +48,7 @@ def test_an_empty_file_sets_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("prot: 9\nport: x", "no setting is called prot; there are artifacts_dir, drain_s,"),
+        ("prot: 9\nport: x", "no setting is called prot; there are admin_token, artifacts_dir,"),
         ("port: nine", "CLICKSERVE_PORT: setting port: Input should be a valid integer"),
         ("port: 99999", "setting port: Input should be less than or equal to 65535"),
         ("experiment: 3", "setting experiment: "),

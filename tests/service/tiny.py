@@ -41,6 +41,7 @@ SCHEMA = SchemaSpec(
     }
 )
 UNREAD = ("hist_mask", "hist_age")
+CLICK_RATE = 0.125
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
 
 
@@ -164,7 +165,7 @@ def write(
         config={},
         schema=schema,
         calibration=CALIBRATION,
-        metrics={"test_auc": 0.5},
+        metrics={"test_auc": 0.5, "valid": {"click_rate": CLICK_RATE}},
         golden=Golden(requests=GOLDEN, arrays=arrays, logits=score(arrays, seed=seed) + offset),
         inputs=[i.name for i in schema.inputs if i.name not in UNREAD],
         data_hash="none",

@@ -1,0 +1,215 @@
+"""Candidates as the model takes them: encoded once, then kept by item and by what the client said of it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.encoding import Arrays, Encoder, EncodingError
+from models.schema import input_name
+from models.values import Column, Row
+from service import assembly
+from service.assembly import Candidates
+from service.table import NOTHING, Note, Table
+
+log = logging.getLogger(__name__)
+
+Key = str | tuple[str, bytes]
+"""An item alone, or with the features that the client gave it, to the byte."""
+
+MAX_KEY_BYTES = 2048  # a row under more features than these is made anew each time: a client must not fill the memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """A request's candidates against the table: where each one's row is, and what is not there or too old."""
+
+    keys: Sequence[Key]
+    slots: NDArray[np.int64]
+    lacking: NDArray[np.int64]  # positions whose row is not held, or was for too long
+    given: Mapping[Key, Row]  # what the client said of those
+    asked: list[str]  # the items that the store has to be asked for
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows:
+    """The candidates' arrays, and what is to be told of them."""
+
+    arrays: Arrays
+    unnamed: set[str] = field(default_factory=set)  # features that the client named and the model does not have
+    invalid: bool = False  # stored values that could not be encoded were taken for absent
+    stale: bool = False  # rows that were to be read again stood in for those of a store that is down
+    gaps: bool = False  # features are missing that such a store may have
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Encoded:
+    """Rows made for this request, in the order of their keys."""
+
+    arrays: Arrays
+    notes: Mapping[int, Note]
+    whole: Sequence[bool]  # nothing of the row is the store's to say
+
+
+class Items:
+    """One model's item rows. They are kept for `fresh_s` seconds, as the store may change; 0 keeps none.
+
+    A row that the client gave whole does not depend on the store, and is kept until its place is needed.
+    """
+
+    def __init__(
+        self, encoder: Encoder, *, capacity: int, fresh_s: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        schema = encoder.schema
+        self._encoder = encoder
+        self._fields = [f for f in schema.group("item") if f.name != schema.item_key]
+        self._names = frozenset(f.name for f in schema.group("item"))
+        self._table = Table([i for i in schema.inputs if i.name.startswith("item.")], capacity=capacity)
+        self._fresh_s = fresh_s
+        self._now = now
+
+    def find(self, candidates: Candidates) -> Wanted:
+        """Raises Unreadable for features that are no JSON object."""
+        if candidates.columns is not None and all(_is_whole(candidates.columns.get(f.name)) for f in self._fields):
+            return Wanted(keys=(), slots=_NONE, lacking=_NONE, given={}, asked=[])
+        keys = candidates.keys()
+        slots = self._table.find(keys, len(keys))
+        stale = self._table.stale(slots, self._now())
+        if not stale.any():
+            return Wanted(keys=keys, slots=slots, lacking=_NONE, given={}, asked=[])
+        lacking = np.flatnonzero(stale)
+        given: dict[Key, Row] = {}
+        asked: dict[str, None] = {}
+        for position in lacking.tolist():
+            key = keys[position]
+            if key not in given:
+                given[key] = row = candidates.row(position)
+                if not self._is_given_whole(row):
+                    asked[candidates.ids[position]] = None
+        return Wanted(keys=keys, slots=slots, lacking=lacking, given=given, asked=list(asked))
+
+    def encode(self, candidates: Candidates, wanted: Wanted, stored: Mapping[str, Row | None] | None) -> Rows:
+        """The candidates' rows; `stored` is what the store said of the items asked for, None where it is down.
+
+        Raises EncodingError for a client's value that its field cannot take.
+        """
+        if not len(wanted.keys):
+            return self._of_columns(candidates)
+        rows = Rows(arrays=self._table.take(wanted.slots))
+        lacking = wanted.lacking
+        if lacking.size and stored is None:  # what is too old is better than nothing
+            held = wanted.slots[lacking] != NOTHING
+            rows.stale, lacking = bool(held.any()), lacking[~held]
+        noted = self._noted(wanted.slots, lacking)
+        if lacking.size:
+            positions = lacking.tolist()
+            keys = list(dict.fromkeys(wanted.keys[p] for p in positions))
+            made = self._made(keys, wanted.given, stored or {})
+            place = {key: row for row, key in enumerate(keys)}
+            which = [place[wanted.keys[p]] for p in positions]
+            for name, values in made.arrays.items():
+                rows.arrays[name][lacking] = values[which]
+            noted += [(p, made.notes[row]) for p, row in zip(positions, which, strict=True) if row in made.notes]
+            rows.gaps = stored is None and self._has_gaps(candidates, positions, which, made)
+            self._keep(keys, made, complete=stored is not None)
+        for position, note in noted:
+            rows.unnamed |= note.unnamed
+            rows.invalid |= any(not candidates.gives(name, position) for name in note.bad)
+        if candidates.columns is not None:
+            self._override(rows, candidates.columns)
+        return rows
+
+    def _noted(self, slots: NDArray[np.int64], lacking: NDArray[np.int64]) -> list[tuple[int, Note]]:
+        """The notes of the rows that the table gives, by position."""
+        notes = self._table.notes
+        if not notes:
+            return []
+        made = set(lacking.tolist())
+        return [(p, notes[slot]) for p, slot in enumerate(slots.tolist()) if slot in notes and p not in made]
+
+    def _made(self, keys: Sequence[Key], given: Mapping[Key, Row], stored: Mapping[str, Row | None]) -> _Encoded:
+        ids = [key if isinstance(key, str) else key[0] for key in keys]
+        own = [given[key] for key in keys]
+        known = [stored.get(item) for item in ids]
+        notes = {
+            row: Note(unnamed=unnamed) for row, sent in enumerate(own) if (unnamed := frozenset(sent) - self._names)
+        }
+        try:
+            arrays = self._encode(ids, own, known)
+        except EncodingError as err:
+            cleaned, bad = zip(*(assembly.cleaned(self._encoder, row, self._fields) for row in known), strict=True)
+            arrays = self._encode(ids, own, cleaned)
+            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
+            for row, (sent, names) in enumerate(zip(own, bad, strict=True)):
+                unused = {name for name in names if sent.get(name) is None}
+                if unused:
+                    unnamed = notes[row].unnamed if row in notes else frozenset()
+                    notes[row] = Note(bad=frozenset(unused), unnamed=unnamed)
+        return _Encoded(arrays=arrays, notes=notes, whole=[self._is_given_whole(row) for row in own])
+
+    def _encode(self, ids: Sequence[str], own: Sequence[Row], known: Sequence[Row | None]) -> Arrays:
+        columns: dict[str, Column] = {}
+        for f in self._fields:
+            column: list[Any] = []
+            for sent, row in zip(own, known, strict=True):
+                value = sent.get(f.name)
+                column.append(value if value is not None or not row else row.get(f.name))
+            columns[f.name] = column
+        if self._encoder.schema.item_key is not None:
+            columns[self._encoder.schema.item_key] = ids
+        return self._encoder.encode_items(columns, len(ids))
+
+    def _keep(self, keys: Sequence[Key], made: _Encoded, *, complete: bool) -> None:
+        """`complete`: the store answered. Without it only those rows are kept that it would have nothing to say of."""
+        if not self._fresh_s:
+            return
+        rows = [
+            row
+            for row, key in enumerate(keys)
+            if (complete or made.whole[row]) and (isinstance(key, str) or len(key[1]) <= MAX_KEY_BYTES)
+        ]
+        until = self._now() + self._fresh_s
+        times = [np.inf if whole else until for whole in made.whole]
+        self._table.put(keys, made.arrays, until=times, notes=made.notes, rows=rows)
+
+    def _of_columns(self, candidates: Candidates) -> Rows:
+        """The client gave every value: neither the table nor the store is needed."""
+        assert candidates.columns is not None
+        columns: dict[str, Column] = {f.name: candidates.columns[f.name] for f in self._fields}
+        if self._encoder.schema.item_key is not None:
+            columns[self._encoder.schema.item_key] = candidates.ids
+        rows = Rows(arrays=self._encoder.encode_items(columns, len(candidates.ids)))
+        rows.unnamed |= candidates.columns.keys() - self._names - {"id"}
+        return rows
+
+    def _override(self, rows: Rows, columns: Mapping[str, Sequence[Any]]) -> None:
+        rows.unnamed |= columns.keys() - self._names - {"id"}
+        for f in self._fields:
+            column = columns.get(f.name)
+            if column is None:
+                continue
+            name, values = input_name(f), self._encoder.encode_column(f, column)
+            if None not in column:
+                rows.arrays[name] = values
+                continue
+            given = np.fromiter((value is not None for value in column), np.bool_, len(column))
+            rows.arrays[name][given] = values[given]
+
+    def _has_gaps(self, candidates: Candidates, positions: Sequence[int], which: Sequence[int], made: _Encoded) -> bool:
+        if candidates.columns is None:
+            return not all(made.whole[row] for row in which)
+        return not all(candidates.gives(f.name, p) for f in self._fields for p in positions)
+
+    def _is_given_whole(self, row: Row) -> bool:
+        return all(row.get(f.name) is not None for f in self._fields)
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _is_whole(column: Sequence[Any] | None) -> bool:
+    return column is not None and None not in column

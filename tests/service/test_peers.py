@@ -1,0 +1,240 @@
+"""A change reaches every process behind the port or none, and one that starts later begins with it."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.artifact import make_current
+from service import peers
+from service.app import create_app
+from service.changes import Load
+from service.errors import artifact_refused
+from service.peers import Peers
+from service.place import Place
+from service.settings import Settings
+from tests.service import tiny
+from tests.service.conftest import Running
+from tests.service.test_workers import started
+
+TOKEN = {"authorization": "Bearer secret"}
+ARMS = [{"name": "one", "model": "tiny", "share": 50}, {"name": "two", "model": "tiny", "share": 50}]
+EXPERIMENT = {"experiment": "test", "salt": "s", "arms": ARMS}
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[str]:
+    """Three; the first is the current one."""
+    made = [tiny.write(tmp_path, seed=seed).name for seed in (1, 2, 3)]
+    make_current(tmp_path, "tiny", made[0])
+    return made
+
+
+class Workers:
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "run"
+        self.folder.mkdir()
+        self._root = root
+        self._stack = AsyncExitStack()
+
+    def worker(self, slot: int, *, workers: int = 2) -> AbstractAsyncContextManager[Running]:
+        @asynccontextmanager
+        async def started() -> AsyncIterator[Running]:
+            settings = Settings(
+                artifacts_dir=self._root, experiment=EXPERIMENT, admin_token="secret", timeout_ms=30_000
+            )
+            app = create_app(settings, Place(slot=slot, workers=workers, folder=self.folder))
+            transport = httpx.ASGITransport(app)
+            async with (
+                app.router.lifespan_context(app),
+                httpx.AsyncClient(transport=transport, base_url="http://service") as client,
+            ):
+                yield Running(client, app)
+
+        return started()
+
+
+@pytest.fixture
+def workers(tmp_path: Path, versions: list[str], monkeypatch: pytest.MonkeyPatch) -> Workers:
+    # Two apps of one process would write into the same files of metrics.
+    monkeypatch.setattr("service.metrics.shared_metrics.join", lambda _place, **_: None)
+    return Workers(tmp_path)
+
+
+async def load(worker: Running, version: str, arm: str = "one") -> httpx.Response:
+    return await worker.client.post(f"/models/{arm}/load", json={"version": version}, headers=TOKEN)
+
+
+def serves(worker: Running) -> dict[str, list[str]]:
+    return worker.parts.catalog.versions()
+
+
+async def test_a_load_at_one_worker_is_a_load_at_all(workers: Workers, versions: list[str]) -> None:
+    first, second, _ = versions
+    async with workers.worker(0) as a, workers.worker(1) as b:
+        answer = await load(a, second)
+        told = [serves(a), serves(b)]
+        back = await b.client.post("/models/one/rollback", headers=TOKEN)
+
+        assert (answer.status_code, back.status_code) == (200, 200)
+        assert told == [{"one": [second, first], "two": [first]}] * 2
+        assert serves(a) == serves(b) == {"one": [first], "two": [first]}
+
+
+async def test_new_shares_at_one_worker_are_those_of_all(workers: Workers) -> None:
+    async with workers.worker(0) as a, workers.worker(1) as b:
+        answer = await b.client.put("/experiments/test", json={"kill": ["two"]}, headers=TOKEN)
+        told = [(await worker.client.get("/experiments")).json() for worker in (a, b)]
+
+    assert told == [[answer.json()]] * 2
+    assert [arm["share"] for arm in answer.json()["arms"]] == [50, 0]
+
+
+async def test_what_one_worker_refuses_changes_none(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with workers.worker(0) as a, workers.worker(1) as b:
+        swap = b.parts.peers._changes._swap
+
+        async def refuse(arm: str, version: str) -> None:
+            raise artifact_refused("its disk is broken")
+
+        monkeypatch.setattr(swap, "prepare", refuse)
+        refused = await load(a, versions[1])
+        await a.parts.catalog.settled()
+
+        assert (refused.status_code, refused.json()["detail"]) == (409, "its disk is broken")
+        assert serves(a) == serves(b) == {"one": [versions[0]], "two": [versions[0]]}
+        assert not (workers.folder / "served.json").exists()
+        monkeypatch.undo()
+        assert (await load(a, versions[1])).status_code == 200
+
+
+async def test_a_worker_that_starts_later_begins_with_what_serves(workers: Workers, versions: list[str]) -> None:
+    first, second, third = versions
+    async with workers.worker(0) as a:
+        await load(a, second)
+        await load(a, third)
+        await a.client.put("/experiments/test", json={"shares": {"one": 1}}, headers=TOKEN)
+        async with workers.worker(1) as b:
+            shares = [arm.share for arm in b.parts.running.now.arms]
+            began = serves(b)
+            back = await b.client.post("/models/one/rollback", headers=TOKEN)
+
+            assert began == {"one": [third, second, first], "two": [first]}
+            assert shares == [1, 50]
+            assert back.json()["version"] == second
+            assert serves(a) == serves(b) == {"one": [second, first], "two": [first]}
+
+
+async def test_a_change_while_a_worker_reads_its_models_is_caught_up(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = versions
+    read, go_on = asyncio.Event(), asyncio.Event()
+    joined = Peers.joined
+
+    @asynccontextmanager
+    async def late(self: Peers) -> AsyncIterator[None]:
+        read.set()
+        await go_on.wait()
+        async with joined(self):
+            yield
+
+    async with workers.worker(0) as a:
+        monkeypatch.setattr(Peers, "joined", late)
+        starting = workers.worker(1)
+        opened = asyncio.create_task(starting.__aenter__())
+        await read.wait()
+        monkeypatch.undo()
+        await load(a, second)
+        go_on.set()
+        b = await opened
+        try:
+            assert serves(b)["one"] == [second, first]
+        finally:
+            await starting.__aexit__(None, None, None)
+
+
+async def test_a_worker_that_died_is_not_waited_for(workers: Workers, versions: list[str]) -> None:
+    async with workers.worker(0) as a:
+        dead = workers.folder / "peer-1.sock"
+        server = await asyncio.start_unix_server(lambda _reader, writer: writer.close(), dead)
+        closes = await load(a, versions[1])
+        server.close()
+        await server.wait_closed()
+        dead.touch()
+        gone = await load(a, versions[2])
+
+    assert (closes.status_code, gone.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+async def test_whoever_loses_its_line_before_the_word_does_what_the_file_says(
+    wrote: bool, workers: Workers, versions: list[str]
+) -> None:
+    first, second, _ = versions
+    async with workers.worker(0) as a:
+        change = peers.Asked(change=Load(arm="one", version=second), number=1)
+        reader, writer = await asyncio.open_unix_connection(workers.folder / "peer-0.sock")
+        await peers._say(writer, change)
+        ready = await reader.readline()
+        if wrote:
+            state = a.parts.peers._changes.state()
+            peers._write(workers.folder, peers.Served(changes=1, state=state))
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+
+        assert b"null" in ready
+        assert serves(a)["one"] == ([second, first] if wrote else [first])
+
+
+async def test_two_workers_do_not_change_at_once(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with workers.worker(0) as a, workers.worker(1) as b:
+        answers = await asyncio.gather(load(a, versions[1]), load(b, versions[2], arm="two"))
+
+        assert sorted(answer.status_code for answer in answers) == [200, 409]
+        assert serves(a) == serves(b)
+
+
+def test_two_processes_swap_together_and_one_that_takes_a_dead_ones_place_serves_what_they_do(
+    tmp_path: Path, versions: list[str]
+) -> None:
+    first, second, _ = versions
+    with started(tmp_path, tmp_path, experiment=EXPERIMENT, admin_token="secret") as running:
+        service = running.opened()
+        with httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=30) as client:
+
+            def answering() -> set[str]:
+                """The versions that the workers answer with; 30 connections leave none of the two out."""
+                answers = [
+                    client.post(f"{service.url}/predict", json={"candidates": [{"id": "a1"}]}) for _ in range(30)
+                ]
+                return {answer.json()["version"] for answer in answers}
+
+            before = answering()
+            swapped = client.post(f"{service.url}/models/one/load", json={"version": second}, headers=TOKEN)
+            client.put(f"{service.url}/experiments/test", json={"kill": ["two"]}, headers=TOKEN)
+            after = answering()
+            os.kill(service.wait_for("worker serving")["pid"], signal.SIGKILL)
+            service.wait_for("worker serving", times=3)
+            again = answering()
+            info = client.get(f"{service.url}/metrics").text
+
+    assert swapped.status_code == 200
+    assert (before, after, again) == ({first}, {second}, {second})
+    assert f'clickserve_model_info{{arm="one",model="tiny",version="{second}"}} 1.0' in info
+    assert f'clickserve_model_info{{arm="one",model="tiny",version="{first}"}}' not in info
