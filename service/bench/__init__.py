@@ -1,0 +1,1 @@
+"""`python -m service bench`: an open loop of requests, and how the service stands it."""
