@@ -217,8 +217,8 @@ def resolve(root: Path, model: str, version: str = CURRENT) -> Path:
             raise ArtifactError(f'{pointer}: expected {{"version": "..."}}') from err
     path = root / model / str(version)
     # No path that leads elsewhere, and no draft, whose name begins with a dot.
-    if not re.fullmatch(r"\w[\w.-]*", str(version)) or not path.is_dir():
-        raise ArtifactError(f"{path}: no such artifact folder")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", str(version), re.ASCII) or not path.is_dir():
+        raise ArtifactError(f"{root / model / str(version)[:64]}: no such artifact folder")
     return path
 
 

@@ -16,7 +16,7 @@ from service.catalog import Catalog
 from service.changes import Load, Reshare, Rollback
 from service.decoding import Decoder
 from service.errors import FieldError, invalid, not_allowed, pointer, shown, unauthorized
-from service.experiment import Running
+from service.experiment import MAX_SHARE, Running
 from service.peers import Peers
 
 
@@ -27,7 +27,7 @@ class LoadRequest(Struct, frozen=True, forbid_unknown_fields=True):
 class SharesRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Who is not named keeps its share. To kill is to set a share of 0; it wins over the other two."""
 
-    shares: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    shares: dict[str, Annotated[float, Meta(ge=0, le=MAX_SHARE)]] = {}
     shadow: dict[str, Annotated[float, Meta(ge=0, le=100)]] = {}
     kill: list[str] = []
 

@@ -18,7 +18,7 @@ from service.assembly import Unreadable
 from service.catalog import Catalog
 from service.deadline import Deadline
 from service.decoding import Decoder
-from service.errors import compressed, not_open, store_down, too_large, too_slow
+from service.errors import compressed, not_open, store_down, too_large, too_slow, upgrading
 from service.events import Events
 from service.experiment import Running
 from service.explain import Explainer
@@ -192,6 +192,8 @@ class Api:
                     if len(body) > limit:
                         raise too_large(limit)
                     if not message.get("more_body", False):
+                        if not body and _upgrading(scope):
+                            raise upgrading()
                         return body
         except TimeoutError:
             raise too_slow(BODY_S) from None
@@ -203,6 +205,13 @@ class Api:
         except StoreUnavailable as err:
             return str(err)
         return None
+
+
+def _upgrading(scope: Scope) -> bool:
+    """Whether the server has dropped a body as that of another protocol: Java's client asks for HTTP/2 by default."""
+    headers = dict(scope["headers"])
+    announced = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+    return announced and b"upgrade" in headers
 
 
 def _json(body: bytes, *, status: int = 200) -> Response:

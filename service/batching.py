@@ -59,6 +59,11 @@ class Runner:
         for other in dropped:
             _tell([(other, shadow_dropped())])
 
+    def doubt(self, queue: Queue) -> None:
+        """See `Cost.doubt`."""
+        with self._changed:
+            queue.cost.doubt()
+
     def leave(self, queue: Queue, work: Work) -> None:
         """Nobody waits for this one any more."""
         with self._changed:
@@ -66,8 +71,10 @@ class Runner:
         self._metrics.queue_candidates.set(self.waiting)
 
     async def aclose(self) -> None:
-        """Refuses new work, finishes what waits and ends the thread."""
+        """Refuses new work, finishes what waits and ends the thread. A model that hangs is not waited for twice."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._changed.notify_all()
         until = time.monotonic() + STOP_S
@@ -114,6 +121,8 @@ class Runner:
                 if self._closed and self._line.is_empty:
                     return None
                 self._changed.wait(None if again == float("inf") else again - now)
+            if self.waiting:
+                self._changed.notify()  # what is left may be for another thread, which was told of no more than this
         self._metrics.queue_candidates.set(self.waiting)
         for piece in batch.pieces:
             if piece.start == 0:
@@ -172,6 +181,17 @@ class Batcher:
                 timer.cancel()
                 if work.left:
                     self._runner.leave(self._queue, work)
+
+    def expected_s(self, num_candidates: int) -> float:
+        """What a request of one user takes of the model, on its own."""
+        return self._queue.cost.request_s(num_candidates, 1)
+
+    def doubt(self) -> None:
+        """To be said of a request that was refused because its run alone is expected to take too long.
+
+        Nothing would be learnt any more of a model that was slow for a while, as long as others keep the line busy.
+        """
+        self._runner.doubt(self._queue)
 
     @property
     def takes_shadow(self) -> bool:

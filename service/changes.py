@@ -26,9 +26,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
 
 class Rollback(msgspec.Struct, frozen=True, kw_only=True, tag="rollback"):
-    """The arm gets the version back that it served before."""
+    """The arm gets the version back that it served before, and where one is named only that one."""
 
     arm: str
+    version: str | None = None
 
 
 class Reshare(msgspec.Struct, frozen=True, kw_only=True, tag="reshare"):
@@ -106,15 +107,19 @@ class Changes:
 
     def _rollback(self, change: Rollback) -> Prepared:
         self._check_arm(change.arm)
-        if self._catalog.previous(change.arm) is None:
+        previous = self._catalog.previous(change.arm)
+        if previous is None:
             raise no_such_version(f"{change.arm} has no previous version that is still loaded")
+        if change.version not in (None, previous.version):  # a process that started later may lack one
+            told = f"one process would go back to {previous.version}, not to {change.version}: load one of them"
+            raise no_such_version(f"{change.arm}: {told}")
 
         def commit() -> None:
             before = self._catalog.models[change.arm]
             self._catalog.roll_back(change.arm)
             self._tell(change.arm, before)
 
-        return Prepared(change=change, commit=commit)
+        return Prepared(change=Rollback(arm=change.arm, version=previous.version), commit=commit)
 
     def _tell(self, arm: str, before: Model) -> None:
         """Logs and metrics of a swap: the new one's series comes before the old one's goes."""

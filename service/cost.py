@@ -83,14 +83,27 @@ class Cost:
             self._refit()
             self._runs.clear()
 
+    def doubt(self) -> None:
+        """To be said where what was learnt keeps all runs from being made: some of it is forgotten for the start."""
+        self._forget(1)
+        self._fit()
+
     def _refit(self) -> None:
         runs = np.array(self._runs, dtype=np.float64)
         parts = runs[:, :4] * self._start
         expected = parts.sum(axis=1)
         parts /= expected[:, None]
-        fade = (1 - 1 / REMEMBERED) ** len(runs)
-        self._moments = fade * self._moments + parts.T @ parts
-        self._sums = fade * self._sums + parts.T @ (runs[:, 4] / expected)
+        self._forget(len(runs))
+        self._moments += parts.T @ parts
+        self._sums += parts.T @ (runs[:, 4] / expected)
+        self._fit()
+
+    def _forget(self, runs: int) -> None:
+        fade = (1 - 1 / REMEMBERED) ** runs
+        self._moments *= fade
+        self._sums *= fade
+
+    def _fit(self) -> None:
         factors = np.linalg.solve(self._moments + TRUST * np.eye(4), self._sums + TRUST)
         a, b, u, d = (self._start * np.maximum(factors, 0)).tolist()
         self._now = (a, b, u, d)

@@ -77,6 +77,12 @@ def compressed(coding: str) -> Problem:
     return Problem(415, detail, reason="compressed", headers={"Accept-Encoding": "identity"})
 
 
+def upgrading() -> Problem:
+    # What is still to come of the body would be read as the next request.
+    detail = "the connection asks to become another protocol, by which the body is lost; ask without `Upgrade`"
+    return Problem(400, detail, reason="upgrading", headers={"Connection": "close"})
+
+
 def too_large(limit: int) -> Problem:
     return Problem(413, f"the body is larger than {limit} bytes", reason="too_large")
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe as a metric's label, in a path and in a URL
+MAX_SHARE = 1e9  # so that the sum of all is a number
 
 
 class ExperimentError(ValueError):
@@ -28,7 +29,7 @@ class Arm(BaseModel):
     name: str = Field(pattern=NAME)
     model: str = Field(pattern=NAME)
     version: str = Field(default="current", pattern=NAME)
-    share: float = Field(ge=0, allow_inf_nan=False)
+    share: float = Field(ge=0, le=MAX_SHARE, allow_inf_nan=False)
     backend: Literal["onnx", "torchscript"] = "onnx"
     device: Literal["cpu", "cuda"] = "cpu"
 

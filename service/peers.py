@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -20,19 +21,19 @@ PREPARE_S = 300.0  # for a peer to read, verify and warm a model
 COMMIT_S = 10.0
 MAX_LINE = 2**20
 
-COMMIT, DISCARD = b"commit\n", b"discard\n"
+COMMIT = b"commit\n"
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What all processes serve after so many changes: the file that a process which starts later begins with."""
+    """What all processes serve since the last change: the file that a process which starts later begins with."""
 
-    changes: int
+    last: str  # change, by its name
     state: State
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     change: Change
-    number: int  # of the change, as `Served.changes` counts
+    name: str  # of this attempt and no other, so that one which was given up is never taken for made
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,50 +95,61 @@ class Peers:
             if folder is None:
                 prepared.commit()
                 return
-            last = served(self._place)
-            number = 1 if last is None else last.changes + 1
-            await self._make_everywhere(folder, prepared, number)
+            await self._make_everywhere(folder, prepared)
 
-    async def _make_everywhere(self, folder: Path, prepared: Prepared, number: int) -> None:
-        asked = Asked(change=prepared.change, number=number)
+    async def _make_everywhere(self, folder: Path, prepared: Prepared) -> None:
+        asked = Asked(change=prepared.change, name=uuid.uuid4().hex)
         others = [_socket(folder, slot) for slot in range(self._place.workers) if slot != self._place.slot]
         async with AsyncExitStack() as stack:
-            lines = [line for path in others if (line := await _Line.open(path, stack)) is not None]
             try:
+                lines = [line for path in others if (line := await _Line.open(path, stack)) is not None]
                 _raise_first(await asyncio.gather(*(line.prepare(asked) for line in lines)))
             except BaseException:
                 prepared.discard()
                 raise  # the lines close, and each peer discards
             # Nothing refuses from here on. The file decides for a peer that loses its line now, and for who starts.
             prepared.commit()
-            _write(folder, Served(changes=number, state=self._changes.state()))
-            await asyncio.gather(*(line.commit() for line in lines))
+            try:
+                _write(folder, Served(last=asked.name, state=self._changes.state()))
+            finally:  # where the disk is full, those that live agree all the same
+                await asyncio.gather(*(line.commit() for line in lines))
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One change that another process asks for. It holds what it prepared until that one decides, or is gone."""
         try:
             asked = msgspec.json.decode(await reader.readline(), type=Asked)
             try:
-                prepared = await self._changes.prepare(asked.change)
+                with self._own_turn():  # one that was given up may still be read here
+                    await self._prepare_and_end(asked, reader, writer)
             except Problem as problem:
                 refusal = Refusal(status=problem.status, detail=problem.detail, reason=problem.reason)
                 await _say(writer, Answer(refusal=refusal))
                 return
-            decided = False
-            try:
-                await _say(writer, Answer())
-                decided = await reader.readline() == COMMIT
-            finally:
-                self._end(prepared, asked, decided=decided)
             await _say(writer, Answer())
         except (ConnectionError, msgspec.DecodeError) as err:
             log.warning("a change was broken off", extra={"reason": str(err)})
         finally:
             writer.close()
 
+    async def _prepare_and_end(self, asked: Asked, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Raises Problem where it cannot be: silence would be taken for that of a process that has died."""
+        try:
+            prepared = await self._changes.prepare(asked.change)
+        except Problem:
+            raise
+        except Exception:
+            log.exception("unforeseen error")
+            raise Problem(500, "a process failed to get ready; it has logged why", reason="internal") from None
+        decided = False
+        try:
+            await _say(writer, Answer())
+            decided = await reader.readline() == COMMIT
+        finally:
+            self._end(prepared, asked, decided=decided)
+
     def _end(self, prepared: Prepared, asked: Asked, *, decided: bool) -> None:
         now = served(self._place)
-        if decided or (now is not None and now.changes >= asked.number):
+        if decided or (now is not None and now.last == asked.name):
             prepared.commit()
         else:
             prepared.discard()

@@ -17,6 +17,7 @@ from service.errors import Problem, of_arm, shadow_dropped
 from service.experiment import Experiment, Running
 from service.inputs import Inputs, Read
 from service.metrics import Metrics
+from service.pace import Pace
 from service.recent import Recent
 from service.values import spelled
 
@@ -72,6 +73,7 @@ class Scorer:
         self._inputs = inputs
         self._metrics = metrics
         self._fallback = fallback
+        self._pace = Pace()
         self.recent = Recent()
         self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds no task
 
@@ -82,9 +84,14 @@ class Scorer:
         """
         drawn = self._draw(given, request_id)
         with of_arm(drawn.arm):
+            num_candidates, batcher = len(given.candidates.ids), drawn.model.batcher
+            expected_s = batcher.expected_s(num_candidates)
             try:
-                scored = await self._by_model(drawn, given, deadline)
+                with self._pace.admitted(num_candidates, expected_s, deadline):
+                    scored = await self._by_model(drawn, given, deadline)
             except Problem as problem:
+                if problem.reason == "predicted_late" and expected_s > deadline.left_s:
+                    batcher.doubt()
                 scored = await self._without_model(drawn, given, deadline, problem)
         self._metrics.arm(drawn.arm).scored(scored.ctr)
         self.recent.add(drawn.arm, given)

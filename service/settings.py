@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_serializer
+from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "CLICKSERVE_"
@@ -44,6 +45,14 @@ class Settings(BaseSettings):
     admin_token: SecretStr | None = Field(default=None, min_length=1, description="without it nothing can be changed")
     keep_versions: int = Field(default=2, ge=0, le=10, description="earlier models of an arm that stay loaded")
     drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
+
+    @field_validator("admin_token")
+    @classmethod
+    def _sendable(cls, token: SecretStr | None) -> SecretStr | None:
+        """Others never arrive as they were: a header is trimmed, and clients disagree on what is not ASCII."""
+        if token is not None and not all("!" <= char <= "~" for char in token.get_secret_value()):
+            raise PydanticCustomError("unsendable", "expected visible ASCII characters and no spaces")
+        return token
 
     @field_serializer("admin_token", when_used="json-unless-none")
     def _readable(self, token: SecretStr) -> str:

@@ -1,6 +1,7 @@
 """The JSON shapes of /predict, /explain and /events: what comes in, what goes out, and how /docs shows them."""
 
-from typing import Annotated, Any
+from operator import attrgetter
+from typing import Annotated, Any, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -127,6 +128,7 @@ def explained(request: PredictRequest, explained: Explained) -> bytes:
 
 
 _ENCODER = msgspec.json.Encoder()
+_ID, _FEATURES = attrgetter("id"), attrgetter("features")
 
 
 def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
@@ -136,7 +138,7 @@ def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
     if isinstance(sent, dict):
         predictions = Columns(id=sent["id"], ctr=ctr)
     else:
-        predictions = [Prediction(candidate.id, p) for candidate, p in zip(sent, ctr, strict=True)]
+        predictions = list(map(Prediction, map(_ID, sent), ctr))
     return PredictAnswer(
         request_id=scored.request_id,
         experiment=scored.experiment,
@@ -149,15 +151,21 @@ def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
 
 
 def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Candidates:
-    ids = sent.get("id") if isinstance(sent, dict) else [candidate.id for candidate in sent]
+    ids = sent.get("id") if isinstance(sent, dict) else list(map(_ID, sent))
     if ids is None:
         raise invalid([FieldError(pointer="/candidates/id", expected="a list of ids", got="nothing")])
     if not 0 < len(ids) <= limit:
         raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
     if isinstance(sent, dict):
         _check_columns(sent, len(ids))
-        return Candidates(ids=list(map(spelled, ids)), features=None, columns=sent)
-    return Candidates(ids=list(map(spelled, ids)), features=[candidate.features for candidate in sent], columns=None)
+        return Candidates(ids=_all_spelled(ids), features=None, columns=sent)
+    return Candidates(ids=_all_spelled(ids), features=list(map(_FEATURES, sent)), columns=None)
+
+
+def _all_spelled(ids: list[str | int]) -> list[str]:
+    if set(map(type, ids)) == {str}:  # nearly always, and a call for each costs what all else here does
+        return cast("list[str]", ids)
+    return list(map(spelled, ids))
 
 
 def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:

@@ -264,10 +264,12 @@ def encode(
 
 
 def check_outputs(request: InferRequest) -> None:
-    """Raises Problem (400) where the model has no such output."""
+    """Raises Problem (400) where the model has no such output, or one is named twice: a body could hold 100,000."""
     for wanted in request.outputs or ():
         if wanted.name not in OUTPUTS:
             raise refused(f"outputs: expected {' or '.join(OUTPUTS)}, got {shown(wanted.name)}")
+    if len(request.outputs or ()) > len({wanted.name for wanted in request.outputs or ()}):
+        raise refused("outputs: each may be there once, some are there twice")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The TorchScript backends: the service's only file that imports torch, imported only when an arm asks for it."""
 
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class TorchScriptCudaBackend:
         # Off is torch's default too, but anybody in the process could change it: see cuda.py.
         torch.backends.cuda.matmul.allow_tf32 = False
         module = _load(graph, torch.device(device))
+        self._alone = threading.Lock()  # a swap replays requests on a model that may serve already
 
         def bind(layout: Layout) -> _Bound:
             return _Bound(module, layout, torch.device(device))
@@ -81,7 +83,8 @@ class TorchScriptCudaBackend:
 
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
         try:
-            return self._buckets.run(arrays)
+            with self._alone:
+                return self._buckets.run(arrays)
         except RuntimeError as err:
             raise err if isinstance(err, BackendError) else BackendError(f"libtorch: {err}") from err
 

@@ -77,10 +77,20 @@ class _Open:
         self._reader = asyncio.create_task(self._read())
 
     async def ask(self, command: Sequence[bytes], timeout_s: float) -> Any:
+        if not self.is_usable:  # lost since it was chosen: redis-py would connect anew, and nobody read
+            raise exceptions.ConnectionError("Connection closed")
         reply: Reply = self._loop.create_future()
         self._waiting.append((reply, self._loop.call_later(timeout_s, self._late, reply)))
-        # Nothing else runs between the line above and the writing: replies are told apart by their order alone.
-        await self._connection.send_packed_command(command, check_health=False)
+        try:
+            async with asyncio.timeout(timeout_s):  # a server that reads no more takes no more either
+                # Nothing else runs between the waiting and the writing: replies are told apart by their order alone.
+                await self._connection.send_packed_command(command, check_health=False)
+        except BaseException:  # part of it may be out, so redis-py has closed the connection
+            self.is_usable = False
+            self._reader.cancel()
+            if not reply.cancel():
+                reply.exception()  # which nobody else reads
+            raise
         return await reply  # whoever gives up here cancels it, and it is passed over when it comes
 
     def _late(self, reply: Reply) -> None:

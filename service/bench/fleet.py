@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -101,14 +102,18 @@ class Fleet:
                 meanwhile(start)
             return self._collect()
         except KeyboardInterrupt:
-            for pipe in self._pipes:
-                pipe.send(_STOP)
+            self._stop()
             raise Interrupted(self._collect()) from None
+        except BenchError:
+            raise
         except Exception:
-            for pipe in self._pipes:
-                pipe.send(_STOP)
+            self._stop()
             self._collect()
             raise
+
+    def _stop(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(_STOP)
 
     def _collect(self) -> Outcome:
         for pipe in self._pipes:
@@ -126,7 +131,7 @@ def _await_ready(pipe: Pipe) -> None:
 def _received(pipe: Pipe) -> Any:
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise BenchError("a generator ended on its own; what it said stands above") from None
 
 
@@ -154,7 +159,9 @@ async def _serve(pipe: Pipe, address: Address, mix: Mix, connections: int, draw:
     try:
         while (order := await told.get()) is not None:
             load, start = order
-            pipe.send(await generator.run(_plan(load, len(bodies), draw), start=start))
+            outcome = await generator.run(_plan(load, len(bodies), draw), start=start)
+            os.set_blocking(pipe.fileno(), True)  # the event loop, which reads from it, made it otherwise
+            pipe.send(outcome)
     finally:
         listening.remove_reader(pipe.fileno())
         generator.close()

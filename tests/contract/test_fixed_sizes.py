@@ -107,6 +107,19 @@ def test_runs_under_way_together_do_not_touch_each_other(plain: OnnxBackend, bou
         assert np.allclose(logits, plain.run(arrays), rtol=1e-5, atol=1e-5)
 
 
+def test_torchscript_at_fixed_sizes_is_run_by_several_threads_and_mixes_nothing_up(
+    plain: OnnxBackend, bound_torchscript: TorchScriptCudaBackend
+) -> None:
+    """A version that serves is loaded anew: recent requests are replayed on it beside those that come."""
+    requests = [example(SCHEMA, 1 + n % 3, 1 + 13 * (n % 24)) for n in range(96)]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(bound_torchscript.run, requests))
+
+    for arrays, logits in zip(requests, answers, strict=True):
+        assert np.allclose(logits, plain.run(arrays), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_is_loaded_beside_one_that_serves(
     graphs: Path, plain: OnnxBackend, bound_onnx: OnnxCudaBackend
 ) -> None:

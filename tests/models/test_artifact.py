@@ -199,7 +199,7 @@ def test_exports_that_take_the_same_version_at_once_both_end_up_whole(tmp_path, 
     assert {p.name for p in (tmp_path / "toy").iterdir()} == {first[0].name, second.name, "current.json"}
 
 
-@pytest.mark.parametrize("version", ["..", ".", "", "../toy/1", "/tmp", ".writing-1"])
+@pytest.mark.parametrize("version", ["..", ".", "", "../toy/1", "/tmp", ".writing-1", "1" * 300, "a\0"])
 def test_a_version_is_no_path(tmp_path, version):
     written(tmp_path)
     (tmp_path / "toy" / ".writing-1").mkdir()

@@ -222,6 +222,22 @@ async def test_a_large_body_is_answered_over_a_real_connection(config: Path) -> 
     assert (whole.status_code, chunked.status_code, after.status_code) == (413, 413, 200)
 
 
+async def test_a_body_that_an_upgrade_would_lose_is_refused_and_not_read_as_a_request(config: Path) -> None:
+    smuggled = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    asked = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n"
+
+    async with process("serve", "--config", str(config)) as running:
+        port = (await logged(running, "serving"))["port"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(asked % len(smuggled) + smuggled)
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"ask without `Upgrade`" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 @pytest.mark.parametrize("wrong", ["artifact", "setting", "port", "nothing to load into"])
 async def test_what_cannot_be_used_ends_with_one_sentence_and_code_2(wrong: str, config: Path, tmp_path: Path) -> None:
     taken = socket.create_server(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from service.batching import Batcher, Runner
 from service.errors import Problem
 from service.metrics import Metrics
 from tests.service import tiny
-from tests.service.engine import Fake, apart, held_up, in_time, joining, request, several, waiting, with_runner
+from tests.service.engine import Fake, apart, entered, held_up, in_time, joining, request, several, waiting, with_runner
 
 
 @pytest.fixture
@@ -161,6 +161,21 @@ async def test_two_models_share_the_thread(runner: Runner) -> None:
     await first
 
     assert (await second).tolist() == [2]
+
+
+async def test_the_pieces_of_a_request_go_to_all_threads_that_are_free() -> None:
+    runner = Runner(Metrics(), max_queued_candidates=100, threads=2)
+    backend = Fake()
+    backend.lanes, backend.hold = 2, True
+    answer = asyncio.create_task(Batcher(backend, apart(piece=2), runner).submit(request(1, 2, 3, 4), in_time()))
+    await entered(backend)
+    await entered(backend)
+
+    for _ in backend.runs:
+        backend.go_on.release()
+
+    assert (await answer).tolist() == [1, 2, 3, 4]
+    await runner.aclose()
 
 
 async def test_runs_and_waits_are_in_the_metrics() -> None:

@@ -434,6 +434,16 @@ def test_an_interrupted_run_keeps_what_it_measured(url):
     assert 0.25 < found.seconds < 5
 
 
+def test_an_outcome_larger_than_the_pipe_comes_whole():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = Address(host="127.0.0.1", port=silent.getsockname()[1])
+        with Fleet(address, Mix(candidates=1), processes=1, connections=2, seed=1) as fleet:
+            found = fleet.run(100_000, 0.2)
+
+    assert len(found.status) > 15_000
+    assert set(found.status.tolist()) == {NO_ANSWER}
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

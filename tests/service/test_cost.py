@@ -95,3 +95,15 @@ def test_a_model_that_became_slower_is_known_to_be_within_fifty_runs() -> None:
         cost.ran(100, 1, 20e-3)
 
     assert cost.run_s(100, 1) == pytest.approx(20e-3, rel=0.1)
+
+
+def test_doubt_leads_back_to_what_was_measured(clock: Clock) -> None:
+    cost = measured(clock, linear)
+    for _ in range(400):
+        cost.ran(100, 1, 1000 * linear(100, 1))
+    assert cost.run_s(100, 1) > 100 * linear(100, 1)
+
+    for _ in range(1000):
+        cost.doubt()
+
+    assert cost.run_s(100, 1) == pytest.approx(linear(100, 1), rel=0.1)

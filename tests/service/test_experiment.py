@@ -156,6 +156,7 @@ def test_a_killed_arm_gives_its_users_to_the_others_and_nobody_else_moves():
         ({}, {"mian": 1}, "shadow has no mian; there are a"),
         ({"mian": 0}, {}, "at least one arm needs a share above 0"),
         ({"mian": -1}, {}, "greater than or equal to 0"),
+        ({"mian": 1e308}, {}, "less than or equal to 1000000000"),
         ({}, {"a": 101}, "at most 100"),
     ],
 )

@@ -203,3 +203,17 @@ async def test_a_runner_does_not_wait_for_ever_for_a_model_that_hangs(
     assert "a model still runs" in caplog.text
     backend.go_on.release()
     await first
+
+
+async def test_a_runner_that_has_ended_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.batching.STOP_S", 0.2)
+    runner = Runner(Metrics(), max_queued_candidates=100)
+    backend = Fake()
+    first = await held_up(backend, Batcher(backend, apart(), runner))
+
+    await runner.aclose()
+    async with asyncio.timeout(0.1):
+        await runner.aclose()
+
+    backend.go_on.release()
+    await first

@@ -130,3 +130,11 @@ def test_a_log_line_is_one_json_object_with_what_was_given() -> None:
         "info",
     )
     assert set(told) == {"time", "level", "logger", "event", "arm"}
+
+
+@pytest.mark.parametrize("accept", ["text/plain;version=abc", "application/openmetrics-text;version=x", "\xff"])
+async def test_an_odd_wish_for_a_format_still_gets_the_metrics(service, accept):
+    answer = await service.client.get("/metrics", headers={"accept": accept.encode("latin-1")})
+
+    assert answer.status_code == 200
+    assert "clickserve_requests_total" in answer.text

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -185,13 +187,13 @@ async def test_whoever_loses_its_line_before_the_word_does_what_the_file_says(
 ) -> None:
     first, second, _ = versions
     async with workers.worker(0) as a:
-        change = peers.Asked(change=Load(arm="one", version=second), number=1)
+        change = peers.Asked(change=Load(arm="one", version=second), name="c1")
         reader, writer = await asyncio.open_unix_connection(workers.folder / "peer-0.sock")
         await peers._say(writer, change)
         ready = await reader.readline()
         if wrote:
             state = a.parts.peers._changes.state()
-            peers._write(workers.folder, peers.Served(changes=1, state=state))
+            peers._write(workers.folder, peers.Served(last="c1", state=state))
         writer.write_eof()
         await reader.read()
         writer.close()
@@ -238,3 +240,85 @@ def test_two_processes_swap_together_and_one_that_takes_a_dead_ones_place_serves
     assert (before, after, again) == ({first}, {second}, {second})
     assert f'clickserve_model_info{{arm="one",model="tiny",version="{second}"}} 1.0' in info
     assert f'clickserve_model_info{{arm="one",model="tiny",version="{first}"}}' not in info
+
+
+async def test_a_worker_that_fails_in_a_way_nobody_foresaw_refuses_the_change(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with workers.worker(0) as a, workers.worker(1) as b:
+
+        async def fail(arm: str, version: str) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(b.parts.peers._changes._swap, "prepare", fail)
+        refused = await load(a, versions[1])
+
+        assert refused.status_code == 500
+        assert serves(a) == serves(b) == {"one": [versions[0]], "two": [versions[0]]}
+
+
+async def test_where_the_file_cannot_be_written_the_workers_still_agree(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, told: peers.Served) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with workers.worker(0) as a, workers.worker(1) as b:
+        monkeypatch.setattr(peers, "_write", full)
+        answer = await load(a, versions[1])
+
+        assert answer.status_code == 500
+        assert serves(a) == serves(b)
+
+
+async def test_a_change_that_was_given_up_is_not_made_when_a_later_one_is(
+    workers: Workers, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked for it is gone while this worker still reads the model; meanwhile the others change something else."""
+    first, second, _ = versions
+    async with workers.worker(0) as a:
+        swap, prepares, go_on = a.parts.peers._changes._swap, asyncio.Event(), asyncio.Event()
+        prepare = swap.prepare
+
+        async def slow(arm: str, version: str) -> Any:
+            prepares.set()
+            await go_on.wait()
+            return await prepare(arm, version)
+
+        monkeypatch.setattr(swap, "prepare", slow)
+        _, writer = await asyncio.open_unix_connection(workers.folder / "peer-0.sock")
+        await peers._say(writer, peers.Asked(change=Load(arm="one", version=second), name="given up"))
+        await prepares.wait()
+        writer.close()
+        busy = await a.client.put("/experiments/test", json={"kill": ["two"]}, headers=TOKEN)
+        async with workers.worker(1) as b:
+            refused = await b.client.put("/experiments/test", json={"kill": ["two"]}, headers=TOKEN)
+            peers._write(workers.folder, peers.Served(last="another", state=b.parts.peers._changes.state()))
+            go_on.set()
+            await a.parts.catalog.settled()
+            monkeypatch.undo()
+            async with asyncio.timeout(10):
+                while (await load(b, second, arm="two")).status_code == 409:  # noqa: ASYNC110 - nothing tells its end
+                    await asyncio.sleep(0.01)
+
+        assert (busy.status_code, refused.status_code) == (409, 409)
+        assert serves(a) == {"one": [first], "two": [second, first]}
+
+
+async def test_workers_that_would_go_back_to_different_versions_do_not_go_back(
+    workers: Workers, versions: list[str], tmp_path: Path
+) -> None:
+    """The worker that started later could not load the version between: its artifact was deleted."""
+    first, second, third = versions
+    async with workers.worker(0) as a:
+        await load(a, second)
+        await load(a, third)
+        shutil.rmtree(tmp_path / "tiny" / second)
+        async with workers.worker(1) as b:
+            refused = await a.client.post("/models/one/rollback", headers=TOKEN)
+
+            assert refused.status_code == 422
+            assert first in refused.json()["detail"]
+            assert second in refused.json()["detail"]
+            assert serves(a)["one"] == [third, second, first]
+            assert serves(b)["one"] == [third, first]

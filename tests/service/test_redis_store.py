@@ -337,6 +337,43 @@ async def test_callers_that_give_up_never_mix_up_the_answers_of_others(redis_url
             assert all(isinstance(answer, asyncio.CancelledError) or answer[0] == answer[1] for answer in done)
 
 
+async def test_a_frozen_server_that_takes_no_more_bytes_costs_no_more_than_the_wait_for_an_answer(
+    own_redis: RedisServer,
+):
+    """What its socket cannot hold stays with the sender, who must not wait until it can."""
+    async with aclosing(RedisStore.connect(own_redis.url, timeout_s=0.05)) as store:
+        assert await answers(store)
+        opened: Any = store._wire._open
+        transport = opened._connection._writer.transport
+        os.kill(own_redis.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            async with asyncio.timeout(5):
+                with pytest.raises(StoreUnavailable):
+                    await store.fetch(None, [letter * 2**24 for letter in "abcd"], before=1.0, limit=1)
+            assert time.monotonic() - began < 1
+            assert transport.is_closing()
+        finally:
+            os.kill(own_redis.pid, signal.SIGCONT)
+            transport.abort()  # which would otherwise send the rest first
+            await asyncio.sleep(0)
+        assert await answers(store)
+
+
+async def test_what_is_sent_on_a_connection_that_was_just_lost_fails_at_once_and_is_sent_on_another(redis_url: str):
+    async with aclosing(RedisStore.connect(redis_url, timeout_s=5.0)) as store:
+        assert await answers(store)
+        wire = store._wire
+        lost = wire._open
+        assert lost is not None
+        await lost.aclose()
+
+        with pytest.raises(redis.ConnectionError):
+            await lost.ask([b"*1\r\n$4\r\nPING\r\n"], 0.5)
+        assert not lost._connection.is_connected
+        assert await answers(store)
+
+
 async def test_a_breaker_opens_on_failures_in_a_row_only(eventually: Eventually):
     healthy = asyncio.Event()
     probes = 0

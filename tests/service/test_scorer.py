@@ -1,6 +1,7 @@
 """The spine against the model in numpy: what is joined, what is absent, and what goes wrong on the way."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from models.encoding import Encoder, Event, Request
+from service.deadline import Deadline
 from service.features import Click, Fetched, MemoryStore, StoreUnavailable
 from tests.service import tiny
 from tests.service.conftest import Running, Start
@@ -283,3 +285,22 @@ async def test_a_score_that_is_no_number_is_never_sent(start: Start, tmp_path: P
         assert (bad.status_code, bad.headers["content-type"]) == (503, "application/problem+json")
         assert await service.metric('clickserve_rejected_total{reason="model_failed"}') == 1
         assert await service.metric('clickserve_requests_total{arm="one",route="/predict",status="503"}') == 1
+
+
+async def test_a_model_that_was_slow_for_a_while_is_tried_again_though_others_are_under_way(service: Running) -> None:
+    scorer = service.parts.scorer
+    batcher = service.parts.catalog.models["one"].batcher
+    for _ in range(200):
+        batcher._queue.cost.ran(1, 1, 10 * batcher.expected_s(1))
+    assert batcher.expected_s(1) > 0.5
+
+    statuses: list[int] = []
+    with scorer._pace.admitted(1, 0.0, Deadline.after(60_000, since=time.monotonic())):
+        for _ in range(2000):
+            answer = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=500)
+            statuses.append(answer.status_code)
+            if answer.status_code == 200:
+                break
+
+    assert statuses[0] == 503
+    assert statuses[-1] == 200

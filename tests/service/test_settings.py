@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service.settings import SettingsError, load
 
@@ -65,6 +66,16 @@ def test_a_wrong_file_is_told_in_one_sentence(file: Path, content: str, told: st
 
     assert str(file) in str(wrong.value)
     assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3 cret", "s3cr\u00e9t"])
+def test_a_token_that_no_header_brings_as_it_is_is_refused_and_not_repeated(file: Path, token: str) -> None:
+    file.write_text(yaml.safe_dump({"admin_token": token}))
+
+    with pytest.raises(SettingsError, match="setting admin_token: expected visible ASCII") as wrong:
+        load(file)
+
+    assert token not in str(wrong.value)
 
 
 def test_an_absent_file_is_told_by_its_name(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ async def test_only_the_outputs_asked_for_are_told(service: Running) -> None:
     assert (await refusal(service, {**body(), "outputs": [{"name": "x"}]}))[1].startswith("outputs: expected logit or")
 
 
+async def test_an_output_is_told_once(service: Running) -> None:
+    status, told = await refusal(service, {**body(), "outputs": [{"name": "prob"}] * 2})
+
+    assert (status, told) == (400, "outputs: each may be there once, some are there twice")
+
+
 @pytest.mark.parametrize(
     ("name", "other", "told"),
     [

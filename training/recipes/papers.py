@@ -22,9 +22,17 @@ def mian_paper() -> Run:
 def mian_prod() -> Run:
     """MIAN on MovieLens-1M with what the paper has not: clicks know their place, and multiply with the candidate.
 
-    To be judged beside mian_movielens. Not measured here yet.
+    Test AUC 0.7660, logloss 0.5728 (one seed, 5 epochs, valid 0.7590), where mian_movielens reaches 0.7554, 0.5897. Its
+    groups are concatenated for a wider head. After as many epochs DeepFM (0.7594) and DIN (0.7585) stand where it does.
     """
-    return _with(mian_movielens(), position="learned", ibim_scorer="bilinear")
+    beyond = {"position": "learned", "ibim_scorer": "bilinear", "gim_eb": "masked_mean", "gim_combine": "concat"}
+    return replace(
+        mian_movielens(),
+        model_config={"emb_dim": 16, "l2_emb": 1e-5, "l2_dense": 0.0, "heads": 4, "hidden": (256, 128)} | beyond,
+        batch_size=2048,
+        lr=2e-3,
+        patience=1,
+    )
 
 
 def stec_paper() -> Run:
