@@ -22,7 +22,8 @@ class Calibration(BaseModel):
     def __call__(self, logits: NDArray[Any]) -> NDArray[np.float64]:
         """Click probabilities, float64, of the logits' shape; strictly between 0 and 1."""
         z = self.slope * np.asarray(logits, dtype=np.float64) + self.intercept
-        return 1.0 / (1.0 + np.exp(-np.clip(z, -_LIMIT, _LIMIT)))
+        # np.clip takes longer than all else here.
+        return 1.0 / (1.0 + np.exp(-np.maximum(np.minimum(z, _LIMIT), -_LIMIT)))
 
 
 _LIMIT = 36.0  # beyond it sigmoid rounds to exactly 0 or 1 in double precision, and log loss to infinity

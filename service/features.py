@@ -262,20 +262,20 @@ def _unpack_past(packed: bytes, before: float, limit: int) -> Past:
     times: list[float] = []
     features: list[bytes] = []
     front_of, size_of = _FRONT.unpack_from, _SIZE.unpack_from
-    end = len(packed)
-    while end > len(NO_PAST) and len(items) < limit:
-        (size,) = size_of(packed, end - _SIZE.size)
+    end, header, size_bytes, front_bytes = len(packed), len(NO_PAST), _SIZE.size, _FRONT.size
+    while end > header and len(items) < limit:
+        (size,) = size_of(packed, end - size_bytes)
         start = end - size
-        if start < len(NO_PAST):
+        if start < header:
             raise ValueError(f"a record of {size} bytes that ends at {end}")
         front_size, item_len, ts = front_of(packed, start)
         if front_size != size:
             raise ValueError(f"a record of {front_size} or {size} bytes that ends at {end}")
         if ts < before:
-            item_from = start + _FRONT.size
+            item_from = start + front_bytes
             item_to = item_from + item_len
             items.append(packed[item_from:item_to].decode())
             times.append(ts)
-            features.append(packed[item_to + _TAG_BYTES : end - _SIZE.size])
+            features.append(packed[item_to + _TAG_BYTES : end - size_bytes])
         end = start
     return Past(items[::-1], times[::-1], features[::-1])

@@ -34,6 +34,7 @@ OTHER_FIELD = "other"  # a feature no model of the arm knows: clients name those
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 _CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _CTR = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_CTR_EDGES = np.array(_CTR)
 
 _MODEL_INFO = "clickserve_model_info"
 
@@ -49,7 +50,7 @@ class ArmMetrics:
         self.candidates.inc(len(ctr))
         # What observe() does, for all at once: a thousand calls of it would take longer than the model.
         histogram = self.predicted_ctr
-        for bucket, count in enumerate(np.bincount(np.searchsorted(_CTR, ctr), minlength=len(_CTR)).tolist()):
+        for bucket, count in enumerate(np.bincount(_CTR_EDGES.searchsorted(ctr), minlength=len(_CTR)).tolist()):
             if count:
                 histogram._buckets[bucket].inc(count)  # noqa: SLF001
         histogram._sum.inc(float(ctr.sum()))  # noqa: SLF001
