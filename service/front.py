@@ -26,7 +26,7 @@ Answer = Callable[[Scope, Receive], Coroutine[Any, Any, bytes]]
 
 
 class App(FastAPI):
-    """FastAPI, past which a prediction goes: its routing takes longer than all else of a request but the model."""
+    """FastAPI, past whose routing a prediction goes."""
 
     predict: ASGIApp  # set by whoever makes the app
 
