@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Request, concat
 from models.explanation import Explanation
+from models.manifest import Manifest, Tensor
 from models.requests import golden_from_json, golden_to_json
 from models.schema import Schema
 
@@ -35,42 +36,6 @@ LOGIT_TOLERANCE = 1e-5
 
 class ArtifactError(ValueError):
     """An artifact that is missing, damaged, or does not do what it says; the message names the file."""
-
-
-class Tensor(BaseModel):
-    """One input of the exported graphs; "U" counts requests, "C" candidates."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    dtype: str
-    dims: tuple[str | int, ...]
-
-
-class Manifest(BaseModel):
-    """What the artifact is, where it came from, and the sha256 of every other file in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model: str
-    version: str
-    created: str
-    config: dict[str, Any]
-    metrics: dict[str, Any]
-    schema_fingerprint: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Literal["logit"], Literal["prob"]]
-    explain: tuple[Explanation, ...] = ()
-    code_version: str
-    data_hash: str
-    files: dict[str, str]
-
-    @property
-    def click_rate(self) -> float | None:
-        """Of the validation part, and so what the calibrated scores come to on average: the best guess without them."""
-        valid = self.metrics.get("valid")
-        rate = valid.get("click_rate") if isinstance(valid, dict) else None
-        return rate if isinstance(rate, float) and 0 < rate < 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

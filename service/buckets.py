@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Tensor
 from models.encoding import Arrays, num_users
+from models.manifest import Tensor
 from service.backends import BackendError
 
 USERS = (1, 4, 16)

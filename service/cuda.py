@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models.artifact import ArtifactError, Tensor
+from models.artifact import ArtifactError
 from models.encoding import Arrays
+from models.manifest import Tensor
 from service.backends import BackendError, Device, names_of, open_session, session_options
 from service.buckets import CANDIDATES, USERS, Buckets, Layout
 

@@ -176,7 +176,7 @@ class Scorer:
             scored = await self._by_model(drawn, given, deadline, shadow=True)
         except Problem as problem:
             self._metrics.rejected(problem.reason).inc()
-        except Exception:
+        except Exception:  # behind an answer there is nobody else to tell
             log.exception("unforeseen error", extra={"arm": drawn.arm})
         else:
             self._metrics.arm(drawn.arm).scored(scored.ctr)

@@ -14,8 +14,9 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, Tensor
+from models.artifact import Artifact
 from models.encoding import NUMERIC_LIMIT, Arrays
+from models.manifest import Tensor
 from models.schema import input_name
 from service.errors import Problem, not_json, shown
 

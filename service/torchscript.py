@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.artifact import ArtifactError
-from models.artifact import Tensor as Input
 from models.encoding import Arrays
+from models.manifest import Tensor as Input
 from service.backends import BackendError
 from service.buckets import CANDIDATES, USERS, Buckets, Layout
 

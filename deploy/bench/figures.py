@@ -193,7 +193,7 @@ def figure4(stand: Stand) -> Told:
         for number in range(24):
             aim.swap("one", versions[number % len(versions)], ADMIN_TOKEN)
             if number in (3, 23):  # the previous versions that are kept are there from the fourth on
-                time.sleep(1)
+                time.sleep(1)  # the old one drains, then its memory goes back
                 memory.append(served.rss_mb())
     failures = sum(run["errors"] for run in (steady, during))
     refused = ", ".join(f"{run['refused_per_s']:.1f} {name}" for name, run in (("steady", steady), ("during", during)))
@@ -248,7 +248,7 @@ def _bench(
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         while look is not None and process.poll() is None:
             look()
-            time.sleep(5)
+            time.sleep(5)  # often enough to see memory grow over minutes
         assert process.stdout is not None
         text = process.stdout.read().decode()
     if process.returncode != 0:

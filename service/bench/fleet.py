@@ -99,14 +99,17 @@ class Fleet:
             pipe.send((Load(rate=share, seconds=seconds, connections=own), start))
         try:
             if meanwhile is not None:
-                meanwhile(start)
+                self._accompany(meanwhile, start)
             return self._collect()
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted(self._collect()) from None
-        except BenchError:
-            raise
-        except Exception:
+
+    def _accompany(self, meanwhile: Callable[[float], None], start: float) -> None:
+        """A run whose company fails is ended, and its outcome taken out of the pipes: the next one has its own."""
+        try:
+            meanwhile(start)
+        except Exception:  # whatever it is, it goes on from here
             self._stop()
             self._collect()
             raise

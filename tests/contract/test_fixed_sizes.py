@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import artifact
-from models.artifact import Artifact, ArtifactError, Tensor
+from models.artifact import Artifact, ArtifactError
 from models.encoding import Arrays
+from models.manifest import Tensor
 from service import backends
 from service.backends import BackendError, OnnxBackend, session_options
 from service.buckets import ALIGNMENT, Gate, Layout, parts
