@@ -17,7 +17,7 @@ from service.catalog import Catalog, Loader
 from service.changes import Changes
 from service.errors import Problem
 from service.events import Events
-from service.experiment import Experiment, Running
+from service.experiment import Running
 from service.explain import Explainer
 from service.features import FeatureStore, MemoryStore, StoreUnavailable
 from service.front import App, Recorder, Straight, answer_error
@@ -73,7 +73,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
 async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[Parts]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
-        running = Running(_experiment(settings))
+        running = Running(experiment.given(settings.experiment))
         served = peers.served(place)
         store, writing = _stores(settings)
         for opened in (store, writing):
@@ -117,14 +117,6 @@ async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> Asyn
             catalog=catalog,
             store=store,
         )
-
-
-def _experiment(settings: Settings) -> Experiment:
-    if settings.experiment is None:
-        raise SettingsError("the setting experiment is missing: name the experiment file, or write what stands in it")
-    if isinstance(settings.experiment, dict):
-        return experiment.parse(settings.experiment, source="setting experiment")
-    return experiment.read(settings.experiment)
 
 
 def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:

@@ -143,6 +143,13 @@ class Running:
         self.now = experiment
 
 
+def given(setting: Path | Mapping[str, Any] | None) -> Experiment:
+    """The experiment that the setting names a file of, or holds. Raises ExperimentError."""
+    if setting is None:
+        raise ExperimentError("the setting experiment is missing: name the experiment file, or write what stands in it")
+    return read(setting) if isinstance(setting, Path) else parse(setting, source="setting experiment")
+
+
 def read(path: Path) -> Experiment:
     """Raises ExperimentError in one sentence for a file that is absent, no YAML, or no experiment."""
     try:

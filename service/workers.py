@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from service import address, cores, logs, shared_metrics
+from service import address, cores, experiment, logs, shared_metrics
 from service.place import Place
 from service.settings import Settings, SettingsError
 
@@ -49,8 +49,10 @@ async def serve(settings: Settings) -> None:
         address.reserved(settings.host, settings.port) as port,
         TemporaryDirectory(prefix="clickserve-", dir=memory, ignore_cleanup_errors=True) as folder,
     ):
+        # Read once: a worker that is replaced serves what the others serve, whatever stands in the file by then.
+        read = experiment.given(settings.experiment).model_dump(by_alias=True)
         places = [Place(slot=slot, workers=workers, folder=Path(folder)) for slot in range(workers)]
-        await _Supervisor(settings.model_copy(update={"port": port}), places).run()
+        await _Supervisor(settings.model_copy(update={"port": port, "experiment": read}), places).run()
     log.info("stopped")
 
 

@@ -108,7 +108,7 @@ async def test_a_service_over_redis_answers_as_one_over_memory(start: Start, red
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no experiment": ({"experiment": None}, SettingsError, "the setting experiment is missing"),
+    "no experiment": ({"experiment": None}, ExperimentError, "the setting experiment is missing"),
     "a bad experiment": ({"experiment": {"experiment": "x", "salt": "s"}}, ExperimentError, "at arms: Field required"),
     "no file": ({"experiment": Path("no.yaml")}, ExperimentError, "no.yaml: not a readable"),
     "no artifact": ({"artifacts_dir": Path("nowhere")}, ArtifactError, "nowhere/tiny/current.json: no such file"),

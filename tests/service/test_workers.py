@@ -117,8 +117,13 @@ def started(folder: Path, artifacts: Path, *arguments: str, **given: Any) -> Ite
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, artifacts: Path) -> Iterator[Service]:
-    with started(tmp_path_factory.mktemp("workers"), artifacts, max_connection_s=0.2) as running:
-        yield running.opened()
+    folder = tmp_path_factory.mktemp("workers")
+    experiment = folder / "experiment.yaml"
+    experiment.write_text(yaml.safe_dump(TWO_ARMS))
+    with started(folder, artifacts, max_connection_s=0.2, experiment=str(experiment)) as running:
+        running.opened()
+        experiment.unlink()  # it was read once: who replaces a worker serves what the others serve
+        yield running
 
 
 def test_both_workers_answer_and_either_tells_the_totals_of_both(service: Service) -> None:
