@@ -47,6 +47,13 @@ class CTRModel(nn.Module):
         """The L2 terms the model's config asks for, to be added to the mean loss; 0 where it asks for none."""
         raise NotImplementedError
 
+    def auxiliary_loss(self, state: UserState, inputs: Inputs) -> Tensor:  # noqa: ARG002  # some models read it
+        """What the model learns beside the labels, of a training batch and what `encode_user` made of it; 0 by default.
+
+        Scalar, to be added to the mean loss.
+        """
+        return inputs["user_index"].new_zeros((), dtype=torch.get_default_dtype())
+
     def explanations(self) -> tuple[Explanation, ...]:
         """What the model shows of itself by `tap` (models/taps.py), in the order to be read; nothing by default."""
         return ()

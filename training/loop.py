@@ -108,7 +108,9 @@ def _train_epoch(
 def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: Run, state: State) -> torch.Tensor:
     """One update; returns the loss before it."""
     optimizer.zero_grad(set_to_none=True)
-    loss = F.binary_cross_entropy_with_logits(model(batch.inputs), batch.label_B) + model.penalty()
+    of_users = model.encode_user(batch.inputs)
+    loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
+    loss = loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
     # The one value read per step, and before it: a weight that is not a number never comes back.

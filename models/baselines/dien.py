@@ -1,6 +1,6 @@
 """DIEN: G. Zhou et al., "Deep Interest Evolution Network for Click-Through Rate Prediction", AAAI 2019.
 
-arXiv 1809.03672. Without the auxiliary loss, which needs clicks that were not made.
+arXiv 1809.03672.
 """
 
 # U requests, C candidates, T history length, E width of a click and of a state, G = 3 E; n: U or C
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.sequence import SequenceConfig, SequenceModel
+from models.baselines.sequence import SequenceConfig, SequenceModel, sampled_loss
 from models.blocks import Inputs, UserState, masked_softmax, start_linears
+from models.config import Weight
 from models.explanation import BEHAVIOUR, CANDIDATE, Explanation
 from models.schema import Schema
 from models.taps import tap
@@ -19,14 +20,19 @@ from models.taps import tap
 
 @dataclass(frozen=True, kw_only=True)
 class DIENConfig(SequenceConfig):
-    pass
+    aux_weight: Weight = 0.0  # of the auxiliary loss; the authors' code has 1
 
 
 class DIEN(SequenceModel):
     """Interests h_t = GRU(e_t); alpha = softmax_t(h_t^T W e_i), eq. (8); the last state of an AUGRU over them.
 
     The interests do not depend on the candidate and are computed once per request; their evolution does.
+
+    The auxiliary loss, eq. (6), has each interest tell the next click from one that was not made: here one that another
+    request of the batch has in the same place, so that an item comes as often as it is clicked.
     """
+
+    config: DIENConfig
 
     def __init__(self, config: DIENConfig, schema: Schema) -> None:
         super().__init__(config, schema, found=len(schema.group("behaviour")) * config.emb_dim, paper="DIEN")
@@ -37,8 +43,11 @@ class DIEN(SequenceModel):
 
     def encode_user(self, inputs: Inputs) -> UserState:
         mask_UT = inputs["hist_mask"]
-        interests_UTE = torch.stack(self.extraction(self.extraction.read(self.clicks(inputs)), mask_UT), dim=1)
+        clicks_UTE = self.clicks(inputs)
+        interests_UTE = torch.stack(self.extraction(self.extraction.read(clicks_UTE), mask_UT), dim=1)
         history = {
+            "clicks": clicks_UTE,
+            "interests": interests_UTE,
             "keys": self.relevance(interests_UTE),
             "read": self.evolution.read(interests_UTE),
             "mask": mask_UT,
@@ -53,6 +62,17 @@ class DIEN(SequenceModel):
         tap("alpha_behaviour", attention_CT)
         evolved_CE = self.evolution(read_CTG, mask_CT, attention_CT)[-1]
         return self.finish(state, items, evolved_CE, user_index)
+
+    def auxiliary_loss(self, state: UserState, inputs: Inputs) -> Tensor:
+        if not self.config.aux_weight:
+            return super().auxiliary_loss(state, inputs)
+        interests_UXE, clicks_UXE = state["interests"][:, :-1], state["clicks"][:, 1:]  # X = T - 1
+        both_UX = state["mask"][:, 1:] & state["mask"][:, :-1]
+        drawn_U = torch.randperm(len(clicks_UXE), device=clicks_UXE.device)
+        others_UXE = clicks_UXE[drawn_U]
+        other_UX = both_UX & both_UX[drawn_U] & (others_UXE != clicks_UXE).any(dim=-1)
+        scores_UX, missed_UX = ((interests_UXE * x_UXE).sum(dim=-1) for x_UXE in (clicks_UXE, others_UXE))
+        return self.config.aux_weight * sampled_loss(scores_UX, missed_UX, both_UX, other_UX)
 
     def explanations(self) -> tuple[Explanation, ...]:
         meaning = "How far each past click may move this candidate's state; sums to 1 (to 0 where there is none)."

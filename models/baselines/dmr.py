@@ -1,7 +1,4 @@
-"""DMR: Z. Lyu et al., "Deep Match to Rank Model for Personalized Click-Through Rate Prediction", AAAI 2020.
-
-Without the auxiliary loss, which teaches the user vector to predict each next click out of sampled others.
-"""
+"""DMR: Z. Lyu et al., "Deep Match to Rank Model for Personalized Click-Through Rate Prediction", AAAI 2020."""
 
 # U requests, C candidates, T history length, E width of a click, A attention width
 
@@ -10,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.sequence import SequenceConfig, SequenceModel
+from models.baselines.sequence import SequenceConfig, SequenceModel, sampled_loss
 from models.blocks import FieldEmbeddings, Inputs, UserState, masked_softmax, start_linears, tiny_normal
-from models.config import Count
-from models.schema import Schema
+from models.config import Count, Weight
+from models.schema import Schema, input_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +18,8 @@ class DMRConfig(SequenceConfig):
     """The tables that `l2_emb` holds are the target's output tables too."""
 
     attention_dim: Count = 64
+    aux_weight: Weight = 0.0  # of the auxiliary loss; the paper's is 0.1
+    aux_negatives: Count = 4  # to one click
 
 
 class DMR(SequenceModel):
@@ -30,7 +29,12 @@ class DMR(SequenceModel):
       candidate in output tables of its own. All but the last product is computed once per request.
     - item to item: the same attention, its own weights, reading the candidate too; its weighted sum of clicks, and
       as relevance the sum of its scores before the softmax.
+
+    The auxiliary loss has the user vector of all clicks but the newest find that one among others, by the output
+    tables. The others are newest clicks of other requests in the batch, so an item comes as often as it is clicked.
     """
+
+    config: DMRConfig
 
     def __init__(self, config: DMRConfig, schema: Schema) -> None:
         width = len(schema.group("behaviour")) * config.emb_dim
@@ -53,9 +57,9 @@ class DMR(SequenceModel):
         clicks_UTE, mask_UT = self.clicks(inputs), inputs["hist_mask"]
         placed_UTX = torch.cat([torch.zeros_like(clicks_UTE) + self.positions, clicks_UTE], dim=-1)
         scores_UT = self.user_score(torch.tanh(self.user_read(placed_UTX))).squeeze(-1)
-        pooled_UE = (masked_softmax(scores_UT, mask_UT).unsqueeze(1) @ clicks_UTE).squeeze(1)
         history = {
-            "user": self.user_out(pooled_UE),
+            "scores": scores_UT,
+            "user": self._user(scores_UT, clicks_UTE, mask_UT),
             "clicks": clicks_UTE,
             "read": self.item_read(placed_UTX),
             "mask": mask_UT,
@@ -74,6 +78,28 @@ class DMR(SequenceModel):
         item_relevance_C1 = (scores_CT * mask_CT).sum(dim=-1, keepdim=True)
         found_CX = torch.cat([found_CE, user_relevance_C1, item_relevance_C1], dim=-1)
         return self.finish(state, items, found_CX, user_index)
+
+    def auxiliary_loss(self, state: UserState, inputs: Inputs) -> Tensor:
+        if not self.config.aux_weight:
+            return super().auxiliary_loss(state, inputs)
+        scores_UT, clicks_UTE, mask_UT = (state[name] for name in ("scores", "clicks", "mask"))
+        before_UE = self._user(scores_UT[:, :-1], clicks_UTE[:, :-1], mask_UT[:, :-1])
+        sequences = self.fields.schema.group("behaviour")
+        newest = {f"item.{f.of}": inputs[input_name(f)][:, -1] for f in sequences}
+        newest_UE = torch.cat(self.output_fields.group("item", newest), dim=-1)
+        known_U = mask_UT[:, -1] & mask_UT[:, :-1].any(dim=1)
+        draws = range(self.config.aux_negatives)
+        drawn_KU = torch.stack([torch.randperm(len(newest_UE), device=newest_UE.device) for _ in draws])
+        others_KUE = newest_UE[drawn_KU]
+        other_KU = known_U & mask_UT[drawn_KU, -1] & (others_KUE != newest_UE).any(dim=-1)
+        scores_U, missed_KU = (before_UE * newest_UE).sum(dim=-1), (before_UE * others_KUE).sum(dim=-1)
+        return self.config.aux_weight * sampled_loss(scores_U, missed_KU, known_U, other_KU)
+
+    def _user(self, scores_nT: Tensor, clicks_nTE: Tensor, mask_nT: Tensor) -> Tensor:
+        """The user vector [n, E]."""
+        pooled_nE = (masked_softmax(scores_nT, mask_nT).unsqueeze(1) @ clicks_nTE).squeeze(1)
+        user_nE: Tensor = self.user_out(pooled_nE)
+        return user_nE
 
     def penalty(self) -> Tensor:
         return super().penalty() + self.output_fields.penalty(self.config.l2_emb)

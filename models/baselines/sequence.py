@@ -75,6 +75,12 @@ class SequenceModel(CTRModel):
         return self.fields.penalty(self.config.l2_emb)
 
 
+def sampled_loss(score_nX: Tensor, others_nX: Tensor, true_nX: Tensor, other_nX: Tensor) -> Tensor:
+    """-log sigma(score) - log(1 - sigma(score of another)), each a mean over where it is known: negative sampling."""
+    found, missed = F.softplus(-score_nX) * true_nX, F.softplus(others_nX) * other_nX
+    return found.sum() / true_nX.sum().clamp(min=1) + missed.sum() / other_nX.sum().clamp(min=1)
+
+
 def _check_schema(schema: Schema, paper: str) -> None:
     clicks, items = schema.group("behaviour"), [f.name for f in schema.group("item")]
     if not clicks:
