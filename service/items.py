@@ -26,10 +26,15 @@ MAX_KEY_BYTES = 2048  # a row under more features than these is made anew each t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """A request's candidates against the table: where each one's row is, and what is not there or too old."""
+    """A request's candidates against the table: the rows that it holds, and what is not there or too old.
+
+    Copied while they are found: before the store has answered, other requests may have put their rows in these places.
+    """
 
     keys: Sequence[Key]
-    slots: NDArray[np.int64]
+    rows: Arrays
+    notes: Mapping[int, Note]  # of those rows, by position
+    held: NDArray[np.bool_]  # which positions have a row at all
     lacking: NDArray[np.int64]  # positions whose row is not held, or was for too long
     given: Mapping[Key, Row]  # what the client said of those
     asked: list[str]  # the items that the store has to be asked for
@@ -75,13 +80,10 @@ class Items:
     def find(self, candidates: Candidates) -> Wanted:
         """Raises Unreadable for features that are no JSON object."""
         if candidates.columns is not None and all(_is_whole(candidates.columns.get(f.name)) for f in self._fields):
-            return Wanted(keys=(), slots=_NONE, lacking=_NONE, given={}, asked=[])
+            return _NOTHING_WANTED
         keys = candidates.keys()
         slots = self._table.find(keys, len(keys))
-        stale = self._table.stale(slots, self._now())
-        if not stale.any():
-            return Wanted(keys=keys, slots=slots, lacking=_NONE, given={}, asked=[])
-        lacking = np.flatnonzero(stale)
+        lacking = np.flatnonzero(self._table.stale(slots, self._now()))
         given: dict[Key, Row] = {}
         asked: dict[str, None] = {}
         for position in lacking.tolist():
@@ -90,7 +92,8 @@ class Items:
                 given[key] = row = candidates.row(position)
                 if not self._is_given_whole(row):
                     asked[candidates.ids[position]] = None
-        return Wanted(keys=keys, slots=slots, lacking=lacking, given=given, asked=list(asked))
+        rows, notes, held = self._table.take(slots), self._table.noted(slots), slots != NOTHING
+        return Wanted(keys=keys, rows=rows, notes=notes, held=held, lacking=lacking, given=given, asked=list(asked))
 
     def encode(self, candidates: Candidates, wanted: Wanted, stored: Mapping[str, Row | None] | None) -> Rows:
         """The candidates' rows; `stored` is what the store said of the items asked for, None where it is down.
@@ -99,12 +102,12 @@ class Items:
         """
         if not len(wanted.keys):
             return self._of_columns(candidates)
-        rows = Rows(arrays=self._table.take(wanted.slots))
+        rows = Rows(arrays=wanted.rows)
+        notes = dict(wanted.notes)
         lacking = wanted.lacking
         if lacking.size and stored is None:  # what is too old is better than nothing
-            held = wanted.slots[lacking] != NOTHING
+            held = wanted.held[lacking]
             rows.stale, lacking = bool(held.any()), lacking[~held]
-        noted = self._noted(wanted.slots, lacking)
         if lacking.size:
             positions = lacking.tolist()
             keys = list(dict.fromkeys(wanted.keys[p] for p in positions))
@@ -113,23 +116,18 @@ class Items:
             which = [place[wanted.keys[p]] for p in positions]
             for name, values in made.arrays.items():
                 rows.arrays[name][lacking] = values[which]
-            noted += [(p, made.notes[row]) for p, row in zip(positions, which, strict=True) if row in made.notes]
+            for position, row in zip(positions, which, strict=True):
+                notes.pop(position, None)
+                if row in made.notes:
+                    notes[position] = made.notes[row]
             rows.gaps = stored is None and self._has_gaps(candidates, positions, which, made)
             self._keep(keys, made, complete=stored is not None)
-        for position, note in noted:
+        for position, note in notes.items():
             rows.unnamed |= note.unnamed
             rows.invalid |= any(not candidates.gives(name, position) for name in note.bad)
         if candidates.columns is not None:
             self._override(rows, candidates.columns)
         return rows
-
-    def _noted(self, slots: NDArray[np.int64], lacking: NDArray[np.int64]) -> list[tuple[int, Note]]:
-        """The notes of the rows that the table gives, by position."""
-        notes = self._table.notes
-        if not notes:
-            return []
-        made = set(lacking.tolist())
-        return [(p, notes[slot]) for p, slot in enumerate(slots.tolist()) if slot in notes and p not in made]
 
     def _made(self, keys: Sequence[Key], given: Mapping[Key, Row], stored: Mapping[str, Row | None]) -> _Encoded:
         ids = [key if isinstance(key, str) else key[0] for key in keys]
@@ -209,6 +207,7 @@ class Items:
 
 
 _NONE = np.zeros(0, dtype=np.int64)
+_NOTHING_WANTED = Wanted(keys=(), rows={}, notes={}, held=_NONE.astype(np.bool_), lacking=_NONE, given={}, asked=[])
 
 
 def _is_whole(column: Sequence[Any] | None) -> bool:

@@ -36,14 +36,14 @@ class Pasts:
         slots = np.full(length, NOTHING, dtype=np.int64)
         slots[length - num_clicks :] = found = self._table.find(keys, num_clicks)
         arrays = {name: values[None] for name, values in self._table.take(slots).items()}
-        invalid = False
+        invalid = bool(self._table.noted(found))
         if not found.all():
             positions = np.flatnonzero(found == NOTHING)
             lacking = positions.tolist()
             made, bad = self._made([past.items[p] for p in lacking], [past.features[p] for p in lacking])
             for name, values in made.items():
                 arrays[name][0, length - num_clicks + positions] = values
-            invalid = bool(bad)
+            invalid |= bool(bad)
             self._table.put(
                 [keys[p] for p in lacking],
                 made,
@@ -51,8 +51,6 @@ class Pasts:
                 notes={row: Note(bad=frozenset(names)) for row, names in bad.items()},
                 rows=[row for row, p in enumerate(lacking) if len(past.features[p]) <= MAX_KEY_BYTES],
             )
-        if self._table.notes:
-            invalid |= any(slot in self._table.notes for slot in found.tolist())
         return arrays | self._encoder.encode_times(np.array(past.ts, dtype=np.float64), ts), invalid
 
     def _made(self, items: Sequence[str], features: Sequence[bytes]) -> tuple[Arrays, dict[int, set[str]]]:

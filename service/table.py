@@ -23,10 +23,13 @@ class Note:
 
 
 class Table:
-    """At most `capacity` rows of the given inputs. A row that is put again stays in its slot."""
+    """At most `capacity` rows of the given inputs. A row that is put again stays in its slot.
+
+    A slot is good until something else is put: nobody may wait between finding and taking.
+    """
 
     def __init__(self, inputs: Sequence[Input], *, capacity: int) -> None:
-        self.notes: dict[int, Note] = {}
+        self._notes: dict[int, Note] = {}
         self._slot_of: dict[Hashable, int] = {}
         self._keys: list[Hashable] = [None] * (capacity + 1)
         self._next = NOTHING + 1
@@ -57,6 +60,11 @@ class Table:
             arrays[name] = values.take(slots, axis=0)
         return arrays
 
+    def noted(self, slots: NDArray[np.int64]) -> dict[int, Note]:
+        """The notes of the rows in these slots, by position."""
+        notes = self._notes
+        return {p: notes[slot] for p, slot in enumerate(slots.tolist()) if slot in notes} if notes else {}
+
     def put(
         self,
         keys: Sequence[Hashable],
@@ -72,9 +80,9 @@ class Table:
             slot = self._slot_for(keys[row])
             slots.append(slot)
             self._until[slot] = until[row]
-            self.notes.pop(slot, None)
+            self._notes.pop(slot, None)
             if row in notes:
-                self.notes[slot] = notes[row]
+                self._notes[slot] = notes[row]
         # Of rows that fell into one slot the last remains, in numpy's assignment as in the loop above.
         for names, values in self._columns:
             for name, column in zip(names, values, strict=True):

@@ -45,11 +45,16 @@ class Store(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[Sequence[str]] = []
+        self.open = asyncio.Event()  # clear: an answer takes until it is set
+        self.open.set()
+        self.waits = asyncio.Event()  # set whenever one is waited for
 
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
         self.asked.append(list(items))
         if self.down:
             raise StoreUnavailable("down")
+        self.waits.set()
+        await self.open.wait()
         return await super().fetch(user, items, before=before, limit=limit)
 
 
@@ -183,6 +188,24 @@ async def test_a_row_that_the_client_gives_whole_is_never_asked_for() -> None:
     await reader.read(candidates={"id": ["a2", "a3"], "price": [1, None], "genres": [["x"], []]})
 
     assert reader.store.asked == [["a2", "a3"]]
+
+
+async def test_a_row_whose_place_another_takes_while_the_store_is_asked_stays_the_row() -> None:
+    reader = Reader(rows=2)
+    await reader.store.put_items({name: {"price": price} for name, price in (("a1", 1.0), ("a2", 2.0), ("a3", 3.0))})
+    alone = (await reader.read(candidates=[{"id": "a1"}])).arrays
+    reader.store.open.clear()
+    reader.store.waits.clear()
+
+    waiting = asyncio.create_task(reader.read(candidates=[{"id": "a1"}, {"id": "a3"}]))
+    await reader.store.waits.wait()
+    whole = {"price": 9, "genres": ["x"]}
+    await reader.read(candidates=[{"id": "a1", "features": whole}, {"id": "a2", "features": whole}])
+    reader.store.open.set()
+    read = (await waiting).arrays
+
+    for name in ("item.item_id", "item.price", "item.genres"):
+        np.testing.assert_array_equal(read[name][0], alone[name][0])
 
 
 async def test_other_features_of_the_same_item_are_another_row() -> None:
