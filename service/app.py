@@ -27,7 +27,7 @@ from service.peers import Peers
 from service.place import Place
 from service.redis_store import RedisStore
 from service.scorer import Scorer
-from service.settings import Settings, SettingsError
+from service.settings import Settings
 from service.swap import Swap
 
 log = logging.getLogger(__name__)
@@ -125,11 +125,8 @@ def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:
         log.warning("no redis_url: clicks are kept in this process, and lost with it")
         memory = MemoryStore()
         return memory, memory
-    try:
-        reading, writing = (
-            RedisStore.connect(settings.redis_url, timeout_s=timeout_ms / 1000)
-            for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
-        )
-    except ValueError as err:
-        raise SettingsError(f"setting redis_url: {err}") from None
+    reading, writing = (
+        RedisStore.connect(settings.redis_url, timeout_s=timeout_ms / 1000)
+        for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
+    )
     return reading, writing

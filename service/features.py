@@ -30,7 +30,7 @@ class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, by the 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Click:
-    """One click as it is stored. Without features it takes those stored for its item at the time it is appended."""
+    """One click as it is stored. What its features lack are those stored for its item at the time it is appended."""
 
     event_id: str
     user: str
@@ -124,7 +124,7 @@ class MemoryStore:
         past = earlier[max(len(earlier) - limit, 0) :]
         return Fetched(
             user=self._users.get(user) if user is not None else None,
-            behaviours=Past([c.item for c in past], [c.ts for c in past], [pack_row(c.features) for c in past]),
+            behaviours=Past([c.item for c in past], [c.ts for c in past], [_packed(c.features) for c in past]),
             items=[self._items.get(item) for item in items],
         )
 
@@ -158,10 +158,11 @@ class MemoryStore:
 
 
 def enriched(click: Click, item: Row | None) -> Click:
-    """The click with its item's stored features, if it brought none of its own."""
-    if click.features or not item:
+    """The click with its item's stored features, but for those that it brought itself."""
+    if not item:
         return click
-    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features=item)
+    own = {name: value for name, value in click.features.items() if value is not None}
+    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **own})
 
 
 def _order(click: Click) -> tuple[float, str, bytes]:
@@ -215,13 +216,18 @@ _FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(
 
 def pack_row(row: Row) -> bytes:
     """Raises ValueError for a row that is too large or holds what is no raw value."""
+    packed = _packed(row)
+    if len(packed) > MAX_FEATURES_BYTES:
+        raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
+    return packed
+
+
+def _packed(row: Row) -> bytes:
     try:
         packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
         _FEATURES.decode(packed)
     except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
         raise ValueError(f"features are strings, numbers of 64 bits, booleans and lists of them ({err})") from err
-    if len(packed) > MAX_FEATURES_BYTES:
-        raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
     return packed
 
 
@@ -237,7 +243,8 @@ def unpack_row(packed: bytes | None) -> Row | None:
 
 
 def pack_click(click: Click) -> bytes:
-    item, features = click.item.encode(), pack_row(click.features)
+    """Its own features and its item's together may take twice what a row may."""
+    item, features = click.item.encode(), _packed(click.features)
     size = _FRAME_BYTES + len(item) + len(features)
     # -0.0 would sort after every other time.
     front = _FRONT.pack(size, len(item), click.ts + 0.0)

@@ -1,7 +1,6 @@
 """From Parquet files into the store: past clicks, and the raw features of users and items."""
 
 import hashlib
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from models.values import Row, canonical
 from service.features import Click, FeatureStore, pack_row
+from service.values import MAX_ID_LENGTH, YEAR_10000
 
 T = TypeVar("T")
 
@@ -25,12 +25,10 @@ class LoadError(ValueError):
 async def load_behaviours(path: Path, store: FeatureStore) -> int:
     """Append a file's clicks to their users' pasts; returns how many were new.
 
-    Columns `user`, `item`, `ts` (Unix seconds); if there is a `type`, only its clicks count. Without an `event_id` a
-    click is known by its user, item, time and how many such stand before it, so loading a file again changes nothing.
-    Further columns are the item's features at that time; without any, those stored for the item now are taken.
+    Columns `user`, `item`, `ts` (Unix seconds); if there is a `type` (click or impression), only its clicks count.
+    Without an `event_id` a click is known by its user, item, time and how many such stand before it, so loading a file
+    again changes nothing. Further columns are the item's features at that time; the others are taken as stored now.
     """
-    import polars as pl
-
     frame = _read(path)
     for name in ("user", "item", "ts"):
         if name not in frame.columns:
@@ -38,13 +36,23 @@ async def load_behaviours(path: Path, store: FeatureStore) -> int:
     if not frame.schema["ts"].is_numeric():
         raise LoadError(f"{path}: column ts: expected Unix seconds, got {frame.schema['ts']}")
     if "type" in frame.columns:
-        frame = frame.filter(pl.col("type") == "click").drop("type")
+        frame = _of_clicks(path, frame)
     # One user's clicks together and oldest first: few scripts to run, and each adds at the end.
     clicks = _clicks(path, frame.with_row_index(_ROW).sort("user", "ts"))
     new = 0
     for batch in _batches(clicks, total=frame.height, what="clicks"):
         new += sum(await store.append(batch))
     return new
+
+
+def _of_clicks(path: Path, frame: Any) -> Any:
+    import polars as pl
+
+    types = set(frame["type"].cast(pl.String).unique())
+    if not types <= {"click", "impression"}:
+        odd = min(str(other) for other in types - {"click", "impression"})
+        raise LoadError(f"{path}: column type: expected click or impression, got {odd}; call a feature otherwise")
+    return frame.filter(pl.col("type").cast(pl.String) == "click").drop("type")
 
 
 async def load_features(kind: Literal["users", "items"], path: Path, store: FeatureStore) -> int:
@@ -85,7 +93,7 @@ def _clicks(path: Path, frame: Any) -> Iterator[Click]:
     for row in frame.iter_rows(named=True):
         user, item = _id(path, row, "user"), _id(path, row, "item")
         ts = row["ts"]
-        if ts is None or not 0 <= ts < math.inf:
+        if ts is None or not 0 <= ts < YEAR_10000:
             raise LoadError(f"{path}: row {row[_ROW]}: ts: expected Unix seconds, got {ts}")
         ts = float(ts)
         if user != last_user:
@@ -113,8 +121,12 @@ def _id(path: Path, row: dict[str, Any], column: str) -> str:
         spelled = canonical(row[column])
     except TypeError:
         spelled = None
-    if spelled is None:
-        raise LoadError(f"{path}: row {row[_ROW]}: column {column}: expected an id, got {row[column]!r}")
+    if spelled is None or not 0 < len(spelled) <= MAX_ID_LENGTH:
+        told = repr(row[column])
+        told = told if len(told) <= MAX_ID_LENGTH else f"{len(spelled or told)} characters"
+        raise LoadError(
+            f"{path}: row {row[_ROW]}: column {column}: expected an id of 1 to {MAX_ID_LENGTH} characters, got {told}"
+        )
     return spelled
 
 

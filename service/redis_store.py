@@ -32,7 +32,8 @@ from service.features import (
     unpack_row,
     user_key,
 )
-from service.wire import Wire
+from service.settings import SettingsError
+from service.wire import CONNECT_S, Wire
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
 _ROWS_A_COMMAND = 1000
@@ -57,6 +58,7 @@ class RedisStore:
         unbounded = {
             **pool.connection_kwargs,
             "socket_timeout": None,
+            "socket_connect_timeout": CONNECT_S,
             "health_check_interval": 0,
         }  # the wire has its own
         self._wire = Wire(lambda: pool.connection_class(**unbounded), timeout_s=timeout_s, told=self._breaker.told)
@@ -67,17 +69,21 @@ class RedisStore:
 
         redis-py retries ten times by default, and so hangs for a minute on a frozen server. Here silence is not
         retried; a connection found closed is made anew once, as a server that restarts leaves a pool full of them.
+        Raises SettingsError for a URL that is none.
         """
         # Not BlockingConnectionPool: a waiter cancelled just as it is woken takes the wake-up with it, and the next
         # one waits out its time beside a free connection. One connection more than callers: the breaker's probe.
-        pool = ConnectionPool.from_url(
-            url,
-            max_connections=connections + 1,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=max(timeout_s, 0.05),
-            retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
-            health_check_interval=10,
-        )
+        try:
+            pool = ConnectionPool.from_url(
+                url,
+                max_connections=connections + 1,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=max(timeout_s, 0.05),
+                retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
+                health_check_interval=10,
+            )
+        except ValueError as err:
+            raise SettingsError(f"setting redis_url: {err}") from None
         return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep)
 
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
@@ -102,7 +108,7 @@ class RedisStore:
         for position, click in enumerate(clicks):
             by_user[click.user].append(position)
         async with self._answering():
-            items = await self._items_of_bare(clicks)
+            items = await self._items_of(clicks)
             pipeline = self._client.pipeline(transaction=False)
             for user, positions in by_user.items():
                 own = [clicks[p] for p in positions]
@@ -143,12 +149,10 @@ class RedisStore:
     async def _probe(self) -> None:
         await self._client.ping()
 
-    async def _items_of_bare(self, clicks: Sequence[Click]) -> dict[str, Row | None]:
-        bare = list({click.item for click in clicks if not click.features})
-        if not bare:
-            return {}
-        values: Sequence[Any] = await self._client.mget([item_key(item) for item in bare])
-        return {item: unpack_row(value) for item, value in zip(bare, values, strict=True)}
+    async def _items_of(self, clicks: Sequence[Click]) -> dict[str, Row | None]:
+        items = list({click.item for click in clicks})
+        values: Sequence[Any] = await self._client.mget([item_key(item) for item in items])
+        return {item: unpack_row(value) for item, value in zip(items, values, strict=True)}
 
     async def _put(self, values: Mapping[str, bytes]) -> None:
         pairs = list(values.items())

@@ -5,11 +5,11 @@ from typing import Annotated, TypeGuard
 from msgspec import Meta
 
 MAX_ID_LENGTH = 256
-_YEAR_10000 = 253_402_300_800  # beyond it there are no dates; a time in milliseconds lands there too
+YEAR_10000 = 253_402_300_800  # beyond it there are no dates; a time in milliseconds lands there too
 
 # No floats: 42.0 may be an id that some library turned into a double, and above 2**53 that is no longer the same id.
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | int
-Time = Annotated[float, Meta(ge=0, lt=_YEAR_10000)]
+Time = Annotated[float, Meta(ge=0, lt=YEAR_10000)]
 
 
 def spelled(value: str | int) -> str:

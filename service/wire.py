@@ -12,6 +12,8 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
+CONNECT_S = 1.0  # for a connection, which takes several round trips: longer than anybody waits for it
+
 Reply = asyncio.Future[Any]
 
 
@@ -46,13 +48,18 @@ class Wire:
         if opened is None or not opened.is_usable:
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.create_task(self._connect())
-            opened = await asyncio.shield(self._opening)  # for all who wait, whoever of them gives up
+                self._opening.add_done_callback(_heard)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    opened = await asyncio.shield(self._opening)  # for those who come later, should all give up
+            except TimeoutError:
+                raise exceptions.TimeoutError("Timeout connecting to the server") from None
         return await opened.ask(command, self._timeout_s)
 
     async def _connect(self) -> "_Open":
         connection = self._make()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(CONNECT_S):
                 await connection.connect()  # type: ignore[no-untyped-call] # the library does not annotate it
         except TimeoutError:
             await connection.disconnect(nowait=True)
@@ -62,9 +69,16 @@ class Wire:
 
     async def aclose(self) -> None:
         if self._opening is not None:
+            self._opening.cancel()
             await asyncio.wait([self._opening])
         if self._open is not None:
             await self._open.aclose()
+
+
+def _heard(opening: "asyncio.Task[_Open]") -> None:
+    """Whoever waited has given up, and nobody else asks why it failed."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 class _Open:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.encoding import Event, history
 from models.values import Row
-from service.features import KEEP, Click, FeatureStore, MemoryStore
+from service.features import KEEP, MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore
 from service.redis_store import RedisStore
 
 NOW = 2e9
@@ -113,12 +113,25 @@ async def test_two_clicks_on_one_item_at_one_time_both_count(store: FeatureStore
 
 
 async def test_a_click_keeps_the_items_features_of_its_own_time(store: FeatureStore):
-    await store.put_items({"ad1": {"brand": "old"}})
-    await store.append([click(1), click(2, brand="own"), click(3, item="unknown")])
+    await store.put_items({"ad1": {"brand": "old", "price": 1.5}})
+    await store.append([click(1), click(2, brand="own", session="s1"), click(3, item="unknown")])
 
     await store.put_items({"ad1": {"brand": "new"}})
 
-    assert [event.features for event in await past(store)] == [{"brand": "old"}, {"brand": "own"}, {}]
+    assert [event.features for event in await past(store)] == [
+        {"brand": "old", "price": 1.5},
+        {"brand": "own", "price": 1.5, "session": "s1"},
+        {},
+    ]
+
+
+async def test_a_clicks_own_features_and_its_items_may_each_be_as_large_as_a_row(store: FeatureStore):
+    large = "x" * (MAX_FEATURES_BYTES - 100)
+    await store.put_items({"ad1": {"text": large}})
+
+    await store.append([click(1, own=large)])
+
+    assert [event.features for event in await past(store)] == [{"text": large, "own": large}]
 
 
 async def test_marks_tell_the_first_time_from_the_next(store: FeatureStore):

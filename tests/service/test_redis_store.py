@@ -84,13 +84,13 @@ async def test_a_fetch_is_one_command(store: RedisStore, server: redis.Redis):
     assert calls(server) == {"mget": 1}
 
 
-async def test_a_click_with_features_is_one_script_that_reads_and_writes_once(store: RedisStore, server: redis.Redis):
+async def test_a_click_is_its_items_features_and_one_script(store: RedisStore, server: redis.Redis):
     await store.append([click(1, brand="a")])
     server.config_resetstat()
 
     await store.append([click(2, brand="a")])
 
-    assert calls(server) == {"script|exists": 1, "evalsha": 1, "get": 1, "set": 2}
+    assert calls(server) == {"mget": 1, "script|exists": 1, "evalsha": 1, "get": 1, "set": 2}
 
 
 async def test_pasts_and_marks_expire_and_features_stay(store: RedisStore, server: redis.Redis):
@@ -219,6 +219,34 @@ async def test_a_dead_server_is_said_to_be_unavailable_at_once():
                 await call
 
         assert time.monotonic() - started < 1
+
+
+async def test_a_server_far_away_is_connected_to_though_that_takes_longer_than_an_answer_may(
+    redis_url: str, eventually: Eventually
+):
+    one_way_s = 0.02
+    carried: list[asyncio.Future[Any]] = []
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            await asyncio.sleep(one_way_s)
+            writer.write(data)
+        writer.close()
+        await writer.wait_closed()
+
+    async def far(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection(redis_url.removeprefix("unix://"))
+        carried.append(asyncio.gather(carry(reader, back), carry(there, writer)))
+        await carried[-1]
+
+    proxy = await asyncio.start_server(far, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    async with aclosing(RedisStore.connect(f"redis://127.0.0.1:{port}/1", timeout_s=3 * one_way_s)) as store:
+        await eventually(lambda: answers(store))
+
+        assert all([await answers(store) for _ in range(3)])
+    await asyncio.gather(*carried)
+    proxy.close()
 
 
 async def test_a_frozen_server_costs_five_short_waits_and_then_none_until_it_thaws(
