@@ -61,4 +61,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]
-CMD ["serve", "--host", "0.0.0.0"]
+# The port inside is always this one: publish it as another where another is wanted.
+CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -8,13 +8,12 @@ from pathlib import Path
 import uvloop
 
 from models.artifact import ArtifactError
-from service import loading, logs, settings, workers
+from service import loading, logs, redis_store, settings, workers
 from service.bench import command as bench
 from service.bench.errors import BenchError
 from service.experiment import ExperimentError
 from service.features import StoreUnavailable
 from service.loading import LoadError
-from service.redis_store import RedisStore
 from service.settings import SettingsError
 from service.workers import WorkerError
 
@@ -49,10 +48,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         given = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
         await workers.serve(settings.load(arguments.config, **given))
         return
-    url = settings.load(arguments.config).redis_url
-    if url is None:
-        raise SettingsError("nothing to load into: set redis_url in --config or CLICKSERVE_REDIS_URL")
-    store = RedisStore.connect(url, timeout_s=LOADING_TIMEOUT_S)
+    store = redis_store.opened(settings.load(arguments.config), timeout_s=LOADING_TIMEOUT_S)
     try:
         if arguments.command == "load-behaviours":
             print(f"{await loading.load_behaviours(arguments.file, store)} new clicks")

@@ -15,7 +15,7 @@ from service import documents
 from service.catalog import Catalog
 from service.changes import Load, Reshare, Rollback
 from service.decoding import Decoder
-from service.errors import FieldError, invalid, not_allowed, pointer, shown, unauthorized
+from service.errors import FieldError, invalid, not_allowed, not_found, pointer, shown, unauthorized
 from service.experiment import MAX_SHARE, Running
 from service.peers import Peers
 
@@ -77,6 +77,8 @@ class Admin:
         parts = self._allowed(request)
         asked = self._shares_decoder.decode(await self._body(request.scope, request.receive))
         now = parts.running.now
+        if name != now.name:
+            raise not_found(f"there is no experiment {shown(name)}; {now.name} runs")
         shares, shadow = dict(asked.shares), dict(asked.shadow)
         arms, shadows = {arm.name for arm in now.arms}, {arm.name for arm in now.shadow}
         for position, killed in enumerate(asked.kill):

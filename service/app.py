@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service import documents, experiment, peers
+from service import documents, experiment, peers, redis_store
 from service.api import Api, Parts
 from service.batching import Runner
 from service.catalog import Catalog, Loader
@@ -25,7 +25,6 @@ from service.inputs import Inputs
 from service.metrics import Metrics
 from service.peers import Peers
 from service.place import Place
-from service.redis_store import RedisStore
 from service.scorer import Scorer
 from service.settings import Settings
 from service.swap import Swap
@@ -87,7 +86,12 @@ async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> Asyn
             metrics, max_queued_candidates=settings.max_queued_candidates, threads=GPU_THREADS if on_gpu else 1
         )
         stack.push_async_callback(runner.aclose)
-        loader = Loader(root=settings.artifacts_dir, runner=runner, max_candidates=settings.max_batch_candidates)
+        loader = Loader(
+            root=settings.artifacts_dir,
+            runner=runner,
+            max_candidates=settings.max_batch_candidates,
+            keep_behaviours=settings.keep_behaviours,
+        )
         catalog = await asyncio.to_thread(
             Catalog.load,
             loader,
@@ -123,10 +127,10 @@ def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:
     """One store by two ways: for predictions, which cannot wait for it, and for events, which can and must be kept."""
     if settings.redis_url is None:
         log.warning("no redis_url: clicks are kept in this process, and lost with it")
-        memory = MemoryStore()
+        memory = MemoryStore(keep=settings.keep_behaviours)
         return memory, memory
     reading, writing = (
-        RedisStore.connect(settings.redis_url, timeout_s=timeout_ms / 1000)
+        redis_store.opened(settings, timeout_s=timeout_ms / 1000)
         for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
     )
     return reading, writing

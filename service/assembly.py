@@ -89,7 +89,7 @@ def completed(event: Event, item: Row | None) -> Event:
 def missing(schema: Schema, given: Given, *, items: bool) -> list[str]:
     """The `degraded` reasons of a request that the store could not serve: what its model would have read from there.
 
-    `items` tells whether features of its candidates are among that.
+    `items` tells whether features of its candidates, or of the items of its own behaviours, are among that.
     """
     reasons = []
     if schema.history_length and given.user is not None and given.behaviours is None:
@@ -100,6 +100,12 @@ def missing(schema: Schema, given: Given, *, items: bool) -> list[str]:
     if given.user is not None and any(f.name not in own for f in schema.group("user") if f.name != schema.user_key):
         reasons.append("user_features_unavailable")
     return reasons
+
+
+def lack_features(schema: Schema, own: Sequence[Event]) -> bool:
+    """Whether a client's behaviours lack a value that the store may have for their items."""
+    fields = repeated(schema)
+    return any(event.features.get(f.name) is None for event in own for f in fields)
 
 
 def bad_values(encoder: Encoder, given: Given) -> list[FieldError]:

@@ -49,11 +49,16 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """How an artifact becomes a model. Its runs go through the `runner`, each of at most `max_candidates`."""
+    """How an artifact becomes a model. Its runs go through the `runner`, each of at most `max_candidates`.
+
+    The store keeps `keep_behaviours` clicks of a user: a model that reads more would be served another history than it
+    was trained on.
+    """
 
     root: Path
     runner: Runner
     max_candidates: int
+    keep_behaviours: int
 
     def load(self, arm: Arm, version: str, *, loaded: Iterable[Model] = ()) -> Model:
         """That version of the arm's model, verified: hashes, schema, golden rows, finite scores. Takes seconds.
@@ -70,6 +75,10 @@ class Loader:
         if (manifest.model, manifest.version) != (arm.model, path.name):
             found = f"holds {manifest.model} {manifest.version}, not {arm.model} {path.name}"
             raise ArtifactError(f"{path}/manifest.json: {found}; export it again")
+        length = verified.schema.history_length
+        if length > self.keep_behaviours:
+            reads = f"it reads the last {length} clicks of a user and the store keeps {self.keep_behaviours}"
+            raise ArtifactError(f"{path}: {reads}; set keep_behaviours to at least {length}")
         for model in loaded:
             same = model.artifact.path == path and model.artifact.manifest == manifest
             if same and (model.kind, model.device) == (arm.backend, arm.device):

@@ -16,8 +16,6 @@ from models.values import Row
 
 log = logging.getLogger(__name__)
 
-KEEP = 200  # past clicks kept per user: the newest
-PAST_TTL_S = 30 * 86_400  # of a user's past in Redis, after their last click
 MARK_TTL_S = (
     86_400  # how long a repeated event is recognised; a click still in the past is recognised as long as it is there
 )
@@ -112,7 +110,7 @@ class MemoryStore:
     A user's past is bounded as in Redis; the numbers of users, items and marked events are not, and nothing expires.
     """
 
-    def __init__(self, *, keep: int = KEEP) -> None:
+    def __init__(self, *, keep: int = 200) -> None:
         self._keep = keep
         self._users: dict[str, Row] = {}
         self._items: dict[str, Row] = {}

@@ -136,7 +136,10 @@ class Inputs:
             arrays |= clicks
         arrays |= rows.arrays
         arrays["user_index"] = kept.user_index(len(given.candidates.ids))
-        degraded = [] if stored is not None else assembly.missing(encoder.schema, given, items=rows.gaps)
+        degraded = []
+        if stored is None:
+            gaps = rows.gaps or assembly.lack_features(encoder.schema, own or ())
+            degraded = assembly.missing(encoder.schema, given, items=gaps)
         if rows.stale:
             degraded.append(STALE_ITEMS)
         if rows.invalid or bad_profile or bad_past:

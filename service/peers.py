@@ -22,10 +22,11 @@ COMMIT_S = 10.0
 MAX_LINE = 2**20
 
 COMMIT = b"commit\n"
+THE_START = "the start"  # is no change's name
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What all processes serve since the last change: the file that a process which starts later begins with."""
+    """What all processes serve since the first began or the last change: what one that starts later begins with."""
 
     last: str  # change, by its name
     state: State
@@ -47,7 +48,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def served(place: Place) -> Served | None:
-    """What serves in the other processes; None where nothing was changed since the first of them started."""
+    """What serves in the other processes; None where there are none yet."""
     if place.folder is None:
         return None
     try:
@@ -66,7 +67,10 @@ class Peers:
 
     @asynccontextmanager
     async def joined(self) -> AsyncIterator[None]:
-        """Takes part in the others' changes while it is open. What they changed before is caught up first."""
+        """Takes part in the others' changes while it is open. What they serve by then is caught up with first.
+
+        The first one says what that is, as `current` may be another version for whoever starts later.
+        """
         folder = self._place.folder
         if folder is None:
             yield
@@ -74,7 +78,9 @@ class Peers:
         async with AsyncExitStack() as stack:
             async with _turn(folder):  # so that no change passes between the reading and the listening
                 now = served(self._place)
-                if now is not None:
+                if now is None:
+                    _write(folder, Served(last=THE_START, state=self._changes.state()))
+                else:
                     await self._changes.catch_up(now.state)
                 socket = _socket(folder, self._place.slot)
                 server = await asyncio.start_unix_server(self._answer, socket, limit=MAX_LINE)

@@ -1,6 +1,7 @@
 """The store in Redis (or Valkey): one MGET a request, one script an append, no waiting beyond its timeout."""
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,10 +16,8 @@ from redis.backoff import NoBackoff
 from models.values import Row
 from service.breaker import Breaker
 from service.features import (
-    KEEP,
     MARK_TTL_S,
     NO_CLICKS,
-    PAST_TTL_S,
     Click,
     Fetched,
     StoreUnavailable,
@@ -32,11 +31,21 @@ from service.features import (
     unpack_row,
     user_key,
 )
-from service.settings import SettingsError
+from service.settings import Settings, SettingsError
 from service.wire import CONNECT_S, Wire
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
 _ROWS_A_COMMAND = 1000
+
+
+def opened(settings: Settings, *, timeout_s: float) -> "RedisStore":
+    """The store that the settings name. Raises SettingsError."""
+    if settings.redis_url is None:
+        raise SettingsError("no store: set redis_url in --config or CLICKSERVE_REDIS_URL")
+    days = settings.keep_behaviours_days
+    return RedisStore.connect(
+        settings.redis_url, timeout_s=timeout_s, keep=settings.keep_behaviours, keep_s=days * 86_400
+    )
 
 
 class RedisStore:
@@ -46,12 +55,12 @@ class RedisStore:
     Redis Cluster would want the items elsewhere.
     """
 
-    def __init__(self, client: Redis, *, connections: int, timeout_s: float, keep: int) -> None:
+    def __init__(self, client: Redis, *, connections: int, timeout_s: float, keep: int, keep_s: float) -> None:
         self._client = client
         self._free = asyncio.Semaphore(connections)
         self._connections = connections
         self._timeout_s = timeout_s
-        self._keep = keep
+        self._kept = [keep, math.ceil(keep_s), MARK_TTL_S]
         self._append = client.register_script(_APPEND)
         self._breaker = Breaker(self._probe)
         pool = client.connection_pool
@@ -64,8 +73,12 @@ class RedisStore:
         self._wire = Wire(lambda: pool.connection_class(**unbounded), timeout_s=timeout_s, told=self._breaker.told)
 
     @classmethod
-    def connect(cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = KEEP) -> Self:
+    def connect(
+        cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = 200, keep_s: float = 30 * 86_400
+    ) -> Self:
         """Connects on first use. `timeout_s` bounds the wait for a free connection, and then for each answer.
+
+        Of a user it keeps the newest `keep` clicks, for `keep_s` seconds after the last one came.
 
         redis-py retries ten times by default, and so hangs for a minute on a frozen server. Here silence is not
         retried; a connection found closed is made anew once, as a server that restarts leaves a pool full of them.
@@ -84,7 +97,7 @@ class RedisStore:
             )
         except ValueError as err:
             raise SettingsError(f"setting redis_url: {err}") from None
-        return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep)
+        return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep, keep_s=keep_s)
 
     async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
         keys = [item_key(item) for item in items]
@@ -114,7 +127,7 @@ class RedisStore:
                 own = [clicks[p] for p in positions]
                 keys = [behaviours_key(user), *(mark_key(user, click.event_id) for click in own)]
                 records = [pack_click(enriched(click, items.get(click.item))) for click in own]
-                await self._append(keys, [self._keep, PAST_TTL_S, MARK_TTL_S, *records], client=pipeline)
+                await self._append(keys, [*self._kept, *records], client=pipeline)
             answers = await pipeline.execute()
         new = [False] * len(clicks)
         for positions, answer in zip(by_user.values(), answers, strict=True):

@@ -89,12 +89,12 @@ class Scorer:
             try:
                 with self._pace.admitted(num_candidates, expected_s, deadline):
                     scored = await self._by_model(drawn, given, deadline)
+                self.recent.add(drawn.arm, given)  # only what a model could take: a load replays it
             except Problem as problem:
                 if problem.reason == "predicted_late" and expected_s > deadline.left_s:
                     batcher.doubt()
                 scored = await self._without_model(drawn, given, deadline, problem)
         self._metrics.arm(drawn.arm).scored(scored.ctr)
-        self.recent.add(drawn.arm, given)
         self._begin_shadows(drawn, given)
         return scored
 

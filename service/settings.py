@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     store_write_timeout_ms: float = Field(default=1000, gt=0, le=10_000, description="after it, refuse events with 503")
     item_cache_rows: int = Field(default=100_000, ge=1, description="encoded candidates kept per model, as many clicks")
     item_cache_s: float = Field(default=10, ge=0, description="how long stored item features are kept; 0: not at all")
+    keep_behaviours: int = Field(default=200, ge=1, le=10_000, description="past clicks kept of a user: the newest")
+    keep_behaviours_days: float = Field(default=30, gt=0, le=3650, description="after a user's last one, in Redis")
     require_store: bool = Field(default=False, description="be unready while the store is down")
     max_connection_s: float = Field(default=60, ge=0, description="of a kept connection, to even load out; 0: no end")
     fallback: Literal["none", "prior"] = Field(
@@ -45,6 +47,20 @@ class Settings(BaseSettings):
     admin_token: SecretStr | None = Field(default=None, min_length=1, description="without it nothing can be changed")
     keep_versions: int = Field(default=2, ge=0, le=10, description="earlier models of an arm that stay loaded")
     drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
+
+    @field_validator("experiment", mode="before")
+    @classmethod
+    def _written_out(cls, given: Any) -> Any:
+        """What stands in an experiment file may come as text too, as from the environment: as YAML, so as JSON too."""
+        if not isinstance(given, str) or not ("\n" in given or given.lstrip().startswith("{")):
+            return given
+        try:
+            content = yaml.safe_load(given)
+        except yaml.YAMLError:
+            content = None
+        if not isinstance(content, dict):
+            raise PydanticCustomError("no_experiment", "expected a file's name, or YAML as it would stand there")
+        return content
 
     @field_validator("admin_token")
     @classmethod

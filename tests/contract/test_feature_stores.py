@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.encoding import Event, history
 from models.values import Row
-from service.features import KEEP, MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore
+from service.features import MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore
 from service.redis_store import RedisStore
 
 NOW = 2e9
@@ -228,7 +228,7 @@ async def test_the_past_is_the_newest_clicks_whatever_the_order_repetition_and_g
     by_number = {c.features["n"]: c for c in clicks}
     for event in stored:
         assert (by_number[event.features["n"]].ts, by_number[event.features["n"]].item) == (event.ts, event.item)
-    assert stored == history(stored, before=NOW, limit=KEEP)
+    assert stored == history(stored, before=NOW, limit=200)
 
 
 async def test_both_stores_break_ties_alike(redis_url: str):

@@ -71,7 +71,7 @@ async def test_readiness_tells_of_a_store_that_is_down_from_the_start_and_of_its
     require_store: bool, status: int, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Flaky()
-    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
 
     async with start(require_store=require_store) as service:
         down = await service.client.get("/readyz")

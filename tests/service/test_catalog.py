@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def load(tmp_path: Path) -> AsyncIterator[Load]:
     runner = Runner(Metrics(), max_queued_candidates=1000)
-    yield partial(Catalog.load, Loader(root=tmp_path, runner=runner, max_candidates=1000))
+    yield partial(Catalog.load, Loader(root=tmp_path, runner=runner, max_candidates=1000, keep_behaviours=200))
     await runner.aclose()
 
 
@@ -123,6 +125,16 @@ def test_no_model_serves_that(spoil: Callable[[Path], None], told: str, load: Lo
 
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_reads_more_clicks_than_the_store_keeps_is_refused(load: Load, tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+
+    bound: Any = load
+    few = replace(bound.args[0], keep_behaviours=tiny.T - 1)
+
+    with pytest.raises(ArtifactError, match=f"reads the last {tiny.T} clicks of a user and the store keeps"):
+        Catalog.load(few, [arm()])
 
 
 def test_an_unknown_version_is_refused_by_its_path(load: Load, tmp_path: Path) -> None:

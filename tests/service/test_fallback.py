@@ -133,6 +133,7 @@ async def test_behind_a_model_that_hangs_every_answer_is_out_at_its_deadline(
         took_s = time.monotonic() - started
         second = await service.predict(candidates=[{"id": "a1"}], timeout_ms=60)
         at_once = time.monotonic() - started - took_s
+        replayed = service.parts.scorer.recent.of("one")
         gate.open.set()
         async with asyncio.timeout(10):
             while (well := await service.predict(candidates=[{"id": "a1"}])).status_code == 503:
@@ -142,6 +143,7 @@ async def test_behind_a_model_that_hangs_every_answer_is_out_at_its_deadline(
     assert 0.1 <= took_s < 1
     assert second.status_code == (503 if fallback == "none" else 200)
     assert at_once < 0.06  # refused on arrival: it would have been too late
+    assert replayed == []  # no model has taken them: a load that replays them might refuse a good one
     assert well.json()["degraded"] == []
     if fallback == "prior":
         assert first.json()["degraded"] == second.json()["degraded"] == ["deadline"]

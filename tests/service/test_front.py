@@ -29,7 +29,7 @@ class Stuck(MemoryStore):
 
 async def test_a_client_that_leaves_ends_the_work_for_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Stuck()
-    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     messages = [{"type": "http.request", "body": BODY, "more_body": False}]
 
     async def receive() -> dict[str, Any]:

@@ -242,6 +242,20 @@ async def test_a_row_whose_time_is_over_is_read_again() -> None:
     assert price(None) == second
 
 
+async def test_while_the_store_is_down_behaviours_that_lack_features_are_named() -> None:
+    reader = Reader()
+    reader.store.down = True
+    whole = {"price": 1, "genres": ["x"]}
+    asked: dict[str, Any] = {"candidates": [{"id": "a1", "features": whole}]}
+
+    read = [
+        (await reader.read(**asked, behaviours=behaviours)).degraded
+        for behaviours in ([{"item": "a2", "ts": 5}], [{"item": "a2", "ts": 5, "features": whole}], [])
+    ]
+
+    assert read == [["item_features_unavailable"], [], []]
+
+
 async def test_while_the_store_is_down_old_rows_stand_in_and_are_named() -> None:
     reader = Reader(fresh_s=1e-9)
     await reader.store.put_items({"a1": {"price": 2.0, "genres": ["x"]}})

@@ -112,12 +112,13 @@ async def test_what_one_worker_refuses_changes_none(
             raise artifact_refused("its disk is broken")
 
         monkeypatch.setattr(swap, "prepare", refuse)
+        before = (workers.folder / "served.json").read_bytes()
         refused = await load(a, versions[1])
         await a.parts.catalog.settled()
 
         assert (refused.status_code, refused.json()["detail"]) == (409, "its disk is broken")
         assert serves(a) == serves(b) == {"one": [versions[0]], "two": [versions[0]]}
-        assert not (workers.folder / "served.json").exists()
+        assert (workers.folder / "served.json").read_bytes() == before
         monkeypatch.undo()
         assert (await load(a, versions[1])).status_code == 200
 
@@ -137,6 +138,15 @@ async def test_a_worker_that_starts_later_begins_with_what_serves(workers: Worke
             assert shares == [1, 50]
             assert back.json()["version"] == second
             assert serves(a) == serves(b) == {"one": [second, first], "two": [first]}
+
+
+async def test_a_worker_that_starts_after_a_new_export_serves_what_the_others_do(
+    workers: Workers, versions: list[str], tmp_path: Path
+) -> None:
+    async with workers.worker(0) as a:
+        make_current(tmp_path, "tiny", versions[1])
+        async with workers.worker(1) as b:
+            assert serves(a) == serves(b) == {"one": [versions[0]], "two": [versions[0]]}
 
 
 async def test_a_change_while_a_worker_reads_its_models_is_caught_up(

@@ -23,7 +23,6 @@ from service.breaker import Breaker
 from service.features import (
     MARK_TTL_S,
     NO_PAST,
-    PAST_TTL_S,
     Click,
     StoreUnavailable,
     behaviours_key,
@@ -98,7 +97,7 @@ async def test_pasts_and_marks_expire_and_features_stay(store: RedisStore, serve
     await store.append([click(1)])
     await store.mark([("u1", "e2")])
 
-    assert PAST_TTL_S - 60 < server.ttl(behaviours_key("u1")) <= PAST_TTL_S
+    assert 30 * 86_400 - 60 < server.ttl(behaviours_key("u1")) <= 30 * 86_400
     assert MARK_TTL_S - 60 < server.ttl(mark_key("u1", "e1")) <= MARK_TTL_S
     assert MARK_TTL_S - 60 < server.ttl(mark_key("u1", "e2")) <= MARK_TTL_S
     assert server.ttl(user_key("u1")) == -1

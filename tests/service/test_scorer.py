@@ -120,7 +120,7 @@ class Broken(MemoryStore):
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     store = Broken()
-    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     return store
 
 
@@ -141,7 +141,7 @@ async def test_a_slow_store_costs_a_request_its_past_and_not_its_answer(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Slow()
-    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
 
     async with start() as service:
         slow = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=400)
@@ -157,7 +157,7 @@ async def test_a_request_that_reads_the_store_during_a_swap_is_scored_by_the_mod
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = Slow()
-    monkeypatch.setattr("service.app.MemoryStore", lambda: store)
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     old, new = (tiny.write(tmp_path, seed=seed).name for seed in (1, 2))
     one = {"name": "one", "model": "tiny", "version": old, "share": 1}
 

@@ -28,9 +28,16 @@ def test_flags_win_over_the_environment_over_the_file_over_defaults(
 def test_an_experiment_is_a_path_or_written_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("experiment: {experiment: x}\n")
     written = load(file).experiment
-    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", "deploy/experiment.yaml")
+    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", '{"experiment": "x"}')
+    as_json = load().experiment
+    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", "experiment: x\n")
+    as_yaml = load().experiment
+    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", "experiment: [x\n")
+    with pytest.raises(SettingsError, match="setting experiment: expected a file's name, or YAML as it would stand"):
+        load()
 
-    assert written == {"experiment": "x"}
+    assert written == as_json == as_yaml == {"experiment": "x"}
+    monkeypatch.setenv("CLICKSERVE_EXPERIMENT", "deploy/experiment.yaml")
     assert load().experiment == Path("deploy/experiment.yaml")
 
 
