@@ -17,6 +17,8 @@ from training.log import PARTS
 from training.progress import bar
 from training.spill import BLOCK, blocks
 
+_COUNT = " count"  # a column for a while, as ROW is
+
 
 class RawColumns(Mapping[str, Column]):
     """The raw columns of the fields of some groups as the schema and the encoder take them, made when asked for.
@@ -115,12 +117,12 @@ def _tally(field: FieldSpec, train: pl.LazyFrame) -> Tally:
     if field.kind == "multi":
         most = values.select(pl.col(field.name).list.len().max()).collect(engine="streaming").item() or 1
         values = values.select(pl.col(field.name).explode())
-    counted = values.group_by(field.name).len()
+    counted = values.group_by(field.name).agg(pl.len().alias(_COUNT))
     if values.collect_schema()[field.name] == pl.String:
         # Different text is different to a vocabulary, too, so a rare one can be left out before it is a Python string.
-        counted = counted.filter(pl.col("len") >= field.min_count)
+        counted = counted.filter(pl.col(_COUNT) >= field.min_count)
     table = counted.collect(engine="streaming")
-    return Tally(values=table[field.name].to_list(), counts=table["len"].to_numpy(), most_values=most)
+    return Tally(values=table[field.name].to_list(), counts=table[_COUNT].to_numpy(), most_values=most)
 
 
 def _column(series: pl.Series) -> Column:

@@ -12,6 +12,7 @@ from models.encoding import Event, Request
 from models.schema import FieldSpec, Group, SchemaSpec
 from models.values import Row, Value
 from training.history import Windows
+from training.log import ROW
 
 NUM_REQUESTS = 32
 UNKNOWN = "never seen in training \N{SNOWMAN}"
@@ -25,7 +26,7 @@ def golden_requests(rows: pl.LazyFrame, clicks: pl.DataFrame, spec: SchemaSpec) 
     later = rows.filter(pl.col("part") != "train")
     num = later.select(pl.len()).collect(engine="streaming").item()
     numbers = np.unique(np.linspace(0, num - 1, NUM_REQUESTS - 4).astype(np.int64)).tolist()
-    chosen = later.with_row_index("number").filter(pl.col("number").is_in(numbers)).collect(engine="streaming")
+    chosen = later.with_row_index(ROW).filter(pl.col(ROW).is_in(numbers)).collect(engine="streaming")
     starts, ends = Windows(clicks)(chosen)
     requests = []
     for number, row in enumerate(chosen.iter_rows(named=True)):

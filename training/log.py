@@ -14,6 +14,7 @@ from training.errors import UserError
 PARTS = ("train", "valid", "test")
 RESERVED = ("user", "item", "ts", "label", "part", "group", "request", "id")
 """Column names with a meaning of their own; a field may not be called so, unless it is the key of that name."""
+ROW = " row"  # the number of a row, for a while: no field is called so, as a field's name begins with no space
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
     DIR/schema.json         the fitted schema
     DIR/dataset.json        what was prepared: counts, click rates, the hash of the raw files
-    DIR/golden.json         a few raw requests (as `models.artifact.request_to_json` writes them) for the artifact
+    DIR/golden.json         a few raw requests (as `models.requests.request_to_json` writes them) for the artifact
     DIR/{train,valid,test}/ <input>.npy (ids int32, numbers float32), label.npy, group.npy (the user's number, -1 for
                             none), request.npy (rows of one request are alike in all but the candidate), start.npy and
                             end.npy (the row's history in DIR/events), ts.npy (the row's own time, float64),
@@ -51,7 +51,7 @@ from training.encode import fit, write_events, write_parts
 from training.errors import UserError
 from training.golden import golden_requests
 from training.history import clicks_of
-from training.log import PARTS, Log, write_parquet
+from training.log import PARTS, ROW, Log, write_parquet
 from training.progress import say
 from training.spill import complete
 
@@ -149,7 +149,11 @@ def _past(rows: pl.LazyFrame, log: Log) -> pl.LazyFrame:
 
 
 def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log) -> None:
-    """What the service is fed when the test part is replayed."""
+    """What the service is fed when the test part is replayed.
+
+    Of a user or an item the newest features before that: where they change, later ones would tell what was to come. Of
+    one that was never seen before the first.
+    """
     folder.mkdir()
     test = rows.filter(pl.col("part") == "test")
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
@@ -157,13 +161,14 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log)
     first = test.select(pl.col("ts").min()).collect(engine="streaming").item()
     before = clicks.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
     write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
-    numbered = rows.with_row_index("row")
+    numbered = rows.with_row_index(ROW)
     for key in ("user", "item"):
         own = log.spec.user_key if key == "user" else log.spec.item_key
         features = [f.name for f in log.spec.fields if f.group == key and f.name != own]
         known = numbered.filter(pl.col(key).is_not_null())
-        newest = known.group_by(key).agg(pl.col("row").max()).select("row")
-        table = known.join(newest, on="row", how="semi").sort("row").select(pl.col(key).alias("id"), *features)
+        newest = pl.col(ROW).filter(pl.col("ts") < first).max()
+        chosen = known.group_by(key).agg(pl.coalesce(newest, pl.col(ROW).min())).select(ROW)
+        table = known.join(chosen, on=ROW, how="semi").sort(ROW).select(pl.col(key).alias("id"), *features)
         write_parquet(table, folder / f"{key}s.parquet")
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import polars as pl
 
 from training.errors import UserError
-from training.log import PARTS, Log, write_parquet
+from training.log import PARTS, ROW, Log, write_parquet
 
 BLOCK = 100_000  # rows in memory at once: about 30 MB of a table of 40 columns
 BUCKET = 4 * BLOCK  # rows sorted at once, where a file is not in time order
+_PLACE, _BUCKET, _FIRST = " place", " bucket", " first"  # columns for a while, as ROW is
 
 
 def complete(log: Log, folder: Path) -> pl.LazyFrame:
@@ -74,11 +75,11 @@ def _sorted(rows: pl.LazyFrame, folder: Path) -> Iterator[pl.DataFrame]:
         name.mkdir()
     for number, block in enumerate(blocks(rows)):
         places = place[number * BLOCK : number * BLOCK + block.height]
-        placed = block.with_columns(place=places, bucket=places // BUCKET)
-        for (bucket,), piece in placed.partition_by("bucket", as_dict=True, include_key=False).items():
+        placed = block.with_columns(pl.Series(_PLACE, places), pl.Series(_BUCKET, places // BUCKET))
+        for (bucket,), piece in placed.partition_by(_BUCKET, as_dict=True, include_key=False).items():
             write_parquet(piece, names[int(bucket)] / f"{number:06}.parquet")
     for name in names:
-        yield pl.read_parquet(name / "*.parquet").sort("place").drop("place")
+        yield pl.read_parquet(name / "*.parquet").sort(_PLACE).drop(_PLACE)
 
 
 def _numbered(rows: pl.LazyFrame, users: pl.Series, constant: list[str]) -> Iterator[pl.DataFrame]:
@@ -88,11 +89,11 @@ def _numbered(rows: pl.LazyFrame, users: pl.Series, constant: list[str]) -> Iter
         group = run["user"].replace_strict(users, numbers, default=-1).fill_null(-1)
         numbered = (
             run.with_columns(group.alias("group"))
-            .with_row_index("row")
-            .with_columns(pl.col("row").min().over("group", "ts", *constant).alias("first"))
-            .with_columns(pl.when(pl.col("group") < 0).then("row").otherwise("first").alias("first"))
-            .with_columns((pl.col("first").rank("dense") - 1 + num_requests).cast(pl.UInt32).alias("request"))
-            .drop("row", "first")
+            .with_row_index(ROW)
+            .with_columns(pl.col(ROW).min().over("group", "ts", *constant).alias(_FIRST))
+            .with_columns(pl.when(pl.col("group") < 0).then(ROW).otherwise(_FIRST).alias(_FIRST))
+            .with_columns((pl.col(_FIRST).rank("dense") - 1 + num_requests).cast(pl.UInt32).alias("request"))
+            .drop(ROW, _FIRST)
         )
         num_requests = int(numbered["request"].to_numpy().max()) + 1
         yield numbered

@@ -91,6 +91,36 @@ def test_a_described_file_is_prepared_like_any_data_set(load, tmp_path):
     assert about["num_events"] == 5
 
 
+@pytest.mark.parametrize("name", ["row", "first", "number", "len", "count", "place", "bucket"])
+@pytest.mark.parametrize("order", [1, -1], ids=["in time order", "backwards"])
+def test_a_field_may_have_any_name_that_is_not_reserved(load, tmp_path, name, order):
+    head, *lines = CSV.replace("price", name).splitlines()
+    fields = [{**field, "name": name} if field["name"] == "price" else field for field in FIELDS]
+    load("\n".join([head, *lines[::order]]), fields=fields)
+
+    about = prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+
+    assert about["num_rows"] == {"train": 6, "valid": 2, "test": 2}
+
+
+def test_features_that_change_are_loaded_as_they_were_before_the_test_part(load, tmp_path):
+    load()  # an item's price is the number of its row
+
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+    items = pl.read_parquet(tmp_path / "out" / "raw" / "items.parquet")
+
+    assert dict(items.select("id", "price").rows()) == {"00": 4.0, "01": 5.0, "02": 6.0, "03": 7.0}
+
+
+def test_of_an_item_that_only_the_test_part_has_the_first_features_are_loaded(load, tmp_path):
+    load(CSV.replace("800,00,8", "800,new,8").replace("900,01,9", "900,new,9"))
+
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+    items = pl.read_parquet(tmp_path / "out" / "raw" / "items.parquet")
+
+    assert items.filter(pl.col("id") == "new")["price"].to_list() == [8.0]
+
+
 def test_times_may_be_seconds_or_iso_8601(load):
     at = {
         "100": "1970-01-01T00:01:40Z",
