@@ -57,8 +57,8 @@ def _simulate(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from training.prepare import prepare
 
-    prepare(options.dataset, options.source, options.out, options.schema, options.settings)
-    _next("train", "mian", "--data", options.out, "--out", "RUN")
+    prepared = prepare(options.dataset, options.source, options.out, options.schema, options.settings)
+    _next("train", "mian" if prepared["history_length"] else "stec", "--data", options.out, "--out", "RUN")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -107,6 +107,11 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
     return run
 
 
+def varied(run: Run, **options: Any) -> Run:
+    """The run with other options of its model."""
+    return replace(run, model_config={**run.model_config, **options})
+
+
 def difference(old: Run, new: Run) -> str | None:
     """What the first setting is that two runs differ in, in words; None when they are the same."""
     before, after = _flat(old), _flat(new)

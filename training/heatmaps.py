@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -20,6 +21,11 @@ COLOR = "#1f5fbf"
 
 def draw(told: Mapping[str, Any], title: str, file: Path) -> None:
     """Draws `told` (models/explanation.py: worded), which has at least one axis, under a title and its meaning."""
+    with rc_context({"text.parse_math": False}):  # an item may be called $a_b$
+        _draw(told, title, file)
+
+
+def _draw(told: Mapping[str, Any], title: str, file: Path) -> None:
     values = np.asarray(told["values"], dtype=np.float64)
     names = [axis["name"] for axis in told["axes"]]
     labels = [axis["labels"] for axis in told["axes"]]

@@ -106,11 +106,11 @@ def _train_epoch(
 
 
 def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: Run, state: State) -> torch.Tensor:
-    """One update; returns the loss before it."""
+    """One update; returns the log loss of the batch before it, without what the model is fined for or learns beside."""
     optimizer.zero_grad(set_to_none=True)
     of_users = model.encode_user(batch.inputs)
-    loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
-    loss = loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
+    click_loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
+    loss = click_loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
     # The one value read per step, and before it: a weight that is not a number never comes back.
@@ -120,7 +120,7 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
             f" step {state.step + 1}; try a smaller learning rate, such as --set lr={run.lr / 10:g}"
         )
     optimizer.step()
-    return loss.detach()
+    return click_loss.detach()
 
 
 def _finish_epoch(
@@ -144,7 +144,7 @@ def _finish_epoch(
     state.bad_epochs += 1
     if state.bad_epochs % (run.plateau_patience + 1) == 0:
         for group in optimizer.param_groups:
-            group["lr"] = max(group["lr"] * run.plateau_factor, run.min_lr)
+            group["lr"] = min(group["lr"], max(group["lr"] * run.plateau_factor, run.min_lr))
 
 
 def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> str:

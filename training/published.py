@@ -149,7 +149,7 @@ _LAST = "Electronics (x1), each user's last review and one drawn negative"
 _REBUILT = "in the rebuilt training file the items of the negatives are drawn anew"
 _TWO_NEGATIVES = "an 8:1:1 split of its own, two drawn negatives per positive"
 _RANDOM = "a random 70/10/20 split of its own, rare values without an embedding"
-_SAME_LAW = f"{_RANDOM}; split by the same law, ours is of the same size and of other rows"
+_SAME_LAW = f"{_RANDOM}; ours is drawn by the same law"
 
 SOURCES = (
     Source(FUXICTR, "frappe", 28_860, "these very rows, where training reads the rebuilt file"),
@@ -174,10 +174,12 @@ SOURCES = (
 
 
 def figures(dataset: str, name: str) -> list[Figures]:
-    """What was published on a data set for the row of a comparison that bears this name; a `_paper` recipe's is its
-    model's.
+    """What was published on a data set for the row of a comparison that bears this name.
+
+    A `_paper` recipe's is its model's, or its variant's: dynint_da_paper stands for dynint-da.
     """
-    return PUBLISHED.get(dataset, {}).get(name.removesuffix("_paper"), [])
+    key = name.removesuffix("_paper").replace("_", "-")
+    return PUBLISHED.get(dataset, {}).get("dynint-pin" if key == "pin" else key, [])
 
 
 def _read() -> dict[str, dict[str, list[Figures]]]:

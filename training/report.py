@@ -22,7 +22,9 @@ def measure(rows: Rows, logits: NDArray[np.float32], calibration: Calibration) -
 
     Calibrating changes no ranking, so AUC and gAUC stand once. A figure that the part does not define is None.
     """
-    by_user = metrics.gauc(rows.label, logits, rows.group)
+    known = rows.group >= 0  # rows without a user are not one user
+    by_user = metrics.gauc(rows.label[known], logits[known], rows.group[known])
+    by_request = metrics.gauc(rows.label, logits, rows.request)
     figures = {
         "rows": len(rows),
         "click_rate": float(np.mean(rows.label, dtype=np.float64)),
@@ -30,6 +32,8 @@ def measure(rows: Rows, logits: NDArray[np.float32], calibration: Calibration) -
         "gauc": by_user.value,
         "gauc_users": by_user.num_groups,
         "gauc_users_left_out": by_user.num_left_out,
+        "gauc_by_request": by_request.value,
+        "gauc_requests": by_request.num_groups,
         **_of_probabilities(rows.label, Calibration()(logits)),
     }
     calibrated = _of_probabilities(rows.label, calibration(logits))
@@ -45,6 +49,7 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
         ("  best possible", "bayes_auc", ".4f"),
         ("  position unknown", "bayes_auc_blind", ".4f"),
         ("gAUC by user", "gauc", ".4f"),
+        ("gAUC by request", "gauc_by_request", ".4f"),
         ("logloss", "logloss", ".4f"),
         ("  calibrated", "calibrated.logloss", ".4f"),
         ("normalised entropy", "ne", ".4f"),
@@ -67,7 +72,7 @@ def plot_epochs(log: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -
     epochs = [line["epoch"] for line in log]
     figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [line["loss"] for line in log], "o-", color=MUTED, ms=3, label="training (with penalty)")
+    left.plot(epochs, [line["loss"] for line in log], "o-", color=MUTED, ms=3, label="training")
     left.plot(epochs, [line["valid_logloss"] for line in log], "o-", color=CALIBRATED, ms=3, label="validation")
     left.set_title("Logloss", fontsize=10)
     left.legend(frameon=False, fontsize=8)

@@ -58,12 +58,15 @@ class Trained:
 def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: Sequence[str], *, resume: bool) -> Run:
     """Settle what is trained, and write it down in a new folder; or check it against the folder to be resumed.
 
-    Without a recipe or settings a resumed run keeps its own. Raises UserError for a folder that holds something else.
+    Without a recipe or settings a resumed run keeps its own. Raises UserError for a folder that holds something else,
+    and, before there is one, for a model that does not fit the data.
     """
     wanted = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
     file = path / "config.json"
     if not file.exists():
         check_new(path)
+        with _enough_memory(wanted):
+            _build(wanted, data.schema)
         path.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {
             "run": wanted.to_json(),

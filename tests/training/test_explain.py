@@ -140,6 +140,15 @@ def test_every_tensor_is_drawn(trained, tmp_path):
         assert {f"{request['request_id']}-{name}" for name in names} <= drawn
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])
+def test_names_are_drawn_as_they_are_and_not_as_formulas(tmp_path, shape):
+    axes = [{"name": f"axis_{n}", "labels": ["$a_b_c$", "100% $x^y^z$ off", "$"][:n]} for n in shape]
+
+    heatmaps.draw({"meaning": "$m_m_m$", "axes": axes, "values": np.zeros(shape)}, "$t_t_t$", tmp_path / "a.png")
+
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 45, 2), (2, 0), (2, 3, 2, 2)])
 def test_any_tensor_has_a_picture_whose_colours_follow_its_values(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(heatmaps, "MAX_PANELS", 4)

@@ -89,6 +89,13 @@ def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tm
     assert expected == 0.002
 
 
+def test_a_learning_rate_below_the_floor_is_left_as_it_is(data, tmp_path):
+    _, state = fit(data, run(max_epochs=6, patience=6, lr=1e-9, min_lr=1e-6), tmp_path / "run")
+
+    assert {line["lr"] for line in state.log} == {1e-9}
+    assert state.bad_epochs
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(data, tmp_path):
     model = zoo.build("lr", {}, data.schema)
     rows = data.rows("train")
@@ -116,6 +123,19 @@ def test_the_penalty_is_part_of_the_loss(data, tmp_path):
     held, _ = fit(data, run(model="lr", model_config={"l2_emb": 10.0}, max_epochs=3), tmp_path / "held")
 
     assert held.fields.penalty(1.0) < free.fields.penalty(1.0) / 10
+
+
+def test_what_a_model_learns_beside_the_labels_moves_it_and_is_no_part_of_the_logged_loss(data, tmp_path):
+    def fitted(weight):
+        options = {"model_config": {"emb_dim": 8, "aux_weight": weight}, "max_epochs": 1, "lr": 1e-9}
+        model, state = fit(data, run(model="dien", **options), tmp_path / f"{weight}")
+        return weights(model), state.log[0]["loss"]
+
+    (plain, plain_loss), (taught, taught_loss) = fitted(0.0), fitted(5.0)
+
+    assert not torch.equal(plain, taught)
+    assert taught_loss == pytest.approx(plain_loss, abs=1e-4)
+    assert taught_loss < 1
 
 
 def test_a_validation_part_without_clicks_is_refused_at_once(data, tmp_path):

@@ -38,6 +38,10 @@ def test_frappe_shows_what_was_published_and_what_was_run_on_the_very_rows():
 def test_a_papers_recipe_stands_beside_its_models_figures_and_our_own_form_beside_none():
     assert "deepmr_paper" in recipes.RECIPES
     assert figures("frappe", "deepmr_paper") == figures("frappe", "deepmr")
+    for kind in ("pin", "da", "dgp", "dwp"):
+        recipe = "pin_paper" if kind == "pin" else f"dynint_{kind}_paper"
+        assert recipe in recipes.RECIPES
+        assert figures("criteo", recipe) == figures("criteo", f"dynint-{kind}") != []
     assert figures("frappe", "deepmr_prod") == []
     assert figures("movielens-1m", "mian") == []
 

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from models.calibration import Calibration
 from tests.training.tiny import write_prepared
-from training import report
+from training import metrics, report
 from training.batches import Prepared
 
 
@@ -37,6 +37,23 @@ def test_a_figure_that_the_part_does_not_define_is_none(rows):
     assert (figures["auc"], figures["gauc"], figures["ne"], figures["calibration_ratio"]) == (None,) * 4
     assert figures["gauc_users_left_out"] == len(np.unique(rows.group))
     assert "AUC" not in report.table({"test": figures})
+
+
+def test_rows_without_a_user_are_no_user_and_requests_are_judged_too(rows):
+    logits = np.linspace(-3, 1, len(rows)).astype(np.float32)
+    half = np.where(np.arange(len(rows)) % 2, rows.group, -1)
+    paired = {**vars(rows), "request": np.arange(len(rows)) // 2}
+    rows = type(rows)(**paired)
+    some, none = (type(rows)(**{**paired, "group": group}) for group in (half, np.full(len(rows), -1)))
+
+    whole, part, anonymous = (report.measure(each, logits, Calibration()) for each in (rows, some, none))
+
+    mine = half >= 0
+    assert part["gauc"] == metrics.gauc(rows.label[mine], logits[mine], half[mine]).value
+    assert (anonymous["gauc"], anonymous["gauc_users"], anonymous["gauc_users_left_out"]) == (None, 0, 0)
+    assert anonymous["gauc_by_request"] == whole["gauc_by_request"]
+    assert whole["gauc_by_request"] == metrics.gauc(rows.label, logits, rows.request).value
+    assert 0 < whole["gauc_requests"] < len(rows) / 2
 
 
 def test_the_table_leaves_out_what_no_part_has_and_marks_what_one_lacks():

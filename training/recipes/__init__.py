@@ -5,7 +5,7 @@ from types import ModuleType
 
 from training.config import Run
 from training.errors import UserError
-from training.recipes import frappe, movielens, papers, simulated
+from training.recipes import frappe, movielens, others, papers, simulated
 
 
 def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
@@ -14,7 +14,7 @@ def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
     return {n: f for n, f in own.items() if not n.startswith("_")}
 
 
-RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(papers)
+RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(others) | _of(papers)
 # Whose recipes a data set takes: its own, or those of its kind (Frappe's are of flat rows, MovieLens's of histories).
 FAMILIES = {
     "movielens-1m": "movielens",
@@ -26,9 +26,9 @@ FAMILIES = {
 
 
 def default(model: str, dataset: str) -> str:
-    """The recipe for a model on a data set; for a pair without its own that on MovieLens-1M, else the model's first."""
+    """The recipe for a model on a data set: its own, its family's, that on MovieLens-1M, or else the model's first."""
     known = [name for name in RECIPES if RECIPES[name]().model == model]
-    wanted = (f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
+    wanted = (f"{model}_{dataset}", f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
     return next(name for name in (*wanted, *known) if name in known)
 
 

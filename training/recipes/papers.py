@@ -6,7 +6,7 @@ Each docstring states the result to expect.
 from dataclasses import replace
 from typing import Any
 
-from training.config import Run
+from training.config import Run, varied
 from training.recipes.frappe import deepmr_frappe, dynint_frappe, stec_frappe
 from training.recipes.movielens import mian_movielens
 
@@ -49,7 +49,7 @@ def stec_prod() -> Run:
 
     To be judged beside stec_frappe. Not measured here yet.
     """
-    return _with(stec_frappe(), field_mask="user_first")
+    return varied(stec_frappe(), field_mask="user_first")
 
 
 def pin_paper() -> Run:
@@ -100,7 +100,7 @@ def dynint_dgp_prod() -> Run:
 
     To be judged beside dynint_frappe. Not measured here yet.
     """
-    return _with(dynint_frappe(), gate_scope="request")
+    return varied(dynint_frappe(), gate_scope="request")
 
 
 def deepmr_paper() -> Run:
@@ -126,7 +126,7 @@ def deepmr_prod() -> Run:
 
     To be judged beside deepmr_frappe. Not measured here yet.
     """
-    return _with(deepmr_frappe(), sa_rezero="mult_res", field_mask="user_first", readout="linear")
+    return varied(deepmr_frappe(), sa_rezero="mult_res", field_mask="user_first", readout="linear")
 
 
 def feseq_paper() -> Run:
@@ -149,10 +149,6 @@ def feseq_prod() -> Run:
     run = feseq_paper()
     form = {"emb_dim": 8, "pool_width": 64, "hidden": (256, 128, 64), "l2_emb": 1e-5}
     return replace(run, model_config={**run.model_config, **form})
-
-
-def _with(run: Run, **options: Any) -> Run:
-    return replace(run, model_config={**run.model_config, **options})
 
 
 def _criteo(**options: Any) -> Run:
