@@ -94,7 +94,9 @@ class Changes:
         for arm, (serving, *_) in state.versions.items():
             if self._catalog.models[arm].version != serving:
                 (await self.prepare(Load(arm=arm, version=serving))).commit()
-        self._running.now = self._running.now.with_shares(shares=state.shares, shadow=state.shadow)
+        after = self._running.now.with_shares(shares=state.shares, shadow=state.shadow)
+        if after != self._running.now:
+            self._running.change(after)
 
     def _flip(self, arm: str, model: Model) -> Prepared:
         def commit() -> None:
@@ -147,7 +149,7 @@ class Changes:
             raise invalid([FieldError(pointer="", expected="shares that fit together", got=str(err))]) from None
 
         def commit() -> None:
-            self._running.now = after
+            self._running.change(after)
             state = self.state()
             log.info("shares changed", extra={"experiment": now.name, "shares": state.shares, "shadow": state.shadow})
 

@@ -52,9 +52,9 @@ class Events:
     """Takes events into the store.
 
     Assignment is sticky, so the arm that served an event's request is drawn again instead of being looked up: by the
-    user, or for an anonymous request by its `request_id`, which its events must therefore carry. Two limits follow:
-    after a change of shares, late events of the users it moved count for their new arm; and a user who is known to
-    /predict must be named in the events too.
+    user, or for an anonymous request by its `request_id`, which its events must therefore carry, under the shares that
+    held at the event's own time. Two limits follow: of the users whom a change of shares moves, events that come after
+    it of requests before it count for their new arm; and a user who is known to /predict must be named in the events.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Events:
         counters = {"impression": self._metrics.impressions, "click": self._metrics.clicks}
         for event, is_new in zip(events, new, strict=True):
             if is_new:
-                counters[event.type](self._running.now.assign(event.unit).name).inc()
+                counters[event.type](self._running.at(event.ts).assign(event.unit).name).inc()
         return sum(new)
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe as a metric's label, in a path and in a URL
 MAX_SHARE = 1e9  # so that the sum of all is a number
+LOOK_BACK_S = 86_400.0  # events of an older request are not waited for
+MOST_CHANGES = 100
 
 
 class ExperimentError(ValueError):
@@ -139,8 +143,22 @@ class Experiment(BaseModel):
 class Running:
     """The experiment as it runs. `now` is replaced whole: who reads it once sees one state of it."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, *, clock: Callable[[], float] = time.time) -> None:
         self.now = experiment
+        self._clock = clock
+        self._past: deque[tuple[float, Experiment]] = deque(maxlen=MOST_CHANGES)  # each until when
+
+    def change(self, experiment: Experiment) -> None:
+        self._past.append((self._clock(), self.now))
+        self.now = experiment
+
+    def at(self, ts: float) -> Experiment:
+        """As it ran at a time of the last day, in Unix seconds; for an earlier one, which a replay brings, as now."""
+        if ts > self._clock() - LOOK_BACK_S:
+            for until, experiment in self._past:
+                if ts < until:
+                    return experiment
+        return self.now
 
 
 def given(setting: Path | Mapping[str, Any] | None) -> Experiment:

@@ -87,6 +87,22 @@ async def test_events_count_for_the_arm_of_their_user(events: Events, metrics: M
     assert counted(metrics, "impression", "mian") == 0
 
 
+async def test_after_a_change_of_shares_events_count_for_the_arm_that_served_at_their_time(
+    store: MemoryStore, metrics: Metrics, experiment: Experiment
+):
+    now = NOW - 60
+    running = Running(experiment, clock=lambda: now)
+    events = Events(store=store, running=running, metrics=metrics, now=lambda: NOW)
+    user = next(f"u{number}" for number in range(100) if experiment.assign(f"u{number}").name == "mian")
+    running.change(experiment.with_shares(shares={"mian": 0}, shadow={}))  # killed
+    now = NOW
+
+    of_times = (NOW - 61, NOW - 59, NOW - 2 * 86_400)  # before it, after it, and of a replay
+    await events.record([event(number, user=user, ts=ts) for number, ts in enumerate(of_times)])
+
+    assert (counted(metrics, "click", "mian"), counted(metrics, "click", "stec")) == (1, 2)
+
+
 async def test_anonymous_events_count_for_the_arm_of_their_request(
     events: Events, metrics: Metrics, experiment: Experiment
 ):
