@@ -23,7 +23,7 @@ from service.events import Events
 from service.experiment import Running
 from service.explain import Explainer
 from service.features import FeatureStore, StoreUnavailable
-from service.front import Departure
+from service.front import CAME_AT, Departure
 from service.metrics import Metrics
 from service.peers import Peers
 from service.scorer import Scorer
@@ -87,7 +87,7 @@ class Api:
 
     async def predicted(self, scope: Scope, receive: Receive) -> bytes:
         """The answer to a prediction. Raises Problem, and ClientDisconnect when nobody waits for it any more."""
-        arrived = time.monotonic()
+        arrived = scope["state"].get(CAME_AT) or time.monotonic()
         body = await self._body(scope, receive)
         with Departure(receive):
             return await self._predicted(scope, body, arrived)
@@ -97,12 +97,14 @@ class Api:
         asked = self._predict_decoder.decode(body)
         if asked.explain:
             return await self._explained(scope, body, asked, arrived)
+        deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
+        scorer = self._open().scorer
+        scorer.check(deadline)
         given = shapes.given(asked, now=time.time(), max_candidates=self._settings.max_candidates)
         self._metrics.stages["parse"].observe(time.perf_counter() - started)
 
-        deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
         try:
-            scored = await self._open().scorer.score(given, request_id=asked.request_id, deadline=deadline)
+            scored = await scorer.score(given, request_id=asked.request_id, deadline=deadline)
         except Unreadable as err:
             raise self._predict_decoder.refusal(body, str(err)) from None
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,9 @@ from service.metrics import NO_ARM, Metrics
 
 log = logging.getLogger(__name__)
 
+CAME_AT = "came_at"  # in a request's state: when it came, on the monotonic clock, if the server has noted it
+FLOODS = frozenset(("deadline", "overloaded", "predicted_late"))  # refusals that come by the thousand when they come
+LOG_EVERY_S = 1.0  # each of them
 WATCH_AFTER_S = 0.01  # a request that is answered sooner is not worth looking whether its client still waits
 PREDICT = "/predict"
 
@@ -42,16 +46,39 @@ class Straight:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
+        self._floods = _Floods()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, media_type, headers = 200, b"application/json", []
         try:
             body = await self._answer(scope, receive)
         except (Problem, RecursionError) as err:
-            await answer_error(Request(scope), err)(scope, receive, send)
-            return
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+            problem = err if isinstance(err, Problem) else too_deep()
+            _note(scope, problem, times=self._floods.due(problem.reason))
+            status, media_type, body = problem.status, MEDIA_TYPE.encode(), problem.to_json()
+            headers = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+        headers += [(b"content-type", media_type), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+class _Floods:
+    """Under overload there is no time to log every refusal: one a second of each kind, and how many it stands for."""
+
+    def __init__(self) -> None:
+        self._unsaid: Counter[str] = Counter()
+        self._next: dict[str, float] = {}
+
+    def due(self, reason: str) -> int:
+        """How many to tell of now; 0 for none yet."""
+        if reason not in FLOODS:
+            return 1
+        self._unsaid[reason] += 1
+        now = time.monotonic()
+        if now < self._next.get(reason, 0.0):
+            return 0
+        self._next[reason] = now + LOG_EVERY_S
+        return self._unsaid.pop(reason)
 
 
 class Departure:
@@ -141,13 +168,21 @@ def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RecursionError):
         error = too_deep()  # nothing here nests deeply but what a client sends
     assert isinstance(error, Problem)
-    request.state.reason = error.reason
-    request.state.arm = error.arm or NO_ARM
-    refusal = {"route": request.url.path, "status": error.status, "reason": error.reason, "detail": error.detail}
-    if error.__cause__ is not None:
-        refusal["cause"] = str(error.__cause__)
-    log.log(logging.ERROR if error.reason == "model_failed" else logging.INFO, "refused", extra=refusal)
+    _note(request.scope, error)
     return _response(error, request.url.path)
+
+
+def _note(scope: Scope, problem: Problem, *, times: int = 1) -> None:
+    """For the metrics, and in the log if it is to be told of so many times."""
+    scope["state"].update(reason=problem.reason, arm=problem.arm or NO_ARM)
+    if not times:
+        return
+    told = {"route": scope["path"], "status": problem.status, "reason": problem.reason, "detail": problem.detail}
+    if problem.__cause__ is not None:
+        told["cause"] = str(problem.__cause__)
+    if times > 1:
+        told["times"] = times
+    log.log(logging.ERROR if problem.reason == "model_failed" else logging.INFO, "refused", extra=told)
 
 
 def _response(problem: Problem, path: str) -> Response:

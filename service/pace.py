@@ -32,6 +32,11 @@ class Pace:
         """How long a request that comes now has to wait, at most: those under way may be half done."""
         return self._candidates * (self._candidate_s or 0.0) + self._model_s
 
+    def check(self, deadline: Deadline) -> None:
+        """Raises Problem (503) where no request could be scored before the deadline, however small."""
+        if self._candidates and self.ahead_s > deadline.left_s:
+            raise predicted_late(self.ahead_s)
+
     @contextmanager
     def admitted(self, num_candidates: int, model_s: float, deadline: Deadline) -> Iterator[None]:
         """Around all the work for a request, of which the model is expected to take `model_s`.

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -74,8 +75,18 @@ class Scorer:
         self._metrics = metrics
         self._fallback = fallback
         self._pace = Pace()
+        self._process, self._numbers = secrets.token_hex(8), count()  # of requests without an id: a new one each
         self.recent = Recent()
         self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds no task
+
+    def check(self, deadline: Deadline) -> None:
+        """Raises Problem for a request that is too late already, or would be behind those under way: 504, 503.
+
+        Before any work for it, unless the click rate is to stand in, for which its arm must be known.
+        """
+        if self._fallback == "none":
+            deadline.check()
+            self._pace.check(deadline)
 
     async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
         """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late.
@@ -113,7 +124,7 @@ class Scorer:
 
     def _draw(self, given: Given, request_id: str | int | None) -> Drawn:
         experiment = self._running.now
-        request_id = uuid.uuid4().hex if request_id is None else request_id
+        request_id = f"{self._process}-{next(self._numbers):x}" if request_id is None else request_id
         arm = experiment.assign(given.user if given.user is not None else spelled(request_id)).name
         return Drawn(request_id=request_id, experiment=experiment, arm=arm, model=self._catalog.models[arm])
 

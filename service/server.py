@@ -1,6 +1,8 @@
 """How one process serves: its socket, its signals, and a stop that no client notices."""
 
+import asyncio
 import logging
+import math
 import random
 import signal
 import socket
@@ -16,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service import address
 from service.api import Api
 from service.app import create_app
+from service.front import CAME_AT
 from service.place import Place
 from service.settings import Settings
 
@@ -58,6 +61,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=IN_FLIGHT_S,
             )
@@ -87,23 +91,51 @@ class Server(uvicorn.Server):
         return ended or (self._stop_at is not None and time.monotonic() >= self._stop_at)
 
 
+class _Away:
+    """How long the event loop was busy before it read what it reads now: that came meanwhile, halfway on average.
+
+    In processor time of its thread: of the wall clock's, nobody could tell how much it waited for something to come.
+    """
+
+    def __init__(self) -> None:
+        self._reading = False
+        self._seconds = 0.0
+        self._left = time.thread_time()
+
+    def seconds(self) -> float:
+        """For one of those that are read in one go."""
+        if not self._reading:
+            self._reading = True
+            self._seconds = time.thread_time() - self._left
+            asyncio.get_running_loop().call_soon(self._read)  # before the task of any of them
+        return self._seconds
+
+    def _read(self) -> None:
+        self._reading = False
+        self._left = time.thread_time()
+
+
 def _connections_of(max_age_s: float) -> type[HttpToolsProtocol]:
-    """Connections that are told to close with the first answer after that many seconds, or up to half of it earlier.
+    """Connections that note when a request came, and that end after so many seconds, or up to half of it earlier.
+
+    Under load a request is read long after it came, and its task begins long after that: its deadline does not wait.
 
     A kept connection stays with the process that took it, so one that starts later would get none of those there are.
     The client reads `connection: close` with an answer and connects anew for its next request: nothing is lost.
     """
-    if max_age_s == 0:
-        return HttpToolsProtocol
+    away = _Away()
 
-    class AgingConnection(HttpToolsProtocol):
+    class Connection(HttpToolsProtocol):
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)  # type: ignore[arg-type] # it narrows the type itself
-            self._close_at = time.monotonic() + max_age_s * random.uniform(0.5, 1)  # or those made together go together
+            age_s = max_age_s * random.uniform(0.5, 1)  # or those made together would go together
+            self._close_at = time.monotonic() + age_s if max_age_s else math.inf
 
         def on_headers_complete(self) -> None:
+            now = time.monotonic()
+            self.scope["state"][CAME_AT] = now - away.seconds() / 2
             super().on_headers_complete()
-            if time.monotonic() >= self._close_at:
+            if now >= self._close_at:
                 self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
-    return AgingConnection
+    return Connection

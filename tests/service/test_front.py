@@ -1,11 +1,13 @@
 """The straight way of /predict: what it answers, and what happens when its client leaves."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
 from service.features import Fetched, MemoryStore
+from service.front import CAME_AT
 from tests.service.conftest import Start
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
@@ -84,3 +86,57 @@ async def test_behind_a_prefix_the_routing_finds_the_same_answer(start: Start) -
 
     assert sent[0]["status"] == 200
     assert sent[1]["body"] == straight.content
+
+
+async def test_a_flood_of_refusals_is_logged_once_a_second_with_their_number(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.front")
+    async with start() as service:
+        for _ in range(5):
+            late = await service.predict(candidates=[{"id": "a1"}], timeout_ms=1e-6)
+        monkeypatch.setattr("service.front.LOG_EVERY_S", 0.0)
+        wrong = [await service.predict(candidates=[]) for _ in range(2)]
+        entries = [vars(record) for record in caplog.records if record.msg == "refused"]
+        app: Any = service.app
+        app.predict._app._floods._next.clear()  # a second later
+        await service.predict(candidates=[{"id": "a1"}], timeout_ms=1e-6)
+        later = vars(caplog.records[-1])["times"]
+        counted = await service.metric('clickserve_rejected_total{reason="deadline"}')
+
+    assert (late.status_code, late.headers["content-type"]) == (504, "application/problem+json")
+    assert late.json()["detail"] == "no score within 1e-06 ms"
+    assert [answer.status_code for answer in wrong] == [422, 422]
+    assert [(entry["reason"], entry.get("times", 1)) for entry in entries] == [
+        ("deadline", 1),
+        ("invalid", 1),
+        ("invalid", 1),
+    ]
+    assert later == 5
+    assert counted == 6
+
+
+async def test_a_request_that_came_long_before_its_task_began_is_late_before_any_work(start: Start) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": BODY, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with start(timeout_ms=500) as service:
+        for ago_s in (0.1, 0.6):
+            scope = {**SCOPE, "state": {CAME_AT: time.monotonic() - ago_s}}
+            await service.app(scope, receive, send)
+        fetched = await service.metric('clickserve_store_seconds_count{op="fetch"}')
+
+    assert [message["status"] for message in sent[::2]] == [200, 504]
+    assert fetched == 1
+
+
+async def test_requests_without_an_id_get_one_each(start: Start) -> None:
+    async with start() as one, start() as other:
+        answers = [await service.predict(candidates=[{"id": "a1"}]) for service in (one, other) for _ in range(3)]
+
+    assert len({answer.json()["request_id"] for answer in answers}) == 6

@@ -45,6 +45,20 @@ def test_a_request_that_would_be_late_is_refused_and_leaves_nothing_behind():
     assert pace.ahead_s == 0.0
 
 
+def test_behind_more_than_its_time_a_request_is_refused_however_small_it_is():
+    clock = Clock()
+    pace = Pace(spent=clock)
+    answered(pace, clock, num=1, candidates=100, loop_s=3.0)
+    pace.check(within(0))
+
+    with pace.admitted(100, 2.0, within(60_000)):
+        pace.check(within(5_100))
+        with pytest.raises(Problem) as refused:
+            pace.check(within(4_900))
+
+    assert refused.value.reason == "predicted_late"
+
+
 def test_with_nothing_under_way_a_request_is_never_refused():
     clock = Clock()
     pace = Pace(spent=clock)
