@@ -44,11 +44,12 @@ Change = Load | Rollback | Reshare
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What serves: of every arm its version and those before, the latest first, and the shares."""
+    """What serves: of every arm its version and those before, the latest first, and the shares, now and until when."""
 
     versions: dict[str, list[str]]
     shares: dict[str, Share]
     shadow: dict[str, Share]
+    before: list[tuple[float, dict[str, Share]]] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Changes:
             versions=self._catalog.versions(),
             shares={arm.name: arm.share for arm in now.arms},
             shadow={arm.name: arm.share for arm in now.shadow},
+            before=[(until, {arm.name: arm.share for arm in ran.arms}) for until, ran in self._running.past],
         )
 
     async def prepare(self, change: Change) -> Prepared:
@@ -94,9 +96,9 @@ class Changes:
         for arm, (serving, *_) in state.versions.items():
             if self._catalog.models[arm].version != serving:
                 (await self.prepare(Load(arm=arm, version=serving))).commit()
-        after = self._running.now.with_shares(shares=state.shares, shadow=state.shadow)
-        if after != self._running.now:
-            self._running.change(after)
+        own = self._running.now
+        before = [(until, own.with_shares(shares=shares, shadow={})) for until, shares in state.before]
+        self._running.take_over(own.with_shares(shares=state.shares, shadow=state.shadow), before)
 
     def _flip(self, arm: str, model: Model) -> Prepared:
         def commit() -> None:

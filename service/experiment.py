@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -151,6 +151,17 @@ class Running:
     def change(self, experiment: Experiment) -> None:
         self._past.append((self._clock(), self.now))
         self.now = experiment
+
+    @property
+    def past(self) -> Sequence[tuple[float, Experiment]]:
+        """How it ran before, and until when, the earliest first."""
+        return list(self._past)
+
+    def take_over(self, experiment: Experiment, past: Iterable[tuple[float, Experiment]]) -> None:
+        """From now on as it runs elsewhere, and as it ran there."""
+        self.now = experiment
+        self._past.clear()
+        self._past.extend(past)
 
     def at(self, ts: float) -> Experiment:
         """As it ran at a time of the last day, in Unix seconds; for an earlier one, which a replay brings, as now."""

@@ -201,8 +201,7 @@ class _Line:
     async def commit(self) -> None:
         try:
             async with asyncio.timeout(COMMIT_S):
-                self._writer.write(COMMIT)
-                await self._writer.drain()
+                await _send(self._writer, COMMIT)
                 await self._reader.readline()
         except (TimeoutError, ConnectionError) as err:
             log.warning("a process did not confirm a change", extra={"reason": repr(err)})
@@ -215,8 +214,16 @@ def _raise_first(answers: Sequence[Answer]) -> None:
 
 
 async def _say(writer: asyncio.StreamWriter, told: msgspec.Struct) -> None:
-    writer.write(msgspec.json.encode(told) + b"\n")
-    await writer.drain()
+    await _send(writer, msgspec.json.encode(told) + b"\n")
+
+
+async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
+    """Raises ConnectionError where the other is gone."""
+    try:
+        writer.write(line)
+        await writer.drain()
+    except RuntimeError as err:  # so uvloop says of a connection that it has closed
+        raise ConnectionError(str(err)) from err
 
 
 def _socket(folder: Path, slot: int) -> Path:

@@ -105,7 +105,7 @@ class RedisStore:
             keys += [user_key(user), behaviours_key(user)]
         if not keys:
             return Fetched(user=None, behaviours=NO_CLICKS, items=[])
-        async with self._answering(counted=False):
+        async with self._answering(on_wire=True):
             values: Sequence[Any] = await self._wire.ask(_command(b"MGET", keys))
         profile, past = values[len(items) :] if user is not None else (None, None)
         return Fetched(
@@ -151,8 +151,8 @@ class RedisStore:
         await self._put({item_key(item): pack_row(row) for item, row in rows.items()})
 
     async def ping(self) -> None:
-        async with self._answering():
-            await self._probe()
+        async with self._answering(on_wire=True):  # which is open then, before the first prediction comes
+            await self._wire.ask(_command(b"PING", []))
 
     async def aclose(self) -> None:
         await self._breaker.aclose()
@@ -174,26 +174,20 @@ class RedisStore:
                 await self._client.mset(dict(pairs[first : first + _ROWS_A_COMMAND]))
 
     @asynccontextmanager
-    async def _answering(self, *, counted: bool = True) -> AsyncIterator[None]:
+    async def _answering(self, *, on_wire: bool = False) -> AsyncIterator[None]:
         """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and tells the breaker.
 
-        The wire tells it by itself (`counted` false), as a caller may have gone before there is anything to tell. Only
-        silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
+        The wire has room for all, and tells it by itself, as a caller may have gone before there is anything to tell.
+        Only silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
         """
         if self._breaker.is_open:
             raise StoreUnavailable("the store has stopped answering and is being probed")
-        try:
-            if self._free.locked():
-                async with asyncio.timeout(self._timeout_s):
-                    await self._free.acquire()
-            else:
-                await self._free.acquire()
-        except TimeoutError:
-            raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
+        if not on_wire:
+            await self._take_connection()
         try:
             yield
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as err:
-            if counted:
+            if not on_wire:
                 self._breaker.failed()
             raise StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}") from err
         except exceptions.RedisError as err:
@@ -203,10 +197,21 @@ class RedisStore:
                 await self._client.connection_pool.disconnect(inuse_connections=False)
             raise StoreUnavailable(f"the store refused: {type(err).__name__}: {err}") from err
         else:
-            if counted:
+            if not on_wire:
                 self._breaker.succeeded()
         finally:
-            self._free.release()
+            if not on_wire:
+                self._free.release()
+
+    async def _take_connection(self) -> None:
+        try:
+            if self._free.locked():
+                async with asyncio.timeout(self._timeout_s):
+                    await self._free.acquire()
+            else:
+                await self._free.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
 
 
 def _command(name: bytes, arguments: Sequence[str]) -> list[bytes]:

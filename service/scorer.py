@@ -159,7 +159,8 @@ class Scorer:
                 scored = await self._by_model(replace(drawn, model=previous), given, deadline)
                 return self._with_reason(scored, PREVIOUS_VERSION)
             except Problem as also:
-                problem = also
+                if also.reason in STANDS_IN:  # what that version has against the request is not the client's fault
+                    problem = also
         rate = drawn.model.artifact.manifest.click_rate
         if self._fallback == "none" or rate is None or problem.reason not in STANDS_IN:
             raise problem

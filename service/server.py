@@ -95,24 +95,26 @@ class _Away:
     """How long the event loop was busy before it read what it reads now: that came meanwhile, halfway on average.
 
     In processor time of its thread: of the wall clock's, nobody could tell how much it waited for something to come.
+    Where it waited for most of that, what came was read soon.
     """
 
     def __init__(self) -> None:
         self._reading = False
         self._seconds = 0.0
-        self._left = time.thread_time()
+        self._read()
 
     def seconds(self) -> float:
         """For one of those that are read in one go."""
         if not self._reading:
             self._reading = True
-            self._seconds = time.thread_time() - self._left
+            busy_s = time.thread_time() - self._left_busy
+            self._seconds = busy_s if busy_s > (time.monotonic() - self._left) / 2 else 0.0
             asyncio.get_running_loop().call_soon(self._read)  # before the task of any of them
         return self._seconds
 
     def _read(self) -> None:
         self._reading = False
-        self._left = time.thread_time()
+        self._left_busy, self._left = time.thread_time(), time.monotonic()
 
 
 def _connections_of(max_age_s: float) -> type[HttpToolsProtocol]:

@@ -12,6 +12,7 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
+LOOKS = 3  # turns of the event loop, after a reply's time, in which it may be found to have come
 CONNECT_S = 1.0  # for a connection, which takes several round trips: longer than anybody waits for it
 
 Reply = asyncio.Future[Any]
@@ -107,8 +108,19 @@ class _Open:
             raise
         return await reply  # whoever gives up here cancels it, and it is passed over when it comes
 
-    def _late(self, reply: Reply) -> None:
-        """A connection that was silent for so long may be dead without a word: the next caller gets another."""
+    def _late(self, reply: Reply, looks: int = LOOKS) -> None:
+        """A connection that was silent for so long may be dead without a word: the next caller gets another.
+
+        An event loop that stood still runs its timers first, before it reads what came meanwhile: that is no silence.
+        """
+        if looks:
+            timer = self._loop.call_later(0, self._late, reply, looks - 1)
+            for place, (waiting, _) in enumerate(self._waiting):
+                if waiting is reply:
+                    self._waiting[place] = (reply, timer)
+                    return
+            timer.cancel()  # it has come
+            return
         self._told(False)
         self.is_usable = False
         if not reply.done():

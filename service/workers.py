@@ -149,9 +149,10 @@ class _Supervisor:
         self._processes[place.slot] = process
         try:
             if self._stop.is_set():  # while it was being started
-                process.terminate()
+                self._end(place.slot, signal.SIGTERM)
             assert process.stdin is not None
-            with suppress(ConnectionError):  # then it died at once, which is told below
+            # Then it died at once, which is told below; RuntimeError is uvloop's word for a pipe that it has closed.
+            with suppress(ConnectionError, RuntimeError):
                 process.stdin.write(_order(self._settings, place))
                 await process.stdin.drain()
             said = await self._listen(place, process)
@@ -190,12 +191,14 @@ class _Supervisor:
 
     def _end(self, slot: int, sig: signal.Signals) -> None:
         # To Ctrl-C a Python that still imports answers with a traceback; there is nothing to drain in either case.
-        self._processes[slot].send_signal(sig if slot in self._ready else signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended, and nobody has heard of it yet
+            self._processes[slot].send_signal(sig if slot in self._ready else signal.SIGTERM)
 
     def _kill_all(self) -> None:
         for slot, process in self._processes.items():
             log.error("worker killed", extra={"worker": slot, "reason": "it did not end in time"})
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
 
 
 def _told(code: int) -> str:

@@ -12,6 +12,8 @@ import pytest
 
 from models.encoding import Arrays
 from service.backends import OnnxBackend
+from service.errors import FieldError, invalid
+from service.inputs import Inputs
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
@@ -112,6 +114,29 @@ async def test_when_the_previous_version_fails_too_the_click_rate_stands_in(star
 
     assert answer.json()["degraded"] == ["prior"]
     assert answer.json()["version"] == worse
+
+
+@pytest.mark.parametrize(("fallback", "status"), [("none", 503), ("prior", 200)])
+async def test_what_the_previous_version_cannot_take_is_not_the_clients_fault(
+    start: Start, broken: Path, monkeypatch: pytest.MonkeyPatch, fallback: str, status: int
+) -> None:
+    good, bad = version_names(broken)
+
+    async with start(artifacts_dir=broken, experiment=ALONE, fallback=fallback) as service:
+        await swapped(service, [good, bad])
+        previous = service.parts.catalog.previous("one")
+        read = Inputs.read
+
+        async def refuse(inputs: Inputs, model: Any, given: Any, deadline: Any) -> Any:
+            if model is previous:
+                raise invalid([FieldError(pointer="/context", expected="another schema's", got="this one's")])
+            return await read(inputs, model, given, deadline)
+
+        monkeypatch.setattr(Inputs, "read", refuse)
+        answer = await service.predict(candidates=POISONED)
+
+    assert answer.status_code == status
+    assert fallback == "none" or answer.json()["degraded"] == ["prior"]
 
 
 @pytest.mark.parametrize("fallback", ["none", "prior"])

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -138,6 +139,19 @@ async def test_a_worker_that_starts_later_begins_with_what_serves(workers: Worke
             assert shares == [1, 50]
             assert back.json()["version"] == second
             assert serves(a) == serves(b) == {"one": [second, first], "two": [first]}
+
+
+async def test_a_worker_that_starts_later_knows_which_shares_held_before(workers: Workers) -> None:
+    users = [f"u{number}" for number in range(50)]
+    async with workers.worker(0) as a:
+        began = time.time()
+        served = [a.parts.running.at(began).assign(user).name for user in users]
+        await asyncio.sleep(0.01)
+        await a.client.put("/experiments/test", json={"kill": ["two"]}, headers=TOKEN)
+        async with workers.worker(1) as b:
+            for worker in (a, b):
+                assert [worker.parts.running.at(began).assign(user).name for user in users] == served
+                assert {worker.parts.running.at(time.time()).assign(user).name for user in users} == {"one"}
 
 
 async def test_a_worker_that_starts_after_a_new_export_serves_what_the_others_do(

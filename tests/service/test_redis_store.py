@@ -195,7 +195,7 @@ async def test_callers_beyond_the_connections_wait_a_bounded_time_and_do_not_tri
         os.kill(own_redis.pid, signal.SIGSTOP)
 
         told = await asyncio.gather(
-            *(store.fetch("u1", [], before=1, limit=1) for _ in range(20)), return_exceptions=True
+            *(store.mark([("u1", f"e{number}")]) for number in range(20)), return_exceptions=True
         )
         os.kill(own_redis.pid, signal.SIGCONT)
 
@@ -218,6 +218,22 @@ async def test_a_dead_server_is_said_to_be_unavailable_at_once():
                 await call
 
         assert time.monotonic() - started < 1
+
+
+async def test_an_event_loop_that_stood_still_is_no_silence_of_the_server(redis_url: str):
+    async with aclosing(RedisStore.connect(redis_url, timeout_s=0.05)) as store:
+        await store.put_users({"u1": {"age": 1}})
+        await store.ping()
+        wire = store._wire._open
+        fetches = [asyncio.create_task(store.fetch("u1", [], before=1, limit=1)) for _ in range(8)]
+        await asyncio.sleep(0)  # they are sent
+
+        time.sleep(0.1)  # noqa: ASYNC251 - as a long callback or a throttled process does
+        answers = await asyncio.gather(*fetches)
+
+        assert all(answer.user == {"age": 1} for answer in answers)
+        assert store._wire._open is wire
+        assert not store._breaker.is_open
 
 
 async def test_a_server_far_away_is_connected_to_though_that_takes_longer_than_an_answer_may(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from service import server, workers
 from service.place import Place
@@ -113,6 +114,38 @@ async def test_who_never_served_ends_the_service_with_its_last_words(
         await supervisor(DIES, tmp_path, monkeypatch).run()
     with pytest.raises(WorkerError, match="^worker 0 ended with code 7$"):
         await supervisor("import sys; sys.exit(7)", tmp_path, monkeypatch).run()
+
+
+def test_a_worker_that_dies_before_it_is_told_anything_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On uvloop, as in production, whose words for a closed pipe are its own."""
+    supervising = supervisor(REFUSES_TO_END, tmp_path, monkeypatch)
+    starts = 0
+
+    async def run() -> None:
+        nonlocal starts
+        running = asyncio.create_task(supervising.run())
+        while not supervising._ready:  # noqa: ASYNC110 - its program tells nobody else
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(workers, "COMMAND", ("false",))
+        supervising._processes[0].kill()
+        own = supervising._run
+
+        async def counted(place: Place) -> str:
+            nonlocal starts
+            starts += 1
+            return await own(place)
+
+        monkeypatch.setattr(supervising, "_run", counted)
+        while starts < 8:
+            await asyncio.sleep(0.01)
+            assert not running.done()
+        supervising._stop_all(signal.SIGTERM)
+        await running
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(run(), 30))
 
 
 async def test_who_does_not_end_in_time_is_killed(
