@@ -75,8 +75,8 @@ class Events:
 
         Clicks of users enter their pasts, and the very next fetch sees them; everything else is only remembered as
         known and counted. Raises StoreUnavailable with a part of the events possibly taken: make the same call again,
-        what was taken is then a duplicate. (Only the counters may miss what was taken by a call that failed, and counters and
-        receipt what the server took just before a connection was lost, on which the call is made once more by itself.)
+        what was taken is then a duplicate. The counters may miss what was taken by a call that failed; they and the
+        receipt, what the server took just before a connection was lost: that call is made once more by itself.
         """
         latest = self._now() + MAX_AHEAD_S
         checked: list[_Checked] = []

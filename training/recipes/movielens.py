@@ -90,15 +90,16 @@ def deepmr_movielens() -> Run:
 
 
 def feseq_movielens() -> Run:
-    """FESeq on MovieLens-1M, narrow enough for two cores. Not measured here yet.
+    """FESeq on MovieLens-1M, narrow enough for two cores: test AUC 0.7596, logloss 0.5766 (one seed, 32 minutes).
 
-    A bucket of 15 minutes: 99 of 100 clicks seen in a history are then younger than the last bucket.
+    A bucket of a day: of the clicks seen in a history 61 % of the test part's are younger than 4000 quarters of an
+    hour, 99 % of the training part's. With those, and 2048 rows a batch: 0.7598, 0.5761.
     """
     return Run(
         model="feseq",
         model_config={
             "emb_dim": 8,
-            "time_unit_s": 900,
+            "time_unit_s": 86_400,
             "pool_width": 32,
             "hidden": (256, 128, 64),
             "dropout_attention": 0.0,
@@ -106,7 +107,7 @@ def feseq_movielens() -> Run:
             "dropout_net": 0.1,
             "l2_emb": 1e-5,
         },
-        batch_size=2048,
+        batch_size=1024,
         lr=1e-3,
         max_epochs=20,
         patience=2,

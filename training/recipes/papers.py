@@ -22,16 +22,20 @@ def mian_paper() -> Run:
 def mian_prod() -> Run:
     """MIAN on MovieLens-1M with what the paper has not: clicks know their place, and multiply with the candidate.
 
-    Test AUC 0.7660, logloss 0.5728 (one seed, 5 epochs, valid 0.7590), where mian_movielens reaches 0.7554, 0.5897. Its
-    groups are concatenated for a wider head. After as many epochs DeepFM (0.7594) and DIN (0.7585) stand where it does.
+    Test AUC 0.7684 +- 0.0023, logloss 0.5798 (3 seeds of 7 to 9 epochs, 20 minutes each), where mian_movielens reaches
+    0.7554, 0.5897. Its groups are concatenated for a wider head. Others, one seed each: 2048 rows a batch, dropout 0.2
+    and a smaller step after the first bad epoch 0.7660, 0.5728; 512 rows and a head of 512 and 256 0.7680, 0.5750;
+    that with l2_emb 1e-3 0.7369 on the validation part after one epoch, and stopped.
     """
     beyond = {"position": "learned", "ibim_scorer": "bilinear", "gim_eb": "masked_mean", "gim_combine": "concat"}
     return replace(
         mian_movielens(),
-        model_config={"emb_dim": 16, "l2_emb": 1e-5, "l2_dense": 0.0, "heads": 4, "hidden": (256, 128)} | beyond,
-        batch_size=2048,
+        model_config={"emb_dim": 16, "l2_emb": 1e-5, "l2_dense": 0.0, "heads": 4, "hidden": (256, 128), "dropout": 0.1}
+        | beyond,
+        batch_size=1024,
         lr=2e-3,
-        patience=1,
+        patience=2,
+        plateau_patience=1,
     )
 
 
