@@ -98,23 +98,27 @@ class _Away:
     Where it waited for most of that, what came was read soon.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, busy: Callable[[], float] = time.thread_time, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._busy, self._clock = busy, clock
         self._reading = False
         self._seconds = 0.0
-        self._read()
+        self._left_busy, self._left = 0.0, -math.inf  # whatever it did before the first
 
     def seconds(self) -> float:
         """For one of those that are read in one go."""
         if not self._reading:
             self._reading = True
-            busy_s = time.thread_time() - self._left_busy
-            self._seconds = busy_s if busy_s > (time.monotonic() - self._left) / 2 else 0.0
+            busy_s = self._busy() - self._left_busy
+            # Not half: the model's thread and other processes may want the same core.
+            self._seconds = busy_s if busy_s > (self._clock() - self._left) / 4 else 0.0
             asyncio.get_running_loop().call_soon(self._read)  # before the task of any of them
         return self._seconds
 
     def _read(self) -> None:
         self._reading = False
-        self._left_busy, self._left = time.thread_time(), time.monotonic()
+        self._left_busy, self._left = self._busy(), self._clock()
 
 
 def _connections_of(max_age_s: float) -> type[HttpToolsProtocol]:
