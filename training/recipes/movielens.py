@@ -31,7 +31,7 @@ def stec_movielens() -> Run:
 
 
 def deepfm_movielens() -> Run:
-    """DeepFM on MovieLens-1M: test AUC 0.7707, logloss 0.5847 (one seed, 8 epochs, 6 minutes)."""
+    """DeepFM on MovieLens-1M: test AUC 0.7708 +- 0.0008, logloss 0.5801 (3 seeds of 7 or 8 epochs, 4 minutes each)."""
     return Run(
         model="deepfm",
         model_config={"emb_dim": 16, "dropout": 0.2, "l2_emb": 1e-5},
@@ -48,17 +48,17 @@ def lr_movielens() -> Run:
 
 
 def dcnv2_movielens() -> Run:
-    """DCNv2 on MovieLens-1M, with DeepFM's settings. Not measured here yet."""
+    """DCNv2 on MovieLens-1M, with DeepFM's settings: test AUC 0.7708 +- 0.0007, logloss 0.5804 (3 seeds)."""
     return _movielens("dcnv2")
 
 
 def din_movielens() -> Run:
-    """DIN on MovieLens-1M, with DeepFM's settings. Not measured here yet."""
+    """DIN on MovieLens-1M, with DeepFM's settings: test AUC 0.7671 +- 0.0030, logloss 0.5876 (2 seeds)."""
     return _movielens("din")
 
 
 def dien_movielens() -> Run:
-    """DIEN with its auxiliary loss on MovieLens-1M, else with DeepFM's settings. Not measured here yet."""
+    """DIEN with its auxiliary loss on MovieLens-1M, else with DeepFM's settings: 0.7628, logloss 0.5786 (one seed)."""
     return _movielens("dien", aux_weight=1.0)
 
 
@@ -68,7 +68,7 @@ def dmr_movielens() -> Run:
 
 
 def bst_movielens() -> Run:
-    """BST on MovieLens-1M, with DeepFM's settings. Not measured here yet."""
+    """BST on MovieLens-1M, with DeepFM's settings: test AUC 0.7564, logloss 0.5812 (one seed)."""
     return _movielens("bst")
 
 
