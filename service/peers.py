@@ -143,7 +143,7 @@ class Peers:
             prepared = await self._changes.prepare(asked.change)
         except Problem:
             raise
-        except Exception:
+        except Exception:  # whatever it is, the change is refused with it
             log.exception("unforeseen error")
             raise Problem(500, "a process failed to get ready; it has logged why", reason="internal") from None
         decided = False

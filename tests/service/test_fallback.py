@@ -12,8 +12,9 @@ import pytest
 
 from models.encoding import Arrays
 from service.backends import OnnxBackend
-from service.errors import FieldError, invalid
+from service.errors import FieldError, invalid, predicted_late
 from service.inputs import Inputs
+from service.pace import Pace
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
@@ -145,6 +146,21 @@ async def test_a_client_is_never_told_a_click_rate_for_his_own_mistake(start: St
         answer = await service.predict(candidates=[{"id": "a1", "features": {"price": "dear"}}])
 
     assert answer.status_code == 422
+
+
+@pytest.mark.parametrize(("fallback", "status", "fetches"), [("none", 503, 0), ("prior", 200, 1)])
+async def test_under_overload_a_request_is_refused_before_any_work_unless_the_click_rate_may_stand_in(
+    start: Start, monkeypatch: pytest.MonkeyPatch, fallback: str, status: int, fetches: int
+) -> None:
+    def full(pace: Pace, deadline: Any) -> None:
+        raise predicted_late(1.0)
+
+    monkeypatch.setattr(Pace, "check", full)
+    async with start(experiment=ALONE, fallback=fallback) as service:
+        answer = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}])
+
+        assert answer.status_code == status
+        assert await service.metric('clickserve_store_seconds_count{op="fetch"}') == fetches
 
 
 @pytest.mark.parametrize(("fallback", "status"), [("none", 504), ("prior", 200)])

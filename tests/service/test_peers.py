@@ -205,6 +205,18 @@ async def test_a_worker_that_died_is_not_waited_for(workers: Workers, versions: 
     assert (closes.status_code, gone.status_code) == (200, 200)
 
 
+async def test_a_peer_whose_line_uvloop_has_closed_has_nothing_against_a_change() -> None:
+    class Closed:
+        def write(self, _: bytes) -> None:
+            raise RuntimeError("unable to perform operation on <UnixTransport closed=True>; the handler is closed")
+
+    closed: Any = Closed()
+    line = peers._Line(asyncio.StreamReader(), closed)
+
+    assert await line.prepare(peers.Asked(change=Load(arm="one"), name="x")) == peers.Answer()
+    await line.commit()
+
+
 @pytest.mark.parametrize("wrote", [False, True])
 async def test_whoever_loses_its_line_before_the_word_does_what_the_file_says(
     wrote: bool, workers: Workers, versions: list[str]

@@ -1,8 +1,15 @@
 """What the event loop keeps waiting is known to have waited."""
 
 import asyncio
+import math
+import time
+from typing import Any
 
-from service.server import _Away
+import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.front import CAME_AT
+from service.server import _Away, _connections_of
 
 
 async def test_what_is_read_in_one_go_waited_while_the_loop_was_busy_and_not_while_it_was_idle() -> None:
@@ -23,3 +30,16 @@ async def test_what_is_read_in_one_go_waited_while_the_loop_was_busy_and_not_whi
     assert await read(busy_s=3, idle_s=6) == (3, 3)
     assert await read(busy_s=3, idle_s=60) == (0, 0)
     assert await read(busy_s=0, idle_s=0) == (0, 0)
+
+
+@pytest.mark.parametrize("max_age_s", [0.0, 60.0])
+async def test_a_connection_notes_when_its_request_came(max_age_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HttpToolsProtocol, "on_headers_complete", lambda _: None)
+    monkeypatch.setattr(_Away, "seconds", lambda _: 4.0)
+    kind: Any = _connections_of(max_age_s)
+    connection = kind.__new__(kind)
+    connection.scope, connection._close_at = {"state": {}}, math.inf
+
+    connection.on_headers_complete()
+
+    assert connection.scope["state"][CAME_AT] == pytest.approx(time.monotonic() - 2, abs=1)
