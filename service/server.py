@@ -1,6 +1,7 @@
 """How one process serves: its socket, its signals, and a stop that no client notices."""
 
 import asyncio
+import gc
 import logging
 import math
 import random
@@ -38,6 +39,9 @@ async def serve(settings: Settings, place: Place, *, listening: Callable[[], Non
         app = create_app(settings, place)
         # The lifespan is entered here and not by uvicorn, which would print a traceback for a bad artifact.
         async with app.router.lifespan_context(app):
+            # What there is now stays. Looking through all of it for garbage would stop the process for some 60 ms.
+            gc.collect()
+            gc.freeze()
             await Server(app, settings, listening or _log_serving(listener)).serve(sockets=[listener])
     log.info("stopped")
 

@@ -2,7 +2,10 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.front import CAME_AT
 from service.server import _Away, _connections_of
+
+ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
 
 
 async def test_what_is_read_in_one_go_waited_while_the_loop_was_busy_and_not_while_it_was_idle() -> None:
@@ -43,3 +48,25 @@ async def test_a_connection_notes_when_its_request_came(max_age_s: float, monkey
     connection.on_headers_complete()
 
     assert connection.scope["state"][CAME_AT] == pytest.approx(time.monotonic() - 2, abs=1)
+
+
+def test_the_garbage_collector_leaves_alone_what_is_there_before_the_first_request(artifacts: Path) -> None:
+    """A full collection of modules and models takes longer than a request may."""
+    script = f"""
+import asyncio, gc, os, signal
+from service.place import Place
+from service.server import serve
+from service.settings import Settings
+
+def listening():
+    print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+settings = Settings(artifacts_dir={str(artifacts)!r}, port=0, experiment={ONE_ARM!r})
+asyncio.run(serve(settings, Place.alone(), listening=listening))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
+
+    frozen, looked_through = map(int, ran.stdout.split())
+    assert frozen > 20_000
+    assert looked_through < frozen / 10
