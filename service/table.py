@@ -34,12 +34,12 @@ class Table:
         self._keys: list[Hashable] = [None] * (capacity + 1)
         self._next = NOTHING + 1
         self._until = np.full(capacity + 1, -np.inf)
-        # The inputs of one value a row share an array, so that one look-up gives them all, each in one piece.
-        self._columns: list[tuple[list[str], NDArray[Any]]] = []
+        # A row's single values stand side by side: after a run of the model little is left in the caches.
+        self._singles: list[tuple[list[str], NDArray[Any]]] = []
         for dtype in ("int64", "float32"):
             names = [i.name for i in inputs if i.dtype == dtype and _width(i) is None]
             if names:
-                self._columns.append((names, np.zeros((len(names), capacity + 1), dtype)))
+                self._singles.append((names, np.zeros((capacity + 1, len(names)), dtype)))
         wide = [(i.name, i.dtype, width) for i in inputs if (width := _width(i)) is not None]
         self._lists = [(name, np.zeros((capacity + 1, width), dtype)) for name, dtype, width in wide]
 
@@ -54,8 +54,8 @@ class Table:
     def take(self, slots: NDArray[np.int64]) -> Arrays:
         """The rows in these slots, copied."""
         arrays: Arrays = {}
-        for names, values in self._columns:
-            arrays.update(zip(names, values.take(slots, axis=1), strict=True))
+        for names, values in self._singles:
+            arrays.update(zip(names, np.ascontiguousarray(values.take(slots, axis=0).T), strict=True))
         for name, values in self._lists:
             arrays[name] = values.take(slots, axis=0)
         return arrays
@@ -84,9 +84,9 @@ class Table:
             if row in notes:
                 self._notes[slot] = notes[row]
         # Of rows that fell into one slot the last remains, in numpy's assignment as in the loop above.
-        for names, values in self._columns:
-            for name, column in zip(names, values, strict=True):
-                column[slots] = arrays[name][rows]
+        for names, values in self._singles:
+            for place, name in enumerate(names):
+                values[slots, place] = arrays[name][rows]
         for name, values in self._lists:
             values[slots] = arrays[name][rows]
 
