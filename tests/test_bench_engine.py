@@ -1,6 +1,7 @@
 """What the engine's figures set against each other: that the two forms are one model, and that only one repeats."""
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -58,3 +59,20 @@ def test_the_bare_run_is_fed_what_the_encoder_made(modules, tmp_path):
         assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
     assert made[0]["hist_mask"].all() and len(made[0]["user_index"]) == 5
     assert not any((array == 1).all() for name, array in made[0].items() if name.startswith("item."))  # all known
+
+
+def test_a_stop_of_the_machine_is_seen_and_counted(modules):
+    clock = iter([0.0, 0.0005, 0.5, 0.503, 1.0, 2.0])
+    still = importlib.import_module("still").watch(3, 1.5, clock=lambda: next(clock))
+
+    assert (still.core, still.per_s, still.longest_ms) == (3, 2.0, pytest.approx(1000))
+    assert still.share == pytest.approx((0.4995 + 0.003 + 0.497 + 1) / 2)
+
+
+def test_every_core_is_watched_by_a_process_of_its_own(modules):
+    cores = sorted(os.sched_getaffinity(0))
+
+    watched = importlib.import_module("still").measured(cores, 0.1)
+
+    assert [one.core for one in watched] == cores
+    assert all(0 <= one.share <= 1 for one in watched)

@@ -11,6 +11,7 @@
 4. Swaps at 80 % load: latency meanwhile, failures; memory after twenty. 3 minutes, of which 2 look for the knee.
 5. `--minutes` (default 10) at 80 % load: memory over time, errors.
 
+Before each of 3 to 5 it tells how still the machine is (still.py): on a shared one that bounds every latency.
 For 1 and 2 the service and the bare graph have the first core to themselves and everything else is on the others, and
 both sides take turns. `--knee`, where it is known, saves 4 and 5 the search. The model is MIAN as models/mian.py has
 it, T = 30, d = 16, with 8 user, 6 context and 5 item fields, untrained: its speed does not depend on its weights. Of
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import still
 from figures import FIGURES, Stand, say
 
 from service import redis_server
@@ -63,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     options=options,
                 )
                 started = time.monotonic()
+                stillness = still.measured(cores) if figure in (3, 4, 5) else []
                 text, data = FIGURES[figure](stand)
+                text = "\n".join([text, "", *(f"- {core}" for core in stillness)])
+                data["still"] = [vars(core) for core in stillness]
             print(f"\nFigure {figure} ({time.monotonic() - started:.0f} s)\n\n{text}", flush=True)
             (options.out / f"figure{figure}.md").write_text(text + "\n")
             (options.out / f"figure{figure}.json").write_text(json.dumps(data, indent=1) + "\n")
