@@ -1,5 +1,6 @@
 """What can be set, from where, and what holds when nothing is: the only file that reads the environment."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,10 +96,11 @@ def load(file: Path | None = None, **flags: Any) -> Settings:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Layered(**{name: value for name, value in flags.items() if value is not None})
+        return Layered(**given)
     except ValidationError as err:
-        raise SettingsError(_sentence(err, file)) from None
+        raise SettingsError(_sentence(err, file, given)) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -111,13 +113,14 @@ def _read(file: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _sentence(err: ValidationError, file: Path | None) -> str:
-    # The value itself is left out: it may be a URL with a password.
-    errors = err.errors(include_url=False, include_input=False)
+def _sentence(err: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
+    errors = err.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     name = str(first["loc"][0])
-    variable = f"{PREFIX}{name.upper()}"
-    source = f"{file} or {variable}" if file else variable
     if first["type"] == "extra_forbidden":
         return f"{file}: no setting is called {name}; there are {', '.join(sorted(Settings.model_fields))}"
-    return f"{source}: setting {name}: {first['msg']}"
+    variable = f"{PREFIX}{name.upper()}"
+    source = f"--{name}" if name in flags else f"{file} or {variable}" if file else variable
+    # A text is not repeated, whatever the setting: it may be a URL with a password.
+    got = f", got {first['input']}" if isinstance(first["input"], int | float) else ""
+    return f"{source}: setting {name}: {first['msg']}{got}"

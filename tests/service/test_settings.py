@@ -58,7 +58,7 @@ def test_an_empty_file_sets_nothing(file: Path) -> None:
     [
         ("prot: 9\nport: x", "no setting is called prot; there are admin_token, artifacts_dir,"),
         ("port: nine", "CLICKSERVE_PORT: setting port: Input should be a valid integer"),
-        ("port: 99999", "setting port: Input should be less than or equal to 65535"),
+        ("port: 99999", "setting port: Input should be less than or equal to 65535, got 99999"),
         ("experiment: 3", "setting experiment: "),
         ("{", "not a readable YAML file"),
         ("- port", "expected settings as `name: value`, got a list"),
@@ -73,6 +73,13 @@ def test_a_wrong_file_is_told_in_one_sentence(file: Path, content: str, told: st
 
     assert str(file) in str(wrong.value)
     assert "\n" not in str(wrong.value)
+
+
+def test_a_flag_is_told_by_its_own_name(file: Path) -> None:
+    file.write_text("port: 9000\n")
+
+    with pytest.raises(SettingsError, match="^--workers: setting workers: Input should be .* to 0, got -1$"):
+        load(file, workers=-1, port=None)
 
 
 @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3 cret", "s3cr\u00e9t"])
