@@ -31,6 +31,7 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "clickserve.json"
 PHASE_S = 20
 PAUSE_S = 0.05
 RECOVERY_S = 30
+START_S = 60  # of containers that were made a moment ago
 
 
 class Check:
@@ -100,6 +101,8 @@ def main() -> int:
         httpx.Client(base_url=options.prometheus, timeout=10) as prometheus,
     ):
         try:
+            wait_until_up(service, "/readyz")
+            wait_until_up(prometheus, "/-/ready")
             check_answers(check, service, options.compose)
             time.sleep(6)  # one more scrape
             check_metrics(check, prometheus)
@@ -108,6 +111,19 @@ def main() -> int:
             sys.exit(f"error: no answer from {options.service} or {options.prometheus}: {err}")
     print(f"\n{len(check.failed)} failed" if check.failed else "\nall is well")
     return 1 if check.failed else 0
+
+
+def wait_until_up(client: httpx.Client, path: str) -> None:
+    """Raises httpx.TransportError where nobody answers in time."""
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            if client.get(path).is_success or time.monotonic() > until:
+                return
+        except httpx.TransportError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def check_answers(check: Check, service: httpx.Client, compose: str) -> None:
