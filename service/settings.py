@@ -121,6 +121,6 @@ def _sentence(err: ValidationError, file: Path | None, flags: Mapping[str, Any])
         return f"{file}: no setting is called {name}; there are {', '.join(sorted(Settings.model_fields))}"
     variable = f"{PREFIX}{name.upper()}"
     source = f"--{name}" if name in flags else f"{file} or {variable}" if file else variable
-    # A text is not repeated, whatever the setting: it may be a URL with a password.
-    got = f", got {first['input']}" if isinstance(first["input"], int | float) else ""
+    # Only what is out of a number's bounds is repeated: anything else may be a secret, also in a wrong place.
+    got = f", got {first['input']}" if first.get("ctx", {}).keys() & {"gt", "ge", "lt", "le"} else ""
     return f"{source}: setting {name}: {first['msg']}{got}"

@@ -114,16 +114,21 @@ def main() -> int:
 
 
 def wait_until_up(client: httpx.Client, path: str) -> None:
-    """Raises httpx.TransportError where nobody answers in time."""
+    """Ends the check where nobody answers well in time: of what is not up, nothing else is worth checking."""
     until = time.monotonic() + START_S
     while True:
         try:
-            if client.get(path).is_success or time.monotonic() > until:
+            answer = client.get(path)
+            if answer.is_success:
                 return
-        except httpx.TransportError:
-            if time.monotonic() > until:
-                raise
-        time.sleep(1)
+            told = f"status {answer.status_code}"
+        except (
+            httpx.TransportError
+        ) as err:  # also one that the engine's proxy took and dropped
+            told = str(err)
+        if time.monotonic() > until:
+            sys.exit(f"error: {client.base_url}{path} is not up after {START_S} s: {told}")
+        time.sleep(1)  # between two questions
 
 
 def check_answers(check: Check, service: httpx.Client, compose: str) -> None:

@@ -92,6 +92,15 @@ def test_a_token_that_no_header_brings_as_it_is_is_refused_and_not_repeated(file
     assert token not in str(wrong.value)
 
 
+def test_a_token_of_digits_that_yaml_takes_for_a_number_is_not_repeated(file: Path) -> None:
+    file.write_text("admin_token: 8675309\n")
+
+    with pytest.raises(SettingsError, match="setting admin_token: ") as wrong:
+        load(file)
+
+    assert "8675309" not in str(wrong.value)
+
+
 def test_an_absent_file_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="absent.yaml"):
         load(tmp_path / "absent.yaml")
