@@ -122,9 +122,7 @@ def wait_until_up(client: httpx.Client, path: str) -> None:
             if answer.is_success:
                 return
             told = f"status {answer.status_code}"
-        except (
-            httpx.TransportError
-        ) as err:  # also one that the engine's proxy took and dropped
+        except httpx.TransportError as err:  # also one that the engine's proxy took and dropped
             told = str(err)
         if time.monotonic() > until:
             sys.exit(f"error: {client.base_url}{path} is not up after {START_S} s: {told}")
