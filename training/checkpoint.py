@@ -32,10 +32,13 @@ class State:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save(path: Path, model: nn.Module, optimizer: Optimizer, state: State) -> None:
+def save(
+    path: Path, model: nn.Module, optimizer: Optimizer, state: State, *, averaged: nn.Module | None = None
+) -> None:
     """Replace the checkpoint at `path`. Killed at any moment, the file is the old one or the new one, whole."""
     contents = {
         "model": model.state_dict(),
+        "averaged": None if averaged is None else averaged.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         # Not asdict: it would copy the best weights once more.
@@ -49,11 +52,13 @@ def save(path: Path, model: nn.Module, optimizer: Optimizer, state: State) -> No
     _rename(draft, path)
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> State:
-    """Put model, optimiser and random numbers back to where `save` found them. Runs no code from the file."""
+def load(path: Path, model: nn.Module, optimizer: Optimizer, *, averaged: nn.Module | None = None) -> State:
+    """Put models, optimiser and random numbers back to where `save` found them. Runs no code from the file."""
     try:
         contents: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(contents["model"])
+        if averaged is not None:
+            averaged.load_state_dict(contents["averaged"])
         optimizer.load_state_dict(contents["optimizer"])
         torch.set_rng_state(contents["rng"])
         return State(**contents["state"])

@@ -30,6 +30,8 @@ class Run:
     monitor: Literal["auc", "logloss"] = "auc"
     optimizer: Literal["adam", "ftrl"] = "adam"
     adam_beta2: float = 0.999
+    ema_decay: float = 0.0
+    """Above 0, what is validated and kept is the exponential moving average of the weights over the steps."""
     table_l1: float = 10.0
     """FTRL's on the rows of the embedding tables, as published: for the loss summed over a batch (`optimizers`)."""
     table_l2: float = 10.0
@@ -57,6 +59,7 @@ class Run:
             "monitor": (self.monitor in ("auc", "logloss"), "auc or logloss"),
             "optimizer": (self.optimizer in ("adam", "ftrl"), "adam or ftrl"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
+            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 and below 1"),
             **{
                 name: (0 <= getattr(self, name) < math.inf, "at least 0")
                 for name in ("table_l1", "table_l2", "dense_l1", "dense_l2")

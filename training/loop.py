@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from models.blocks import CTRModel
 from training import checkpoint, metrics, optimizers
@@ -25,7 +26,7 @@ MIN_GAIN = 1e-6  # a smaller gain on the validation part counts as none (FuxiCTR
 
 
 def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, report: Callable[[str], None]) -> State:
-    """Train until the validation part stops improving; leaves the best epoch's weights in `model`.
+    """Train until the validation part stops improving; leaves the best epoch's weights, or averages, in `model`.
 
     Goes on from `folder`'s checkpoint where there is one: killed at any moment and started again, the run ends with the
     same weights, bit by bit, on the same number of threads. Each epoch adds a line to `folder`/log.jsonl.
@@ -33,17 +34,18 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
     """
     if not 0 < valid.label.mean() < 1:
         raise UserError(f"the valid part's {len(valid)} rows need both clicks and non-clicks, to tell when to stop")
-    optimizer = optimizers.build(model, run)
+    optimizer, averaged = optimizers.build(model, run), optimizers.averaged(model, run)
+    judged = model if averaged is None else cast("CTRModel", averaged.module)
     state, saved = State(), folder / "checkpoint.pt"
     if saved.exists():
-        state = checkpoint.load(saved, model, optimizer)
+        state = checkpoint.load(saved, model, optimizer, averaged=averaged)
         report(f"resuming in epoch {state.epoch + 1} after {state.step} steps")
 
     while state.epoch < run.max_epochs and state.bad_epochs < run.patience:
         began = time.monotonic()
-        _train_epoch(model, optimizer, train, run, state=state, saved=saved)
+        _train_epoch(model, averaged, optimizer, train, run, state=state, saved=saved)
         trained = time.monotonic()
-        logits = predict(model, valid, "valid")
+        logits = predict(judged, valid, "valid")
         figures = {
             "auc": metrics.auc(valid.label, logits),
             "logloss": metrics.logloss(valid.label, _sigmoid(logits)),
@@ -56,10 +58,10 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
             "valid_s": round(time.monotonic() - trained, 3),
         }
-        _finish_epoch(model, optimizer, run, state, figure=figures[run.monitor], line=line)
+        _finish_epoch(judged, optimizer, run, state, figure=figures[run.monitor], line=line)
         # The log first: killed in between, the epoch is done again and writes the same line.
         checkpoint.write_atomically(folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in state.log).encode())
-        checkpoint.save(saved, model, optimizer, state)
+        checkpoint.save(saved, model, optimizer, state, averaged=averaged)
         report(_sentence(line, run, best=state.best_epoch == state.epoch, took_s=time.monotonic() - began))
 
     model.load_state_dict(state.best_weights)
@@ -82,7 +84,14 @@ def predict(model: CTRModel, rows: Rows, part: str) -> NDArray[np.float32]:
 
 
 def _train_epoch(
-    model: CTRModel, optimizer: torch.optim.Optimizer, train: Rows, run: Run, *, state: State, saved: Path
+    model: CTRModel,
+    averaged: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    train: Rows,
+    run: Run,
+    *,
+    state: State,
+    saved: Path,
 ) -> None:
     """The rest of the current epoch, a checkpoint every `run.checkpoint_s`."""
     model.train()
@@ -94,12 +103,14 @@ def _train_epoch(
     with bar(title, len(train), done=len(train) * state.step // steps) as advance:
         for batch in shuffled(train, run.batch_size, seed=run.seed, epoch=state.epoch, skip=state.step):
             loss_sum.add_(_step(model, optimizer, batch, run, state))
+            if averaged is not None:
+                averaged.update_parameters(model)
             state.step += 1
             now = time.monotonic()
             state.train_s = already_s + now - started
             if now - checkpointed >= run.checkpoint_s:
                 state.loss_sum = loss_sum.item()
-                checkpoint.save(saved, model, optimizer, state)
+                checkpoint.save(saved, model, optimizer, state, averaged=averaged)
                 checkpointed = time.monotonic()
             advance(len(batch.label_B), lambda: f"loss {loss_sum.item() / state.step:.4f}")
     state.loss_sum = loss_sum.item()

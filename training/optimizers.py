@@ -1,12 +1,13 @@
-"""How gradients move the weights: Adam, or the FTRL that xDeepInt and DynInt are trained with."""
+"""How gradients move the weights: Adam, or the FTRL that xDeepInt and DynInt are trained with; and their average."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from models.blocks import CTRModel, FieldEmbeddings
 from training.config import Run
@@ -38,6 +39,27 @@ def build(model: CTRModel, run: Run) -> Optimizer:
         n_start=0.1 / b**2,
         init_z_from_w=run.init_z_from_w,
     )
+
+
+def averaged(model: CTRModel, run: Run) -> AveragedModel | None:
+    """A copy of the model that follows it, told of each step by `update_parameters`; None where the run wants none.
+
+    Its weights, and the statistics of its batch norms, are a moving average of the model's: after each step `ema_decay`
+    of what they were and the rest of what the model's are now. Like a falling learning rate it takes out of them what
+    the last batches happened to be, while the model goes on learning at the full rate (after Polyak and Juditsky 1992).
+    """
+    if not run.ema_decay:
+        return None
+
+    # Not torch's own get_ema_multi_avg_fn: it averages integers too, and cuts what comes of it, so that 3 becomes 2.
+    def follow(averages: Sequence[Tensor], latest: Sequence[Tensor], _: object) -> None:
+        for average, value in zip(averages, latest, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - run.ema_decay)
+            else:
+                average.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 class FTRL(Optimizer):

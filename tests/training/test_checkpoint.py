@@ -16,7 +16,8 @@ from training.batches import Prepared
 from training.checkpoint import State
 from training.errors import UserError
 
-SETTINGS = ["max_epochs=3", "patience=9", "batch_size=50", "checkpoint_s=0", "model.dropout=0.2", "model.emb_dim=8"]
+SETTINGS = ["max_epochs=3", "patience=9", "batch_size=50", "checkpoint_s=0", "ema_decay=0.9"]
+SETTINGS += ["model.dropout=0.2", "model.emb_dim=8"]
 
 
 @pytest.fixture(scope="module")

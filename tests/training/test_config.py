@@ -19,6 +19,7 @@ def run(**changes):
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"monitor": "accuracy"}, "monitor must be auc or logloss, got 'accuracy'"),
         ({"optimizer": "sgd"}, "optimizer must be adam or ftrl, got 'sgd'"),
+        ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1, got 1.0"),
         ({"table_l1": -1.0}, "table_l1 must be at least 0, got -1.0"),
         ({"plateau_factor": 1.5}, "plateau_factor must be above 0 and at most 1, got 1.5"),
     ],

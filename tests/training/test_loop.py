@@ -6,8 +6,8 @@ import torch
 
 from models import zoo
 from tests.training.tiny import write_prepared
-from training import loop, metrics
-from training.batches import Prepared
+from training import loop, metrics, optimizers
+from training.batches import Prepared, shuffled
 from training.checkpoint import State
 from training.config import Run
 from training.errors import UserError
@@ -32,7 +32,7 @@ def fit(data, settings, folder):
 
 
 def weights(model):
-    return torch.cat([w.flatten().double() for w in model.state_dict().values()])
+    return torch.cat([w.flatten().double() for w in model.state_dict().values() if w.is_floating_point()])
 
 
 def test_training_learns_what_decides_a_click(tmp_path):
@@ -55,6 +55,24 @@ def test_the_same_seed_gives_the_same_weights_bit_by_bit(data, tmp_path):
     second, _ = fit(data, settings, tmp_path / "second")
 
     assert torch.equal(weights(first), weights(second))
+
+
+def test_with_a_decay_the_moving_average_of_the_weights_is_validated_and_kept(data, tmp_path):
+    decayed = run(max_epochs=1, ema_decay=0.9, batch_size=50)
+
+    kept, state = fit(data, decayed, tmp_path / "run")
+
+    torch.manual_seed(decayed.seed)
+    model = zoo.build(decayed.model, decayed.model_config, data.schema)
+    optimizer, average = optimizers.build(model, decayed), None
+    for batch in shuffled(data.rows("train"), decayed.batch_size, seed=decayed.seed, epoch=0):
+        loop._step(model, optimizer, batch, decayed, State())
+        average = weights(model) if average is None else 0.9 * average + 0.1 * weights(model)
+    torch.testing.assert_close(weights(kept), average, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(weights(kept), weights(model), rtol=1e-2)
+    valid = data.rows("valid")
+    validated = metrics.auc(valid.label, loop.predict(kept, valid, "valid"))
+    assert state.log[0]["valid_auc"] == pytest.approx(validated, abs=1e-6)
 
 
 @pytest.mark.parametrize("monitor", ["auc", "logloss"])
