@@ -68,11 +68,14 @@ NO_CLICKS = Past((), (), ())
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
-    """What is known for one request. None where nothing is stored; `items` stand in the order they were asked for."""
+    """What is known for one request. None where nothing is stored; `items` stand in the order they were asked for.
+
+    They are as they were packed, for `unpack_row`: most of those that are asked for again have not changed.
+    """
 
     user: Row | None
     behaviours: Past
-    items: list[Row | None]
+    items: Sequence[bytes | None]
 
 
 class FeatureStore(Protocol):
@@ -113,7 +116,7 @@ class MemoryStore:
     def __init__(self, *, keep: int = 200) -> None:
         self._keep = keep
         self._users: dict[str, Row] = {}
-        self._items: dict[str, Row] = {}
+        self._items: dict[str, bytes] = {}
         self._pasts: dict[str, list[Click]] = {}
         self._known: set[tuple[str, str]] = set()
 
@@ -131,7 +134,7 @@ class MemoryStore:
         for click, is_new in zip(clicks, new, strict=True):
             if is_new:
                 past = self._pasts.setdefault(click.user, [])
-                bisect.insort(past, enriched(click, self._items.get(click.item)), key=_order)
+                bisect.insort(past, enriched(click, unpack_row(self._items.get(click.item))), key=_order)
                 del past[: -self._keep]
         return new
 
@@ -146,7 +149,7 @@ class MemoryStore:
         self._users.update(rows)
 
     async def put_items(self, rows: Mapping[str, Row]) -> None:
-        self._items.update(rows)
+        self._items.update({item: pack_row(row) for item, row in rows.items()})
 
     async def ping(self) -> None:
         return

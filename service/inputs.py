@@ -18,7 +18,7 @@ from service.assembly import Given
 from service.catalog import Model
 from service.deadline import Deadline
 from service.errors import invalid
-from service.features import NO_CLICKS, FeatureStore, Fetched, StoreUnavailable
+from service.features import NO_CLICKS, FeatureStore, Fetched, StoreUnavailable, unpack_row
 from service.items import Items, Wanted
 from service.metrics import OTHER_FIELD, Metrics, Stage
 from service.past import Pasts
@@ -131,7 +131,7 @@ class Inputs:
             clicks, bad_past = kept.pasts.encode(known.behaviours, given.ts)
             arrays |= clicks
         elif kept.pasts is not None:
-            of_own = known.items[len(wanted.asked) :] or [None] * len(own or ())
+            of_own = [unpack_row(packed) for packed in known.items[len(wanted.asked) :]] or [None] * len(own or ())
             clicks, past, bad_past = self._own_past(encoder, own or (), of_own, given.ts)
             arrays |= clicks
         arrays |= rows.arrays

@@ -14,6 +14,7 @@ from models.schema import input_name
 from models.values import Column, Row
 from service import assembly
 from service.assembly import Candidates
+from service.features import unpack_row
 from service.table import NOTHING, Note, Table
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Wanted:
     notes: Mapping[int, Note]  # of those rows, by position
     held: NDArray[np.bool_]  # which positions have a row at all
     lacking: NDArray[np.int64]  # positions whose row is not held, or was for too long
+    made_of: Mapping[int, bytes | None]  # what the store had of the held ones among those when they were made
     given: Mapping[Key, Row]  # what the client said of those
     asked: list[str]  # the items that the store has to be asked for
 
@@ -86,16 +88,28 @@ class Items:
         lacking = np.flatnonzero(self._table.stale(slots, self._now()))
         given: dict[Key, Row] = {}
         asked: dict[str, None] = {}
+        made_of: dict[int, bytes | None] = {}
         for position in lacking.tolist():
-            key = keys[position]
+            key, slot = keys[position], slots[position]
+            if slot != NOTHING:
+                made_of[position] = self._table.source(slot)
             if key not in given:
                 given[key] = row = candidates.row(position)
                 if not self._is_given_whole(row):
                     asked[candidates.ids[position]] = None
         rows, notes, held = self._table.take(slots), self._table.noted(slots), slots != NOTHING
-        return Wanted(keys=keys, rows=rows, notes=notes, held=held, lacking=lacking, given=given, asked=list(asked))
+        return Wanted(
+            keys=keys,
+            rows=rows,
+            notes=notes,
+            held=held,
+            lacking=lacking,
+            made_of=made_of,
+            given=given,
+            asked=list(asked),
+        )
 
-    def encode(self, candidates: Candidates, wanted: Wanted, stored: Mapping[str, Row | None] | None) -> Rows:
+    def encode(self, candidates: Candidates, wanted: Wanted, stored: Mapping[str, bytes | None] | None) -> Rows:
         """The candidates' rows; `stored` is what the store said of the items asked for, None where it is down.
 
         Raises EncodingError for a client's value that its field cannot take.
@@ -108,6 +122,8 @@ class Items:
         if lacking.size and stored is None:  # what is too old is better than nothing
             held = wanted.held[lacking]
             rows.stale, lacking = bool(held.any()), lacking[~held]
+        elif wanted.made_of and stored is not None:
+            lacking = self._changed(candidates, wanted, stored)
         if lacking.size:
             positions = lacking.tolist()
             keys = list(dict.fromkeys(wanted.keys[p] for p in positions))
@@ -121,7 +137,7 @@ class Items:
                 if row in made.notes:
                     notes[position] = made.notes[row]
             rows.gaps = stored is None and self._has_gaps(candidates, positions, which, made)
-            self._keep(keys, made, complete=stored is not None)
+            self._keep(keys, made, stored)
         for position, note in notes.items():
             rows.unnamed |= note.unnamed
             rows.invalid |= any(not candidates.gives(name, position) for name in note.bad)
@@ -129,10 +145,22 @@ class Items:
             self._override(rows, candidates.columns)
         return rows
 
-    def _made(self, keys: Sequence[Key], given: Mapping[Key, Row], stored: Mapping[str, Row | None]) -> _Encoded:
-        ids = [key if isinstance(key, str) else key[0] for key in keys]
+    def _changed(self, candidates: Candidates, wanted: Wanted, stored: Mapping[str, bytes | None]) -> NDArray[np.int64]:
+        """Those of the lacking positions whose row has to be made. The time of the others begins anew."""
+        changed, same = [], {}
+        for position in wanted.lacking.tolist():
+            packed = stored.get(candidates.ids[position])
+            if position in wanted.made_of and wanted.made_of[position] == packed:
+                same[wanted.keys[position]] = packed
+            else:
+                changed.append(position)
+        self._table.renew(same, until=self._now() + self._fresh_s)
+        return np.array(changed, dtype=np.int64)
+
+    def _made(self, keys: Sequence[Key], given: Mapping[Key, Row], stored: Mapping[str, bytes | None]) -> _Encoded:
+        ids = [_item_of(key) for key in keys]
         own = [given[key] for key in keys]
-        known = [stored.get(item) for item in ids]
+        known = [unpack_row(stored.get(item)) for item in ids]
         notes = {
             row: Note(unnamed=unnamed) for row, sent in enumerate(own) if (unnamed := frozenset(sent) - self._names)
         }
@@ -161,18 +189,21 @@ class Items:
             columns[self._encoder.schema.item_key] = ids
         return self._encoder.encode_items(columns, len(ids))
 
-    def _keep(self, keys: Sequence[Key], made: _Encoded, *, complete: bool) -> None:
-        """`complete`: the store answered. Without it only those rows are kept that it would have nothing to say of."""
+    def _keep(self, keys: Sequence[Key], made: _Encoded, stored: Mapping[str, bytes | None] | None) -> None:
+        """Where the store is down only those rows are kept that it would have nothing to say of."""
         if not self._fresh_s:
             return
         rows = [
             row
             for row, key in enumerate(keys)
-            if (complete or made.whole[row]) and (isinstance(key, str) or len(key[1]) <= MAX_KEY_BYTES)
+            if (stored is not None or made.whole[row]) and (isinstance(key, str) or len(key[1]) <= MAX_KEY_BYTES)
         ]
         until = self._now() + self._fresh_s
         times = [np.inf if whole else until for whole in made.whole]
-        self._table.put(keys, made.arrays, until=times, notes=made.notes, rows=rows)
+        sources = [
+            None if whole else (stored or {}).get(_item_of(key)) for whole, key in zip(made.whole, keys, strict=True)
+        ]
+        self._table.put(keys, made.arrays, until=times, notes=made.notes, rows=rows, sources=sources)
 
     def _of_columns(self, candidates: Candidates) -> Rows:
         """The client gave every value: neither the table nor the store is needed."""
@@ -207,7 +238,13 @@ class Items:
 
 
 _NONE = np.zeros(0, dtype=np.int64)
-_NOTHING_WANTED = Wanted(keys=(), rows={}, notes={}, held=_NONE.astype(np.bool_), lacking=_NONE, given={}, asked=[])
+_NOTHING_WANTED = Wanted(
+    keys=(), rows={}, notes={}, held=_NONE.astype(np.bool_), lacking=_NONE, made_of={}, given={}, asked=[]
+)
+
+
+def _item_of(key: Key) -> str:
+    return key if isinstance(key, str) else key[0]
 
 
 def _is_whole(column: Sequence[Any] | None) -> bool:

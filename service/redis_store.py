@@ -111,7 +111,7 @@ class RedisStore:
         return Fetched(
             user=unpack_row(profile),
             behaviours=unpack_past(past, before=before, limit=limit),
-            items=[unpack_row(value) for value in values[: len(items)]],
+            items=values[: len(items)],
         )
 
     async def append(self, clicks: Sequence[Click]) -> list[bool]:

@@ -34,6 +34,7 @@ class Table:
         self._keys: list[Hashable] = [None] * (capacity + 1)
         self._next = NOTHING + 1
         self._until = np.full(capacity + 1, -np.inf)
+        self._sources: list[bytes | None] = [None] * (capacity + 1)
         # A row's single values stand side by side: after a run of the model little is left in the caches.
         self._singles: list[tuple[list[str], NDArray[Any]]] = []
         for dtype in ("int64", "float32"):
@@ -65,6 +66,17 @@ class Table:
         notes = self._notes
         return {p: notes[slot] for p, slot in enumerate(slots.tolist()) if slot in notes} if notes else {}
 
+    def source(self, slot: int) -> bytes | None:
+        """What the row in this slot was made of."""
+        return self._sources[slot]
+
+    def renew(self, sources: Mapping[Hashable, bytes | None], *, until: float) -> None:
+        """Keeps each of these keys' rows until then, if it is still there and made of that."""
+        for key, source in sources.items():
+            slot = self._slot_of.get(key, NOTHING)
+            if slot != NOTHING and self._sources[slot] == source:
+                self._until[slot] = until
+
     def put(
         self,
         keys: Sequence[Hashable],
@@ -73,13 +85,15 @@ class Table:
         until: Sequence[float],
         notes: Mapping[int, Note],
         rows: Sequence[int],
+        sources: Sequence[bytes | None] | None = None,
     ) -> None:
-        """Keeps these rows of the arrays, each under its key until its time; `notes` are by row."""
+        """Keeps these rows of the arrays, each under its key until its time; `notes` are by row, as `sources`."""
         slots = []
         for row in rows:
             slot = self._slot_for(keys[row])
             slots.append(slot)
             self._until[slot] = until[row]
+            self._sources[slot] = None if sources is None else sources[row]
             self._notes.pop(slot, None)
             if row in notes:
                 self._notes[slot] = notes[row]

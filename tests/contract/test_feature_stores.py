@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.encoding import Event, history
 from models.values import Row
-from service.features import MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore
+from service.features import MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore, pack_row, unpack_row
 from service.redis_store import RedisStore
 
 NOW = 2e9
@@ -47,7 +47,7 @@ async def test_an_anonymous_request_has_items_and_no_past(store: FeatureStore):
 
     fetched = await store.fetch(None, ["ad1"], before=NOW, limit=30)
 
-    assert (fetched.user, list(fetched.behaviours), fetched.items) == (None, [], [{"price": 9.5}])
+    assert (fetched.user, list(fetched.behaviours), fetched.items) == (None, [], [pack_row({"price": 9.5})])
 
 
 async def test_features_come_back_as_they_were_put(store: FeatureStore):
@@ -64,7 +64,7 @@ async def test_items_stand_in_the_order_asked_for_repeated_ones_too(store: Featu
 
     fetched = await store.fetch("u1", ["b", "a", "x", "b"], before=NOW, limit=1)
 
-    assert fetched.items == [{"price": 2}, {"price": 1}, None, {"price": 2}]
+    assert [unpack_row(packed) for packed in fetched.items] == [{"price": 2}, {"price": 1}, None, {"price": 2}]
 
 
 async def test_later_features_replace_earlier_ones(store: FeatureStore):
@@ -72,7 +72,7 @@ async def test_later_features_replace_earlier_ones(store: FeatureStore):
 
     await store.put_items({"a": {"price": 2}})
 
-    assert (await store.fetch("u1", ["a"], before=NOW, limit=1)).items == [{"price": 2}]
+    assert (await store.fetch("u1", ["a"], before=NOW, limit=1)).items == [pack_row({"price": 2})]
 
 
 async def test_a_click_is_seen_by_the_very_next_fetch(store: FeatureStore):
@@ -154,7 +154,7 @@ async def test_a_thousand_items_are_one_fetch(store: FeatureStore):
 
     fetched = await store.fetch("u1", [str(number) for number in range(1000)], before=NOW, limit=30)
 
-    assert fetched.items == [{"n": number} for number in range(1000)]
+    assert [unpack_row(packed) for packed in fetched.items] == [{"n": number} for number in range(1000)]
 
 
 @pytest.mark.parametrize("odd", ["{", "}", "{u1}", "a:b", "é日本", "\x00", " ", "u1\n", "x" * 256, "'; DROP"])
@@ -166,7 +166,7 @@ async def test_ids_of_any_spelling_are_kept_apart(store: FeatureStore, odd: str)
     fetched = await store.fetch(odd, [odd], before=NOW, limit=5)
 
     assert fetched.user == {"is": "odd"}
-    assert fetched.items == [{"is": "odd"}]
+    assert [unpack_row(packed) for packed in fetched.items] == [{"is": "odd"}]
     assert [event.item for event in fetched.behaviours] == [odd]
     assert [event.item for event in await past(store, "u1")] == ["ad1"]
 

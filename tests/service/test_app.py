@@ -20,7 +20,7 @@ import yaml
 from models.artifact import ArtifactError
 from service.app import create_app
 from service.experiment import ExperimentError
-from service.features import MemoryStore, StoreUnavailable
+from service.features import MemoryStore, StoreUnavailable, unpack_row
 from service.settings import Settings, SettingsError
 from tests.service import tiny
 from tests.service.conftest import TWO_ARMS, Running, Start
@@ -280,7 +280,7 @@ async def test_files_are_loaded_into_redis_and_counted(redis_url: str, tmp_path:
         stored = await service.store.fetch("u1", ["a1"], before=9.0, limit=9)
 
     assert said == ["2 items\n", "2 new clicks\n"]
-    assert stored.items == [{"genres": ["x"]}]
+    assert [unpack_row(packed) for packed in stored.items] == [{"genres": ["x"]}]
     assert [(e.item, e.ts, e.features) for e in stored.behaviours] == [
         ("a1", 1.0, {"genres": ["x"]}),
         ("a2", 2.0, {"genres": ["y", "z"]}),

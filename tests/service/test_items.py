@@ -21,7 +21,7 @@ from service.assembly import Unreadable
 from service.deadline import Deadline
 from service.decoding import Decoder
 from service.errors import Problem
-from service.features import Click, Fetched, MemoryStore, StoreUnavailable
+from service.features import Click, Fetched, MemoryStore, StoreUnavailable, pack_row, unpack_row
 from service.inputs import Inputs
 from service.items import MAX_KEY_BYTES, Items
 from service.metrics import Metrics
@@ -87,7 +87,7 @@ async def by_hand(store: MemoryStore, body: dict[str, Any], encoder: Encoder) ->
         rows, ids = [c.get("features") or {} for c in sent], [c["id"] for c in sent]
     invalid = False
     items: dict[str, list[Any]] = {"item_id": ids, "price": [], "genres": []}
-    stored = (await store.fetch(None, ids, before=NOW, limit=0)).items
+    stored = map(unpack_row, (await store.fetch(None, ids, before=NOW, limit=0)).items)
     for own, known in zip(rows, stored, strict=True):
         for name, good in (("price", (int, float)), ("genres", list)):
             value = own.get(name)
@@ -226,20 +226,53 @@ async def test_a_row_whose_time_is_over_is_read_again() -> None:
     items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
     candidates = Reader().given({"candidates": [{"id": "a1"}]}).candidates
 
-    def price(stored: dict[str, Row | None] | None) -> float:
+    def price(stored: Row | None) -> float:
         wanted = items.find(candidates)
         assert wanted.asked == ([] if stored is None else ["a1"])
-        return float(items.encode(candidates, wanted, stored).arrays["item.price"].item())
+        known = None if stored is None else {"a1": pack_row(stored)}
+        return float(items.encode(candidates, wanted, known).arrays["item.price"].item())
 
-    first = price({"a1": {"price": 1.0}})
+    first = price({"price": 1.0})
     now = 9.9
     assert price(None) == first
     now = 10.1
-    second = price({"a1": {"price": 4.0}})
+    second = price({"price": 4.0})
 
     assert second != first
     now = 20.0
     assert price(None) == second
+
+
+async def test_a_row_that_the_store_still_has_is_kept_for_another_time_and_not_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
+    candidates = Reader().given({"candidates": [{"id": "a1"}, {"id": "a2", "features": {"price": 7}}]}).candidates
+    stored = {"a1": pack_row({"price": 1.0, "genres": ["x"]}), "a2": None}
+    first = items.encode(candidates, items.find(candidates), stored).arrays
+    encoded: list[int] = []
+    encode = Encoder.encode_items
+
+    def counting(encoder: Encoder, columns: Any, num_rows: int) -> Arrays:
+        encoded.append(num_rows)
+        return encode(encoder, columns, num_rows)
+
+    monkeypatch.setattr(Encoder, "encode_items", counting)
+
+    now = 10.1
+    wanted = items.find(candidates)
+    again = items.encode(candidates, wanted, stored).arrays
+    now = 20.0
+    assert wanted.asked == ["a1", "a2"]
+    assert items.find(candidates).asked == []
+    assert encoded == []
+    same(again, first)
+
+    now = 20.2
+    stored["a2"] = pack_row({"genres": ["y"]})
+    items.encode(candidates, items.find(candidates), stored)
+    assert encoded == [1]
 
 
 async def test_while_the_store_is_down_behaviours_that_lack_features_are_named() -> None:

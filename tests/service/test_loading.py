@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from service.features import MemoryStore
+from service.features import MemoryStore, unpack_row
 from service.loading import LoadError, load_behaviours, load_features
 from service.redis_store import RedisStore
 
@@ -86,7 +86,10 @@ async def test_features_are_loaded_for_users_and_items(store: MemoryStore, tmp_p
 
     fetched = await store.fetch("a", ["7", "8"], before=0, limit=1)
     assert fetched.user == {"age": 25}
-    assert fetched.items == [{"year": 1990.0, "genres": ["war", "drama"]}, {"year": 2000.0, "genres": []}]
+    assert [unpack_row(packed) for packed in fetched.items] == [
+        {"year": 1990.0, "genres": ["war", "drama"]},
+        {"year": 2000.0, "genres": []},
+    ]
     assert (await store.fetch("b", [], before=0, limit=1)).user == {}
 
 

@@ -107,8 +107,9 @@ async def test_what_cannot_be_read_is_absent_and_logged(
 
     with caplog.at_level(logging.WARNING):
         fetched = await store.fetch("u1", ["ad1"], before=1e12, limit=5)
+        items = [unpack_row(packed) for packed in fetched.items]
 
-    assert (fetched.user, list(fetched.behaviours), fetched.items) == (None, [], [None])
+    assert (fetched.user, list(fetched.behaviours), items) == (None, [], [None])
     assert (
         sorted(record.message for record in caplog.records) == ["unreadable behaviours"] + ["unreadable features"] * 2
     )

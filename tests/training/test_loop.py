@@ -58,16 +58,17 @@ def test_the_same_seed_gives_the_same_weights_bit_by_bit(data, tmp_path):
 
 
 def test_with_a_decay_the_moving_average_of_the_weights_is_validated_and_kept(data, tmp_path):
-    decayed = run(max_epochs=1, ema_decay=0.9, batch_size=50)
+    decayed = run(max_epochs=1, ema_decay=0.8, batch_size=50)
 
     kept, state = fit(data, decayed, tmp_path / "run")
 
     torch.manual_seed(decayed.seed)
     model = zoo.build(decayed.model, decayed.model_config, data.schema)
     optimizer, average = optimizers.build(model, decayed), None
-    for batch in shuffled(data.rows("train"), decayed.batch_size, seed=decayed.seed, epoch=0):
+    for n, batch in enumerate(shuffled(data.rows("train"), decayed.batch_size, seed=decayed.seed, epoch=0)):
         loop._step(model, optimizer, batch, decayed, State())
-        average = weights(model) if average is None else 0.9 * average + 0.1 * weights(model)
+        decay = min(0.8, (1 + n) / (10 + n))
+        average = weights(model) if average is None else decay * average + (1 - decay) * weights(model)
     torch.testing.assert_close(weights(kept), average, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights(kept), weights(model), rtol=1e-2)
     valid = data.rows("valid")
