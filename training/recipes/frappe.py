@@ -30,6 +30,8 @@ def stec_frappe() -> Run:
         lr=1e-3,
         max_epochs=60,
         patience=2,
+        ema_decay=0.99,
+        plateau_factor=1.0,
     )
 
 
@@ -143,12 +145,13 @@ def deepmr_frappe() -> Run:
     """
     return Run(
         model="deepmr",
-        model_config={"emb_dim": 128, "heads": 8, "beta": 0.8, "dropout": 0.35, "l2_emb": 1e-3},
-        batch_size=4096,
+        model_config={"emb_dim": 64, "heads": 2, "beta": 0.8, "dropout": 0.35, "l2_emb": 1e-2},
+        batch_size=1024,
         lr=1e-3,
         max_epochs=100,
-        patience=4,
-        plateau_patience=1,
+        patience=2,
+        ema_decay=0.995,
+        plateau_factor=1.0,
     )
 
 
