@@ -123,8 +123,8 @@ class Bench:
 
     def tell(self) -> None:
         if self._knee is not None:
-            bound, window = self._options.p99_ms, self._options.window
-            print(f"knee: {self._knee:,.1f} requests/s, 99 % within {bound:g} ms of their schedule ({window:g} s runs)")
+            bound, whole = self._options.p99_ms, self._options.seconds
+            print(f"knee: {self._knee:,.1f} requests/s, 99 % within {bound:g} ms of their schedule for {whole:g} s")
         if self._rows:
             print(report.table(self._rows))
         for note in report.notes(self._rows):
@@ -154,16 +154,17 @@ class Bench:
         warm = self.fleet.run(None, WARM_UP_S, connections=WARM_CONNECTIONS * cores.usable())
         taken_per_s = float((warm.status == OK).sum()) / warm.seconds
 
-        def holds(rate: float) -> bool:
-            outcome = self.fleet.run(rate, self._options.window)
+        def holds(rate: float, seconds: float) -> bool:
+            outcome = self.fleet.run(rate, seconds)
             share = share_within(outcome, bound_s)
             found = figures(outcome, self._options.timeout_ms / 1000)
             p99 = "none" if found.p99_ms is None else f"{found.p99_ms:.2f} ms"
             excuse = f"; {found.excuse}" if found.excuse else ""
-            _say(f"  {rate:,.1f}/s: {share:.2%} answered within the bound, p99 of the answers {p99}{excuse}")
+            _say(f"  {rate:,.1f}/s for {seconds:g} s: {share:.2%} within the bound, p99 of the answers {p99}{excuse}")
             return (1 - share) * found.requests <= max(0.01 * found.requests, 1)
 
-        return find_knee(holds, start=0.6 * taken_per_s)
+        window, whole = self._options.window, self._options.seconds
+        return find_knee(lambda rate: holds(rate, window), lambda rate: holds(rate, whole), start=0.6 * taken_per_s)
 
     def _events(self) -> dict[str, Sequence[Callable[[], None]]]:
         """What is to be done in the middle of a run, by name; several things are spread over it."""

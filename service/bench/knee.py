@@ -9,10 +9,11 @@ TOLERANCE = 0.04  # of the knee
 LOWEST = 10.0  # requests a second
 
 
-def find_knee(holds: Callable[[float], bool], *, start: float) -> float:
-    """The highest rate found to hold; one up to TOLERANCE above it does not.
+def find_knee(holds: Callable[[float], bool], lasts: Callable[[float], bool], *, start: float) -> float:
+    """The highest rate found to hold, which also lasts; one up to TOLERANCE above it does not.
 
-    A rate is given up only when it fails twice: on a machine with other work a short window can be spoilt. Raises
+    A rate is given up only when it fails twice: on a machine with other work a short window can be spoilt. As that also
+    lets through rates that were lucky, the one found has to last for a whole run, and falls until one does. Raises
     BenchError where not even the lowest rate holds.
     """
 
@@ -25,7 +26,7 @@ def find_knee(holds: Callable[[float], bool], *, start: float) -> float:
         if stands(rate):
             good, rate = rate, rate * STEP
         elif rate <= LOWEST:
-            raise BenchError(f"not even {LOWEST:g} requests a second are answered within the bound: there is no knee")
+            raise _no_knee()
         else:
             bad, rate = rate, max(rate / STEP, LOWEST)
     while bad > good * (1 + TOLERANCE):
@@ -34,4 +35,12 @@ def find_knee(holds: Callable[[float], bool], *, start: float) -> float:
             good = middle
         else:
             bad = middle
+    while not lasts(good):
+        if good <= LOWEST:
+            raise _no_knee()
+        good = max(good / (1 + TOLERANCE), LOWEST)
     return good
+
+
+def _no_knee() -> BenchError:
+    return BenchError(f"not even {LOWEST:g} requests a second are answered within the bound: there is no knee")

@@ -187,7 +187,10 @@ def test_the_search_finds_the_knee_of_a_queue(start):
     mu, bound_s = 1000.0, 0.010
     knee = mu - math.log(100) / bound_s
 
-    found = find_knee(lambda rate: rate < mu and math.log(100) / (mu - rate) <= bound_s, start=start)
+    def holds(rate: float) -> bool:
+        return rate < mu and math.log(100) / (mu - rate) <= bound_s
+
+    found = find_knee(holds, holds, start=start)
 
     assert knee / (1 + TOLERANCE) <= found <= knee
 
@@ -199,9 +202,17 @@ def test_one_spoilt_window_does_not_move_the_knee():
         calls[rate] += 1
         return rate <= 500 and calls[rate] > 1
 
-    assert find_knee(holds, start=400) == pytest.approx(500, rel=TOLERANCE)
+    assert find_knee(holds, lambda _: True, start=400) == pytest.approx(500, rel=TOLERANCE)
+
+
+def test_a_rate_that_was_lucky_gives_way_to_one_that_lasts():
+    found = find_knee(lambda rate: rate <= 600, lambda rate: rate <= 500, start=400)
+
+    assert found == pytest.approx(500, rel=TOLERANCE)
 
 
 def test_a_service_that_keeps_no_promise_has_no_knee():
     with pytest.raises(BenchError, match="there is no knee"):
-        find_knee(lambda _: False, start=100)
+        find_knee(lambda _: False, lambda _: True, start=100)
+    with pytest.raises(BenchError, match="there is no knee"):
+        find_knee(lambda rate: rate < 500, lambda _: False, start=100)
