@@ -43,7 +43,7 @@ class FESeqConfig(Config):
     """The code's model; options named F.. settle what the paper leaves open (models.md section 3.3)."""
 
     emb_dim: Count = 16
-    interaction: Literal["autoint", "crossnet", "crossnetv2"] = "autoint"
+    interaction: Literal["autoint", "crossnet", "crossnetv2", "destine", "final"] = "autoint"
     interact_layers_in: Layers = 2
     interact_layers_item: Layers = 2
     interact_ln: bool = True  # F7
@@ -203,7 +203,7 @@ class FESeq(CTRModel):
             labels = tuple(self.items if name == "query" else event)
             fields = [Axis(name=axis, labels=labels) for axis in ("field", "attended_field")]
             rows = (REQUEST, layers, BEHAVIOUR) if name == "history" else (CANDIDATE, layers)
-            meaning = f"Inside {_INSIDE[name]}. {LOOKS}"
+            meaning = f"Inside {_INSIDE[name]}. {LOOKS if config.interaction == 'autoint' else _LOOKS_TWICE}"
             shown.append(Explanation(name=f"interact_attn_{name}", axes=(*rows, *fields), meaning=meaning))
         heads = numbered("head", config.heads)
         if config.causal:
@@ -225,7 +225,7 @@ class FESeq(CTRModel):
         """The interacting layers whose weights can be shown, by what they stand inside of."""
         inside = {"history": self.config.interact_layers_in, "candidate": self.config.interact_layers_in}
         inside["query"] = self.config.interact_layers_item if self.pooling is not None else 0
-        attend = self.config.interaction == "autoint"
+        attend = self.config.interaction in ("autoint", "destine")
         return {name: numbered("layer", layers) for name, layers in inside.items() if layers and attend}
 
     def _kernel(self, part: int) -> Tensor:
@@ -273,6 +273,7 @@ class FESeq(CTRModel):
         return (present_nS.unsqueeze(1) & self.earlier) | self.itself
 
 
+_LOOKS_TWICE = "How each field (a row, which sums to 2) attends to the fields: half by its own choice, half as all do."
 _INSIDE = {
     "history": "each past click",
     "candidate": "the candidate's event",

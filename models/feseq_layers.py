@@ -8,6 +8,7 @@ F1..F16 are the ambiguities of models.md section 3.3, "the code" is the authors'
 # A width inside the pooling
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Interaction(nn.Module):
         """`name`: under which the weights of attending layers are shown."""
         x = x0
         for layer in self.layers:
-            x = layer(x, name) if isinstance(layer, Interacting) else layer(x, x0)
+            x = layer(x, name) if isinstance(layer, Interacting | Disentangled) else layer(x, x0)
         return x
 
 
@@ -53,6 +54,45 @@ class Interacting(nn.Module):
         return F.relu(self.norm(self.dropout(weights) @ self.value(x) + x))
 
 
+class Disentangled(nn.Module):
+    """DESTINE's layer with one head: W_r X + (P + 1 u^T) V (Xu et al., CIKM 2021, and its authors' code).
+
+    P = softmax((Q - mean Q) (K - mean K)^T / sqrt(D)) is what pairs of fields have to do with each other, whitened over
+    the fields; u = softmax(X w) over the fields is what each counts for all alike. So its weights P + 1 u^T sum to 2.
+    """
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(width)
+        self.query, self.key, self.value, self.residual = (nn.Linear(width, width) for _ in range(4))
+        self.unary = nn.Linear(width, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        query, key = (part - part.mean(dim=-2, keepdim=True) for part in (self.query(x), self.key(x)))
+        pairs = (query @ key.transpose(-1, -2) / self.scale).softmax(dim=-1)
+        weights = pairs + self.unary(x).softmax(dim=-2).transpose(-1, -2)
+        tap(name, weights)
+        out: Tensor = self.dropout(weights) @ self.value(x) + self.residual(x)
+        return out
+
+
+class Factorized(nn.Module):
+    """FINAL's layer over the F * D numbers of an event, ReLU(h_2 + h_1 * h_2) with [h_2; h_1] = W x + b.
+
+    Zhu et al., SIGIR 2023. Its batch norm is left out: padded events would count in it.
+    """
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, _x0: Tensor) -> Tensor:
+        second, first = self.kernel(x.flatten(-2)).chunk(2, dim=-1)
+        return torch.unflatten(self.dropout(F.relu(second + first * second)), -1, (-1, x.shape[-1]))
+
+
 class Cross(nn.Module):
     """DCN's layer over the F * D numbers of an event, x_0 (x^T w) + b + x, or DCNv2's, x_0 * (W x + b) + x."""
 
@@ -71,14 +111,15 @@ class Cross(nn.Module):
 def interaction(
     kind: str, layers: int, num_fields: int, width: int, *, layer_norm: bool, dropout: float
 ) -> Interaction:
-    """That many layers of autoint, crossnet or crossnetv2."""
-    made: list[nn.Module] = []
-    for _ in range(layers):
-        if kind == "autoint":
-            made.append(Interacting(width, layer_norm=layer_norm, dropout=dropout))
-        else:
-            made.append(Cross(num_fields * width, full=kind == "crossnetv2"))
-    return Interaction(nn.ModuleList(made))
+    """That many layers of autoint, crossnet, crossnetv2, destine or final."""
+    make: dict[str, Callable[[], nn.Module]] = {
+        "autoint": lambda: Interacting(width, layer_norm=layer_norm, dropout=dropout),
+        "crossnet": lambda: Cross(num_fields * width, full=False),
+        "crossnetv2": lambda: Cross(num_fields * width, full=True),
+        "destine": lambda: Disentangled(width, dropout=dropout),
+        "final": lambda: Factorized(num_fields * width, dropout=dropout),
+    }
+    return Interaction(nn.ModuleList(make[kind]() for _ in range(layers)))
 
 
 class Refiner(nn.Module):

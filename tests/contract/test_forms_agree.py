@@ -45,6 +45,8 @@ MODELS = {
     "feseq with din": lively("feseq", SCHEMA, **FESEQ, pool_attn="din", use_time=False),
     "feseq with target pooling": lively("feseq", SCHEMA, **FESEQ, pool="target"),
     "feseq with mean pooling": lively("feseq", SCHEMA, **FESEQ, pool="mean"),
+    "feseq with destine": lively("feseq", SCHEMA, **FESEQ, interaction="destine"),
+    "feseq with final": lively("feseq", SCHEMA, **FESEQ, interaction="final"),
     "feseq with sum pooling": lively("feseq", SCHEMA, **FESEQ, pool="sum", interaction="crossnet"),
     "feseq with concat pooling": lively("feseq", SCHEMA, **FESEQ, pool="concat", interaction="crossnetv2"),
     "feseq with both": lively("feseq", SCHEMA, **FESEQ, pool="concat", causal=False),

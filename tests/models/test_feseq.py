@@ -69,6 +69,19 @@ class Oracle:
                     a = softmax(np.array([q[i] @ k[j] for j in range(len(x))]) / np.sqrt(x.shape[1]))
                     y[i] = sum(a[j] * v[j] for j in range(len(x))) + x[i]
                 x = np.maximum(layer_norm(p, f"{at}.norm", y) if self.config.interact_ln else y, 0)
+            elif self.config.interaction == "destine":
+                q, k, v, residual = (linear(p, f"{at}.{part}", x) for part in ("query", "key", "value", "residual"))
+                of_all = softmax(linear(p, f"{at}.unary", x)[:, 0])
+                rows = []
+                for i in range(len(x)):
+                    whitened = [(q[i] - q.mean(axis=0)) @ (k[j] - k.mean(axis=0)) for j in range(len(x))]
+                    of_pair = softmax(np.array(whitened) / np.sqrt(x.shape[1]))
+                    rows.append(sum((of_pair[j] + of_all[j]) * v[j] for j in range(len(x))) + residual[i])
+                x = np.stack(rows)
+            elif self.config.interaction == "final":
+                h = linear(p, f"{at}.kernel", x.flatten())
+                second, first = h[: len(h) // 2], h[len(h) // 2 :]
+                x = np.maximum(second * (1 + first), 0).reshape(x.shape)
             else:
                 kernel, bias, flat = p[f"{at}.kernel.weight"], p[f"{at}.bias"], x.flatten()
                 if self.config.interaction == "crossnet":
@@ -147,6 +160,8 @@ class Oracle:
         {"causal": False},
         {"interaction": "crossnet", "interact_layers_in": 3},
         {"interaction": "crossnetv2", "interact_layers_item": 1},
+        {"interaction": "destine"},
+        {"interaction": "final", "interact_layers_item": 3},
         {"interact_layers_in": 0, "interact_layers_item": 0},
         {"interact_ln": False},
         {"nonseq_in_interaction": False, "use_pos": False},
@@ -243,7 +258,11 @@ def test_the_pooling_weighs_present_events_to_a_sum_of_one(mask, pool_attn):
     assert (alpha_CS[:, :3][:, ~np.array(mask)] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"pool": "mean"}, {"interaction": "crossnet"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": False}, {"pool": "mean"}, {"interaction": "crossnet"}, {"interaction": "destine"}],
+    ids=str,
+)
 def test_what_is_explained_has_the_axes_that_are_promised(options):
     model = lively("feseq", SCHEMA, **OPTIONS | options)
     inputs = tensors(example(SCHEMA, 2, 5))
