@@ -45,7 +45,7 @@ def averaged(model: CTRModel, run: Run) -> AveragedModel | None:
     """A copy of the model that follows it, told of each step by `update_parameters`; None where the run wants none.
 
     Its weights, and the statistics of its batch norms, are a moving average of the model's: after each step so much of
-    what they were as `ema_decay_after` says, and the rest of what the model's are now. Like a falling learning rate it
+    what they were as `_decay_after` says, and the rest of what the model's are now. Like a falling learning rate it
     takes out of them what the last batches happened to be, while the model goes on learning at the full rate (after
     Polyak and Juditsky 1992).
     """
@@ -54,7 +54,7 @@ def averaged(model: CTRModel, run: Run) -> AveragedModel | None:
 
     # Not torch's own get_ema_multi_avg_fn: it averages integers too, and cuts what comes of it, so that 3 becomes 2.
     def follow(averages: Sequence[Tensor], latest: Sequence[Tensor], num_before: Tensor | int) -> None:
-        decay = ema_decay_after(int(num_before), run)
+        decay = _decay_after(int(num_before), run)
         for average, value in zip(averages, latest, strict=True):
             if average.is_floating_point():
                 average.lerp_(value, 1 - decay)
@@ -64,7 +64,7 @@ def averaged(model: CTRModel, run: Run) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
-def ema_decay_after(steps: int, run: Run) -> float:
+def _decay_after(steps: int, run: Run) -> float:
     """`ema_decay`, but in the first steps less, as TensorFlow's ExponentialMovingAverage has it: min(d, (1+n)/(10+n)).
 
     A batch norm's variance starts at 1. Where its inputs begin near 0 (FuxiCTR's tables), a hundredth of that is still

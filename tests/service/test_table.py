@@ -31,3 +31,12 @@ def test_rows_are_taken_as_they_were_put_each_input_in_one_piece() -> None:
         wanted = np.stack([values[2], np.zeros_like(values[0]), values[0], values[2]])
         np.testing.assert_array_equal(taken[name], wanted)
         assert taken[name].dtype == values.dtype and taken[name].flags.c_contiguous
+
+
+def test_a_row_has_more_time_only_while_it_is_made_of_the_same() -> None:
+    table = Table(INPUTS, capacity=3)
+    table.put(["a", "b"], ROWS, until=[1.0, 1.0, 1.0], notes={}, rows=[0, 1], sources=[b"old", b"old", None])
+
+    table.renew({"a": b"old", "b": b"new", "gone": b"old"}, until=9.0)
+
+    assert table.stale(table.find(["a", "b", "gone"], 3), 5.0).tolist() == [False, True, True]
