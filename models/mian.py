@@ -4,12 +4,10 @@ WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the a
 """
 
 # U requests, C candidates, T history length, N elements a candidate attends to (T clicks, J user or K context fields)
-# D width of one field, I = item fields * D, B = sequence fields * D, F + 1 = first head layer + GIM score
-# L groups of the global module
+# D width of one field, I = item fields * D, B = sequence fields * D, X width of an element, F = head's first layer + 1
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -17,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import (
-    MLP,
     CTRModel,
     FieldEmbeddings,
     Inputs,
@@ -30,6 +27,7 @@ from models.blocks import (
 )
 from models.config import Config, Count, Share, Weight
 from models.explanation import ATTENDED, BEHAVIOUR, CANDIDATE, REQUEST, Axis, Explanation, numbered, of_fields
+from models.mian_global import GlobalInteraction
 from models.own import matmul_own
 from models.schema import Group, Schema
 from models.scorers import AdditiveScorer, BilinearScorer, MLPScorer, Scorer
@@ -124,9 +122,10 @@ class MIAN(CTRModel):
                 state["mask"] = inputs["hist_mask"]
                 elements_UNX = self.transformer(elements_UNX, state["mask"])
             if local in self.local:
-                kernel, _ = self.gim.kernel(local)
+                kernel_FX = self.gim.kernel(local)[0][:, self.item_width :]
                 state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
-                state[f"{local}.values"] = F.linear(elements_UNX, kernel[:, self.item_width :])
+                sums_first = _sums_first(local, kernel_FX)
+                state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
         return state
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
@@ -138,7 +137,8 @@ class MIAN(CTRModel):
                 parts.append(state[group].index_select(0, user_index))
                 continue
             kernel, bias = self.gim.kernel(group)
-            part_CF = F.linear(item_CI, kernel[:, : self.item_width], bias)
+            kernel_FI, kernel_FX = kernel[:, : self.item_width], kernel[:, self.item_width :]
+            part_CF = F.linear(item_CI, kernel_FI, bias)
             if group in self.local:
                 # R = sum_n alpha_n [e_i; x_n] = [e_i; sum_n alpha_n x_n], as alpha sums to 1 (eq. 9, 11, 13).
                 # That form also says what an empty history gives: [e_i; 0].
@@ -146,8 +146,8 @@ class MIAN(CTRModel):
                 mask_CN = state["mask"].index_select(0, user_index) if group == "ibim" else None
                 alpha_CN = masked_softmax(scores_CN, mask_CN)
                 tap(f"alpha_{_ELEMENTS[group]}", alpha_CN)
-                found_C1F = matmul_own(alpha_CN.unsqueeze(1), state[f"{group}.values"], user_index)
-                part_CF = part_CF + found_C1F.squeeze(1)
+                found_C = matmul_own(alpha_CN.unsqueeze(1), state[f"{group}.values"], user_index).squeeze(1)
+                part_CF = part_CF + (F.linear(found_C, kernel_FX) if _sums_first(group, kernel_FX) else found_C)
             parts.append(part_CF)
         logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
         return logits_C
@@ -183,6 +183,16 @@ class MIAN(CTRModel):
 _LOCAL: dict[Group, str] = {"behaviour": "ibim", "user": "iuim", "context": "icim"}  # who attends to which group
 _ELEMENTS = {local: raw for raw, local in _LOCAL.items()}
 _SOFT = "sums to 1 (to 0 over nothing), and as its scores end in a tanh no two differ by more than a factor of 7.4."
+
+
+def _sums_first(local: str, kernel_FX: Tensor) -> bool:
+    """Whether a module's kernel meets the weighted sum of its elements, not each of them: alike, both being linear.
+
+    Each of them is cheaper for one request, but for a batch of many it makes T products to be copied and summed for
+    every candidate. That pays while they are no wider than the clicks themselves; user and context fields are few.
+    """
+    num_outputs, click_width = kernel_FX.shape
+    return local == "ibim" and num_outputs > click_width
 
 
 class Transformer(nn.Module):
@@ -222,64 +232,6 @@ def _click_scorer(config: MIANConfig, length: int, item: int, event: int) -> Sco
     kinds: dict[str, Callable[[int, int, int], Scorer]]
     kinds = {"additive": AdditiveScorer, "bilinear": BilinearScorer, "mlp": MLPScorer}
     return kinds[config.ibim_scorer](length if config.ibim_score == "per_position" else 1, item, event)
-
-
-class GlobalInteraction(nn.Module):
-    """GIM and head, eq. (14)-(17): omega = softmax_l(tanh(score of r_l)), then the MLP over the weighted groups.
-
-    Groups have unequal widths, which leaves their sum undefined (M9): `project_sum` maps each to G first, `concat`
-    weights and concatenates them, `zero_pad` pads them to the widest. Without `gim` the MLP reads their plain
-    concatenation. In each case a group enters only through its score and the MLP's first layer, both linear in it:
-    `kernel` is that one matrix, whose columns follow the group's own concatenation.
-    """
-
-    def __init__(self, config: MIANConfig, groups: dict[str, int], width: int) -> None:
-        super().__init__()
-        self.groups = tuple(groups)
-        self.attends = config.gim
-        self.combine = config.gim_combine if config.gim else "concat"
-        self.projections = nn.ModuleDict()
-        self.scores = nn.ModuleDict()
-        if self.combine == "project_sum":
-            self.projections.update({name: nn.Linear(raw, width) for name, raw in groups.items()})
-        if self.attends:
-            self.scores.update({n: nn.Linear(width if n in self.projections else w, 1) for n, w in groups.items()})
-        ends = dict(zip(groups, accumulate(groups.values()), strict=True))
-        self.columns = {
-            "project_sum": dict.fromkeys(groups, slice(0, width)),
-            "concat": {name: slice(ends[name] - raw, ends[name]) for name, raw in groups.items()},
-            "zero_pad": {name: slice(0, raw) for name, raw in groups.items()},
-        }[self.combine]
-        read = max(columns.stop for columns in self.columns.values())
-        self.head = MLP(read, config.hidden, dropout=config.dropout)
-
-    def kernel(self, group: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer."""
-        first_FG = self.head.first.weight[:, self.columns[group]]
-        weight, bias = first_FG, torch.zeros_like(first_FG[:, 0])
-        if self.attends:
-            score = _linear(self.scores, group)
-            weight = torch.cat([score.weight, first_FG])
-            bias = torch.cat([score.bias, bias])
-        if group in self.projections:
-            projection = _linear(self.projections, group)
-            bias = bias + weight @ projection.bias
-            weight = weight @ projection.weight
-        return weight, bias
-
-    def forward(self, parts_CLF: Tensor) -> Tensor:
-        """Logits from what each group's kernel made of it."""
-        if self.attends:
-            omega_CL1 = torch.tanh(parts_CLF[..., :1]).softmax(dim=1)
-            tap("gim_weight", lambda: omega_CL1.squeeze(-1))
-            parts_CLF = omega_CL1 * parts_CLF[..., 1:]
-        return self.head.finish(parts_CLF.sum(dim=1) + self.head.first.bias)
-
-
-def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:
-    layer = layers[group]
-    assert isinstance(layer, nn.Linear)
-    return layer
 
 
 def _check_schema(config: MIANConfig, schema: Schema) -> None:

@@ -39,6 +39,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"gim_combine": "zero_pad"},
     {"gim_eb": "masked_mean"},
     {"gim_width": 5, "hidden": ()},
+    {"hidden": (12, 3)},  # wider than a click, which is 8
     {"ibim": False},
     {"iuim": False},
     {"icim": False},
