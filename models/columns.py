@@ -129,10 +129,14 @@ def lookup_of(vocabulary: Sequence[str]) -> Lookup:
     lookup: dict[Any, int] = {None: PAD, "": PAD}
     for spelling, value_id in zip(vocabulary, range(FIRST, FIRST + len(vocabulary)), strict=True):
         lookup[spelling] = value_id
-        number = _number(spelling)
+        # Words are no numbers, and of a million it takes long to find that out by an exception.
+        number = _number(spelling) if spelling[0] in _STARTS or spelling == "inf" else None
         if number is not None and canonical(number) == spelling:
             lookup[number] = value_id
     return lookup
+
+
+_STARTS = frozenset("-0123456789")  # of what `canonical` makes of a number
 
 
 def _number(spelling: str) -> int | float | None:

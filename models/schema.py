@@ -1,12 +1,15 @@
 """What a model eats: the fields, their kinds and groups, their vocabularies, and one fingerprint of it all."""
 
 import hashlib
+import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import ijson
+from ijson.common import ObjectBuilder
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Setting
 
@@ -69,8 +72,7 @@ class Field(FieldSpec):
     def _is_fitted(self) -> Self:
         if (self.kind in ("categorical", "multi")) != (self.vocabulary is not None):
             raise ValueError(f"field {self.name}: kinds categorical and multi need a vocabulary, others have none")
-        if self.vocabulary is not None and ("" in self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary)):
-            raise ValueError(f"field {self.name}: the values of a vocabulary are different, and none is empty")
+        _check_values(self.name, self.vocabulary or ())
         if self.kind == "multi" and self.max_values is None:
             raise ValueError(f"field {self.name}: kind multi needs max_values")
         if self.kind == "numeric" and (self.shift is None or self.scale is None):
@@ -187,17 +189,65 @@ class Schema(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Schema":
+        """Raises SchemaError, which says where what was wrong.
+
+        A service goes on answering while another thread reads a million values: none of the steps here is one long
+        call that keeps Python's lock, as those of pydantic and json are (deploy/bench/vocabulary.py).
+        """
+        given = _parsed(text.encode() if isinstance(text, str) else text)
+        vocabularies = _taken_out(given)
         try:
-            return cls.model_validate_json(text)
+            schema = cls.model_validate(given)
+            fields = list(schema.fields)
+            for place, values in vocabularies.items():
+                _check_values(fields[place].name, values)
+                fields[place] = fields[place].model_copy(update={"vocabulary": tuple(values)})
         except ValidationError as err:
             first = err.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "top level"
             raise SchemaError(f"not a fitted schema: at {where}: {first['msg']}") from err
+        except ValueError as err:
+            raise SchemaError(f"not a fitted schema: {err}") from err
+        return schema.model_copy(update={"fields": tuple(fields)})
 
 
 def input_name(field: FieldSpec) -> str:
     """The name of the array that holds a field: `user.age`, `ctx.hour`, `hist.movie_id`, `item.price`."""
     return f"{PREFIX[field.group]}.{field.name}"
+
+
+def _parsed(content: bytes) -> Any:
+    builder = ObjectBuilder()
+    try:
+        for event, value in ijson.basic_parse(io.BytesIO(content), use_float=True):
+            builder.event(event, value)
+    except ijson.JSONError as err:
+        raise SchemaError(f"not a fitted schema: no JSON: {' '.join(str(err).split())[:200]}") from err
+    return builder.value
+
+
+def _taken_out(given: Any) -> dict[int, list[Any]]:
+    """The vocabularies by their field's place; what is left in theirs is an empty one."""
+    found = {}
+    fields = given.get("fields") if isinstance(given, dict) else None
+    for place, field in enumerate(fields if isinstance(fields, list) else ()):
+        if isinstance(field, dict) and isinstance(field.get("vocabulary"), list):
+            found[place], field["vocabulary"] = field["vocabulary"], []
+    return found
+
+
+def _check_values(field: str, vocabulary: Iterable[Any]) -> None:
+    # One set of a million values would stop every thread while it grows, and when it goes.
+    sets: list[set[str]] = [set() for _ in range(256)]
+    for value in vocabulary:
+        if not isinstance(value, str):
+            raise ValueError(f"field {field}: a vocabulary holds strings, got {value!r:.100}")  # noqa: TRY004 - pydantic's
+        seen = sets[hash(value) % len(sets)]
+        if not value or value in seen:
+            raise ValueError(f"field {field}: the values of a vocabulary are different, and none is empty")
+        seen.add(value)
+    while sets:
+        sets.pop()
 
 
 def _check(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | None, history_length: int) -> None:

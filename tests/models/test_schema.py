@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -159,9 +161,34 @@ def test_columns_that_cannot_be_fitted_are_named(field, columns, message):
         spec(field).fit(columns)
 
 
-def test_a_schema_file_of_another_shape_is_one_clear_error():
-    with pytest.raises(SchemaError, match="not a fitted schema: at fields"):
-        Schema.from_json('{"user_key": null, "item_key": null, "history_length": 0}')
+CITY_FILE = '{"user_key":null,"item_key":null,"history_length":0,"fields":[{"name":"city","group":"user","kind":%s}]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"user_key": null, "item_key": null, "history_length": 0}', "at fields: Field required"),
+        (CITY_FILE % '"categorical","vocabulary":["a",7]', "field city: a vocabulary holds strings, got 7"),
+        (CITY_FILE % '"categorical","vocabulary":["a","a"]', "field city: the values of a vocabulary are different"),
+        (CITY_FILE % '"categorical","vocabulary":"a"', "at fields.0.vocabulary: Input should be a valid tuple"),
+        (CITY_FILE % '"categorical"', "at fields.0: Value error, field city: kinds categorical and multi need"),
+        (CITY_FILE % '"time","vocabulary":["a"]', "at fields.0: "),
+        (CITY_FILE % '"categorical","vocabulary":["a"', "no JSON: "),
+        ("", "no JSON: "),
+        ("[]", "at top level: "),
+        ("7", "at top level: "),
+    ],
+)
+def test_a_schema_file_of_another_shape_is_one_clear_error(text, message):
+    with pytest.raises(SchemaError, match=f"^not a fitted schema: {re.escape(message)}"):
+        Schema.from_json(text)
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, unique=True), st.floats(allow_nan=False, allow_infinity=False))
+def test_json_keeps_any_words_and_numbers(words, number):
+    schema = spec(CITY, PRICE).fit({"city": words, "price": [number] * len(words)})
+
+    assert Schema.from_json(schema.to_json()) == schema
 
 
 @pytest.mark.parametrize(
