@@ -31,7 +31,10 @@ def stec_movielens() -> Run:
 
 
 def deepfm_movielens() -> Run:
-    """DeepFM on MovieLens-1M: test AUC 0.7708 +- 0.0008, logloss 0.5801 (3 seeds of 7 or 8 epochs, 4 minutes each)."""
+    """DeepFM on MovieLens-1M: test AUC 0.7708 +- 0.0008, logloss 0.5801 (3 seeds of 7 or 8 epochs, 4 minutes each).
+
+    With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7706 +- 0.0002, 0.5782.
+    """
     return Run(
         model="deepfm",
         model_config={"emb_dim": 16, "dropout": 0.2, "l2_emb": 1e-5},
@@ -48,7 +51,10 @@ def lr_movielens() -> Run:
 
 
 def dcnv2_movielens() -> Run:
-    """DCNv2 on MovieLens-1M, with DeepFM's settings: test AUC 0.7708 +- 0.0007, logloss 0.5804 (3 seeds)."""
+    """DCNv2 on MovieLens-1M, with DeepFM's settings: test AUC 0.7708 +- 0.0007, logloss 0.5804 (3 seeds).
+
+    With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7709 +- 0.0004, 0.5790.
+    """
     return _movielens("dcnv2")
 
 
