@@ -101,6 +101,10 @@ class MIAN(CTRModel):
         groups = {n: w for n, w in raw.items() if w} | {n: local[n] for n in self.local}
         self.gim = GlobalInteraction(config, groups, config.gim_width or -(-2 * item // 8) * 8)
         self.item_width = item
+        # A module's kernel may meet each of its elements or their weighted sum, being linear. Each is cheaper for one
+        # request, but for a batch of many it makes T products to be copied and summed for every candidate: that pays
+        # while they are no wider than the clicks. User and context fields are few.
+        self.sums_first = {"ibim"} if self.gim.out_width > event else set()
         start_linears(self, truncated_normal)
 
     def encode_user(self, inputs: Inputs) -> UserState:
@@ -124,7 +128,7 @@ class MIAN(CTRModel):
             if local in self.local:
                 kernel_FX = self.gim.kernel(local)[0][:, self.item_width :]
                 state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
-                sums_first = _sums_first(local, kernel_FX)
+                sums_first = local in self.sums_first
                 state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
         return state
 
@@ -147,7 +151,7 @@ class MIAN(CTRModel):
                 alpha_CN = masked_softmax(scores_CN, mask_CN)
                 tap(f"alpha_{_ELEMENTS[group]}", alpha_CN)
                 found_C = matmul_own(alpha_CN.unsqueeze(1), state[f"{group}.values"], user_index).squeeze(1)
-                part_CF = part_CF + (F.linear(found_C, kernel_FX) if _sums_first(group, kernel_FX) else found_C)
+                part_CF = part_CF + (F.linear(found_C, kernel_FX) if group in self.sums_first else found_C)
             parts.append(part_CF)
         logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
         return logits_C
@@ -183,16 +187,6 @@ class MIAN(CTRModel):
 _LOCAL: dict[Group, str] = {"behaviour": "ibim", "user": "iuim", "context": "icim"}  # who attends to which group
 _ELEMENTS = {local: raw for raw, local in _LOCAL.items()}
 _SOFT = "sums to 1 (to 0 over nothing), and as its scores end in a tanh no two differ by more than a factor of 7.4."
-
-
-def _sums_first(local: str, kernel_FX: Tensor) -> bool:
-    """Whether a module's kernel meets the weighted sum of its elements, not each of them: alike, both being linear.
-
-    Each of them is cheaper for one request, but for a batch of many it makes T products to be copied and summed for
-    every candidate. That pays while they are no wider than the clicks themselves; user and context fields are few.
-    """
-    num_outputs, click_width = kernel_FX.shape
-    return local == "ibim" and num_outputs > click_width
 
 
 class Transformer(nn.Module):

@@ -46,6 +46,7 @@ class GlobalInteraction(nn.Module):
         }[self.combine]
         read = max(columns.stop for columns in self.columns.values())
         self.head = MLP(read, config.hidden, dropout=config.dropout)
+        self.out_width = self.head.first.out_features + self.attends  # F, rows of each group's kernel
 
     def kernel(self, group: str) -> tuple[Tensor, Tensor]:
         """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer."""
