@@ -248,6 +248,15 @@ def test_an_infinite_category_is_the_one_value_it_was_in_training():
     assert encoded["item.x"].tolist() == [3, 3, 4, PAD]
 
 
+def test_a_negative_number_is_the_value_it_is_spelled_as():
+    schema = SchemaSpec(fields=(FieldSpec(name="x", kind="categorical", group="item"),)).fit({"x": [-7, -0.5, "-x"]})
+
+    spelled = Encoder(schema).encode_items({"x": ["-7", "-0.5", "-x"]}, 3)["item.x"].tolist()
+
+    assert Encoder(schema).encode_items({"x": [-7, -0.5, "-x"]}, 3)["item.x"].tolist() == spelled
+    assert OOV not in spelled
+
+
 def test_an_absent_value_takes_no_place_in_a_list():
     encoded = ENCODER.encode_items({"tags": [[None, "b", "", "a"], [float("nan")], ["a", None]]}, 3)
 
