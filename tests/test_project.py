@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,43 @@ def test_prometheus_scrapes_the_port_the_service_listens_on():
 
 
 @pytest.mark.parametrize("package", ["models", "training", "service"])
-def test_the_readme_names_every_file_of_the_tree(package):
-    readme = (ROOT / "README.md").read_text()
+def test_the_tree_in_the_readme_has_every_file_once_and_no_other(package):
+    tree = readme_section("## The tree")
+    section = re.search(rf"^{package}/.*?(?=^\S)", tree, re.MULTILINE | re.DOTALL)
+    assert section is not None
 
-    for file in (ROOT / package).rglob("*.py"):
-        assert file.name in readme or file.name == "__init__.py", f"{file.relative_to(ROOT)} is missing in the README"
+    named = Counter(re.findall(r"\b[a-z0-9_]+\.py\b", section[0]))
+
+    assert named == Counter(f.name for f in (ROOT / package).rglob("*.py") if f.name != "__init__.py")
 
 
-def test_the_readme_names_every_setting():
+def test_the_readme_names_every_setting_and_its_default():
     from service.settings import Settings
 
-    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", readme_section("### Settings"), re.MULTILINE)
+    told = {}
+    for names, defaults in rows:
+        told |= zip(re.findall(r"`(\w+)`", names), defaults.replace("`", "").split(", "), strict=True)
 
-    for name in Settings.model_fields:
-        assert f"`{name}`" in readme
+    assert told.keys() == Settings.model_fields.keys()
+    for name, field in Settings.model_fields.items():
+        assert told[name] == {"None": "none", "False": "false"}.get(str(field.default), str(field.default)), name
+
+
+def test_every_document_that_a_file_names_exists():
+    written = {f.name for f in sources("*.md")}
+    by_commands = {"compare.md", "figure1.md", "figureN.md", "gpu.md", "FILE.md"}  # where they are told to
+
+    for file in (*sources("*.py"), *sources("*.md")):
+        for name in re.findall(r"[A-Za-z0-9_-]+\.md\b", file.read_text()):
+            assert name in written | by_commands, f"{file.relative_to(ROOT)} names {name}"
+
+
+def readme_section(heading: str) -> str:
+    level = heading.partition(" ")[0]
+    return (ROOT / "README.md").read_text().partition(heading)[2].partition(f"\n{level} ")[0]
+
+
+def sources(pattern: str) -> list[Path]:
+    folders = [ROOT / name for name in ("models", "training", "service", "tests", "deploy")]
+    return [*ROOT.glob(pattern), *(file for folder in folders for file in folder.rglob(pattern))]
