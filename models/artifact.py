@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from models.calibration import Calibration
 from models.encoding import Arrays, Encoder, Request, concat
 from models.explanation import Explanation
-from models.manifest import Manifest, Tensor
+from models.manifest import Manifest
 from models.requests import golden_from_json, golden_to_json
 from models.schema import Schema
 
@@ -103,7 +103,7 @@ def write(
                 config=dict(config),
                 metrics=dict(metrics),
                 schema_fingerprint=schema.fingerprint,
-                inputs=tuple(t for t in _tensors(schema) if t.name in inputs),
+                inputs=tuple(i for i in schema.inputs if i.name in inputs),
                 outputs=("logit", "prob"),
                 explain=tuple(explain),
                 code_version=_code_version(),
@@ -147,9 +147,9 @@ def read(path: Path, *, known: Sequence[Artifact] = ()) -> Artifact:
             f"{path}/schema.json: fingerprint {schema.fingerprint[:12]} does not match the model's"
             f" {manifest.schema_fingerprint[:12]}; export it again"
         )
-    for tensor in manifest.inputs:
-        if tensor not in _tensors(schema):
-            raise ArtifactError(f"{path}/manifest.json: the schema makes no input {tensor!r}")
+    for listed in manifest.inputs:
+        if listed not in schema.inputs:
+            raise ArtifactError(f"{path}/manifest.json: the schema makes no input {listed!r}")
     golden = _load(path / "golden.json", contents["golden.json"])
     encoder = Encoder(schema) if like is None else like.encoder
     _check_golden(path / "golden.json", golden, encoder)
@@ -250,10 +250,6 @@ def _read_file(path: Path, name: str, sha256: str) -> bytes:
             f"{path / name}: sha256 {found[:12]} is not the manifest's {sha256[:12]}; damaged file, export it again"
         )
     return content
-
-
-def _tensors(schema: Schema) -> tuple[Tensor, ...]:
-    return tuple(Tensor(name=i.name, dtype=i.dtype, dims=i.dims) for i in schema.inputs)
 
 
 def _rename(draft: Path, final: Path) -> Path | None:

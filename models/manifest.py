@@ -5,16 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from models.explanation import Explanation
-
-
-class Tensor(BaseModel):
-    """One input of the exported graphs; "U" counts requests, "C" candidates."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    dtype: str
-    dims: tuple[str | int, ...]
+from models.schema import Input
 
 
 class Manifest(BaseModel):
@@ -28,7 +19,7 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, Any]
     schema_fingerprint: str
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Input, ...]
     outputs: tuple[Literal["logit"], Literal["prob"]]
     explain: tuple[Explanation, ...] = ()
     code_version: str

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import ijson
 from ijson.common import ObjectBuilder
@@ -90,11 +90,17 @@ class Field(FieldSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One array a model is fed: U requests' rows, C candidates' rows, fixed numbers otherwise."""
+    """One array a model is fed: rows of "U" requests or "C" candidates, and then fixed numbers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a manifest lists them
 
     name: str
     dtype: Literal["int64", "float32", "bool"]
     dims: tuple[str | int, ...]
+
+    def shape(self, *, users: int, candidates: int) -> tuple[int, ...]:
+        sizes = {"U": users, "C": candidates}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
 class SchemaSpec(BaseModel):

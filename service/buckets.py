@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.encoding import Arrays, num_users
-from models.manifest import Tensor
+from models.schema import Input
 from service.backends import BackendError
 
 USERS = (1, 4, 16)
@@ -36,13 +36,12 @@ class Slot:
 class Layout:
     """All inputs of U requests and C candidates in one buffer, so that one copy sends them."""
 
-    def __init__(self, inputs: Sequence[Tensor], users: int, candidates: int) -> None:
+    def __init__(self, inputs: Sequence[Input], users: int, candidates: int) -> None:
         self.users, self.candidates = users, candidates
         slots, offset = [], 0
-        for tensor in inputs:
-            shape = tuple({"U": users, "C": candidates}[d] if isinstance(d, str) else d for d in tensor.dims)
-            dtype = np.dtype(tensor.dtype)
-            slots.append(Slot(tensor.name, dtype, shape, offset))
+        for wanted in inputs:
+            shape, dtype = wanted.shape(users=users, candidates=candidates), np.dtype(wanted.dtype)
+            slots.append(Slot(wanted.name, dtype, shape, offset))
             offset += math.ceil(math.prod(shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
         self.slots, self.num_bytes = tuple(slots), max(offset, 1)
 
@@ -107,7 +106,7 @@ class Buckets:
 
     def __init__(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Input],
         bind: Callable[[Layout], Bucket],
         *,
         users: Sequence[int] = USERS,
@@ -146,7 +145,7 @@ class Buckets:
 
 
 def parts(
-    arrays: Arrays, inputs: Sequence[Tensor], *, users: int, candidates: int
+    arrays: Arrays, inputs: Sequence[Input], *, users: int, candidates: int
 ) -> Iterator[tuple[NDArray[np.intp] | slice, Arrays]]:
     """The same requests in pieces of at most that many users and candidates, each with its rows of the whole."""
     user_index, num = arrays["user_index"], num_users(arrays)

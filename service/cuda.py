@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.artifact import ArtifactError
 from models.encoding import Arrays
-from models.manifest import Tensor
+from models.schema import Input
 from service.backends import BackendError, Device, names_of, open_session, session_options
 from service.buckets import CANDIDATES, USERS, Buckets, Layout
 
@@ -41,7 +41,7 @@ class OnnxCudaBackend:
         self,
         graph: Path,
         *,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Input],
         device: Device = "cuda",
         users: Sequence[int] = USERS,
         candidates: Sequence[int] = CANDIDATES,
@@ -70,7 +70,7 @@ class OnnxCudaBackend:
 
 
 def _lane(
-    graph: Path, inputs: Sequence[Tensor], device: Device, users: Sequence[int], candidates: Sequence[int]
+    graph: Path, inputs: Sequence[Input], device: Device, users: Sequence[int], candidates: Sequence[int]
 ) -> Buckets:
     sessions = {num: _session(graph, device, num) for num in users}
     taken, _ = names_of(sessions[users[0]], graph, fed=[i.name for i in inputs], outputs=["logit"])

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from models.encoding import NUMERIC_LIMIT, Arrays
-from models.manifest import Tensor
 from models.schema import input_name
 from service.errors import Problem, not_json, shown
 
@@ -132,48 +131,50 @@ class Contract:
         schema = artifact.schema
         self.inputs = artifact.manifest.inputs
         self._num_ids = {input_name(f): schema.field(f.of or f.name).num_ids for f in schema.fields}
-        named = {tensor.name for tensor in self.inputs}
         # What the encoder makes and this graph does not read: runs may be joined with such as have it.
-        self._unread = [Tensor(name=i.name, dtype=i.dtype, dims=i.dims) for i in schema.inputs if i.name not in named]
+        self._unread = [i for i in schema.inputs if i not in self.inputs]
 
     def arrays(self, sent: Sent, *, max_candidates: int) -> Arrays:
         """The request's arrays, as the encoder makes them. Raises Problem (400) with the first thing that is wrong."""
         by_name = {tensor.name: tensor for tensor in sent.request.inputs}
-        wanted = [tensor.name for tensor in self.inputs]
+        names = [i.name for i in self.inputs]
         if len(by_name) < len(sent.request.inputs):
             raise refused("inputs: each must be there once, some are there twice")
-        if by_name.keys() != set(wanted):
-            absent = [name for name in wanted if name not in by_name]
-            unknown = [shown(name) for name in by_name if name not in wanted]
+        if by_name.keys() != set(names):
+            absent = [name for name in names if name not in by_name]
+            unknown = [shown(name) for name in by_name if name not in names]
             raise refused(
-                f"inputs: expected {', '.join(wanted)}; missing: {_listed(absent)}, unknown: {_listed(unknown)}"
+                f"inputs: expected {', '.join(names)}; missing: {_listed(absent)}, unknown: {_listed(unknown)}"
             )
-        sizes = self._sizes(by_name, max_candidates)
+        users, candidates = self._sizes(by_name, max_candidates)
         raw = _binaries(sent)
-        arrays = {t.name: _values(by_name[t.name], _shape(t, sizes), raw.get(t.name)) for t in self.inputs}
-        for name, array in arrays.items():
-            self._check_values(name, array, sizes["U"])
-        return arrays | {t.name: np.zeros(_shape(t, sizes), dtype=t.dtype) for t in self._unread}
+        arrays = {}
+        for wanted in self.inputs:
+            shape = wanted.shape(users=users, candidates=candidates)
+            array = arrays[wanted.name] = _values(by_name[wanted.name], shape, raw.get(wanted.name))
+            self._check_values(wanted.name, array, users)
+        for unread in self._unread:
+            arrays[unread.name] = np.zeros(unread.shape(users=users, candidates=candidates), dtype=unread.dtype)
+        return arrays
 
-    def _sizes(self, by_name: Mapping[str, SentTensor], limit: int) -> dict[str, int]:
+    def _sizes(self, by_name: Mapping[str, SentTensor], limit: int) -> tuple[int, int]:
         """U and C, which all tensors must agree on."""
-        sizes: dict[str, int] = {}
-        for tensor in self.inputs:
-            sent = by_name[tensor.name]
-            datatype = DATATYPES[tensor.dtype]
+        sizes: dict[str | int, int] = {}
+        for wanted in self.inputs:
+            sent = by_name[wanted.name]
+            datatype = DATATYPES[wanted.dtype]
             if sent.datatype != datatype:
-                raise refused(f"input {tensor.name}: expected datatype {datatype}, got {shown(sent.datatype)}")
-            axis = str(tensor.dims[0])
+                raise refused(f"input {wanted.name}: expected datatype {datatype}, got {shown(sent.datatype)}")
             if sent.shape:
-                sizes.setdefault(axis, sent.shape[0])
-            expected = _shape(tensor, {axis: sizes.get(axis, -1)})
+                sizes.setdefault(wanted.dims[0], sent.shape[0])
+            expected = wanted.shape(users=sizes.get("U", -1), candidates=sizes.get("C", -1))
             if tuple(sent.shape) != expected:
-                raise refused(f"input {tensor.name}: expected shape {list(expected)}, got {sent.shape[:8]}")
-        sizes = {"U": 1, "C": 1, **sizes}
-        for axis, what in (("C", "candidates"), ("U", "users")):
-            if not 1 <= sizes[axis] <= limit:
-                raise refused(f"expected 1 to {limit} {what}, got {sizes[axis]}")
-        return sizes
+                raise refused(f"input {wanted.name}: expected shape {list(expected)}, got {sent.shape[:8]}")
+        users, candidates = sizes.get("U", 1), sizes.get("C", 1)
+        for size, what in ((candidates, "candidates"), (users, "users")):
+            if not 1 <= size <= limit:
+                raise refused(f"expected 1 to {limit} {what}, got {size}")
+        return users, candidates
 
     def _check_values(self, name: str, array: NDArray[Any], num_users: int) -> None:
         if array.dtype == np.float32:
@@ -185,10 +186,6 @@ class Contract:
             low, high = int(array.min()), int(array.max())
             if low < 0 or high >= limit:
                 raise refused(f"input {name}: expected 0 to {limit - 1}, got {low if low < 0 else high}")
-
-
-def _shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
 
 
 def _binaries(sent: Sent) -> dict[str, memoryview]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.artifact import ArtifactError
 from models.encoding import Arrays
-from models.manifest import Tensor as Input
+from models.schema import Input
 from service.backends import BackendError
 from service.buckets import CANDIDATES, USERS, Buckets, Layout
 

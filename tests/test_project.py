@@ -103,7 +103,7 @@ def test_the_readme_names_every_setting_and_its_default():
     from service.settings import Settings
 
     rows = re.findall(r"^\| (`.*?) \| (.*?) \|", readme_section("### Settings"), re.MULTILINE)
-    told = {}
+    told: dict[str, str] = {}
     for names, defaults in rows:
         told |= zip(re.findall(r"`(\w+)`", names), defaults.replace("`", "").split(", "), strict=True)
 

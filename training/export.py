@@ -67,7 +67,7 @@ def export(
         graphs[EXPLAINING] = to_explaining_onnx(model, schema)
     check(model, schema, graphs, golden=arrays)
     logits, _ = _run_eager(_graph(model, schema))(arrays)
-    path = artifact.write(
+    return artifact.write(
         out,
         model=name,
         config=config,
@@ -80,10 +80,6 @@ def export(
         files={**graphs, "weights.safetensors": safetensors.torch.save(model.state_dict())},
         explain=model.explanations(),
     )
-    written = artifact.read(path)
-    scores = _run_onnx((path / "model.onnx").read_bytes(), OUTPUTS)
-    artifact.check_scores(written, scores(written.golden.arrays)[0])
-    return path
 
 
 def used_inputs(model: CTRModel, schema: Schema) -> tuple[Input, ...]:
@@ -163,13 +159,12 @@ def _cases(schema: Schema, sizes: Iterable[tuple[int, int]], golden: Arrays) -> 
 def example(schema: Schema, num_requests: int, num_candidates: int, *, history: bool = True) -> Arrays:
     """Inputs of that many requests and candidates: any ids, histories of any length, or of none."""
     draw = np.random.default_rng([num_requests, num_candidates])
-    sizes = {"U": num_requests, "C": num_candidates}
     lengths_U1 = draw.integers(0, schema.history_length + 1, size=(num_requests, 1)) if history else 0
     mask_UT = np.arange(schema.history_length) >= schema.history_length - lengths_U1 * np.ones((num_requests, 1))
     num_ids = {input_name(f): schema.field(f.of or f.name).num_ids for f in schema.fields}
     arrays: Arrays = {}
     for i in schema.inputs:
-        shape = [sizes[d] if isinstance(d, str) else d for d in i.dims]
+        shape = i.shape(users=num_requests, candidates=num_candidates)
         if i.name == "user_index":
             arrays[i.name] = draw.integers(0, num_requests, size=shape)
         elif i.name == "hist_mask":

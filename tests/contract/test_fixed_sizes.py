@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models import artifact
 from models.artifact import Artifact, ArtifactError
 from models.encoding import Arrays
-from models.manifest import Tensor
+from models.schema import Input
 from service import backends
 from service.backends import BackendError, OnnxBackend, session_options
 from service.buckets import ALIGNMENT, Gate, Layout, parts
@@ -29,7 +29,7 @@ from training.export import example, to_onnx, to_torchscript, used_inputs
 
 SCHEMA = with_history()
 MODEL = lively("mian", SCHEMA, emb_dim=4, heads=2).float()
-INPUTS = [Tensor(name=i.name, dtype=i.dtype, dims=i.dims) for i in used_inputs(MODEL, SCHEMA)]
+INPUTS = used_inputs(MODEL, SCHEMA)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use on this machine")
 
 
@@ -213,7 +213,7 @@ def test_no_candidates_are_no_logits(bound_onnx: OnnxCudaBackend) -> None:
 def test_the_parts_of_a_request_are_all_of_it_and_none_is_too_large(
     user_index: list[int], users: int, candidates: int
 ) -> None:
-    inputs = [Tensor(name=n, dtype="int64", dims=(d,)) for n, d in (("user.a", "U"), ("item.b", "C"))]
+    inputs = [Input(name=n, dtype="int64", dims=(d,)) for n, d in (("user.a", "U"), ("item.b", "C"))]
     index = np.array(user_index)
     arrays = {"user.a": np.arange(100, 109), "item.b": np.arange(len(index)), "user_index": index}
     found = np.full(len(index), -1)
