@@ -15,6 +15,7 @@ Lookup = Mapping[Any, int]
 
 # Beyond this many scales from the centre a number says no more, and its square must still fit a float32.
 NUMERIC_LIMIT = 100.0
+LATEST_S = 1e12  # the year 33658
 
 
 class EncodingError(ValueError):
@@ -119,7 +120,6 @@ _LISTS = {list, tuple, type(None), np.ndarray}
 # A list made from an array or a data frame may hold numpy's numbers.
 _NUMBERS = (int, float, np.integer, np.floating)
 _SCALARS = (*_NUMBERS, str, np.bool_, type(None))
-LATEST_S = 1e12  # the year 33658
 
 
 def lookup_of(vocabulary: Sequence[str]) -> Lookup:

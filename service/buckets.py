@@ -104,18 +104,10 @@ class Buckets:
     ids and cost nothing more, and whose logits are cut off. What is larger than the largest size runs in parts.
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[Input],
-        bind: Callable[[Layout], Bucket],
-        *,
-        users: Sequence[int] = USERS,
-        candidates: Sequence[int] = CANDIDATES,
-    ) -> None:
+    def __init__(self, inputs: Sequence[Input], bind: Callable[[Layout], Bucket]) -> None:
         self._inputs = tuple(inputs)
-        self._users, self._candidates = tuple(sorted(users)), tuple(sorted(candidates))
         self._bound: dict[tuple[int, int], tuple[Bucket, Arrays]] = {}
-        for size in product(self._users, self._candidates):
+        for size in product(USERS, CANDIDATES):
             layout = Layout(self._inputs, *size)
             with GATE.alone():
                 bucket = bind(layout)
@@ -126,13 +118,13 @@ class Buckets:
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
         """The logits [C] of any number of requests and candidates. Raises BackendError; one call at a time."""
         logits = np.empty(len(arrays["user_index"]), dtype=np.float32)
-        for rows, part in parts(arrays, self._inputs, users=self._users[-1], candidates=self._candidates[-1]):
+        for rows, part in parts(arrays, self._inputs, users=USERS[-1], candidates=CANDIDATES[-1]):
             logits[rows] = self._run(part)
         return logits
 
     def _run(self, arrays: Arrays) -> NDArray[np.float32]:
         num_candidates = len(arrays["user_index"])
-        size = _next(self._users, num_users(arrays)), _next(self._candidates, num_candidates)
+        size = _next(USERS, num_users(arrays)), _next(CANDIDATES, num_candidates)
         bucket, views = self._bound[size]
         for tensor in self._inputs:
             view, values = views[tensor.name], arrays[tensor.name]

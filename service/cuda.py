@@ -14,7 +14,7 @@ from models.artifact import ArtifactError
 from models.encoding import Arrays
 from models.schema import Input
 from service.backends import BackendError, Device, names_of, open_session, session_options
-from service.buckets import CANDIDATES, USERS, Buckets, Layout
+from service.buckets import USERS, Buckets, Layout
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,12 @@ class OnnxCudaBackend:
         *,
         inputs: Sequence[Input],
         device: Device = "cuda",
-        users: Sequence[int] = USERS,
-        candidates: Sequence[int] = CANDIDATES,
     ) -> None:
         if device == "cuda":
             _require_provider(graph)
         self._idle: queue.SimpleQueue[Buckets] = queue.SimpleQueue()
         for _ in range(self.lanes):
-            self._idle.put(_lane(graph, inputs, device, users, candidates))
+            self._idle.put(_lane(graph, inputs, device))
 
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
         lane = self._idle.get()  # the one that has been idle the longest
@@ -69,17 +67,15 @@ class OnnxCudaBackend:
             self._idle.get()
 
 
-def _lane(
-    graph: Path, inputs: Sequence[Input], device: Device, users: Sequence[int], candidates: Sequence[int]
-) -> Buckets:
-    sessions = {num: _session(graph, device, num) for num in users}
-    taken, _ = names_of(sessions[users[0]], graph, fed=[i.name for i in inputs], outputs=["logit"])
+def _lane(graph: Path, inputs: Sequence[Input], device: Device) -> Buckets:
+    sessions = {num: _session(graph, device, num) for num in USERS}
+    taken, _ = names_of(sessions[USERS[0]], graph, fed=[i.name for i in inputs], outputs=["logit"])
 
     def bind(layout: Layout) -> _Bound:
         return _Bound(sessions[layout.users], device, layout)
 
     try:
-        return Buckets([i for i in inputs if i.name in taken], bind, users=users, candidates=candidates)
+        return Buckets([i for i in inputs if i.name in taken], bind)
     except Exception as err:  # onnxruntime's exceptions have no common base but this
         raise ArtifactError(f"{graph}: does not run on {device}: {' '.join(str(err).split())[:300]}") from err
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,9 +171,6 @@ def sentence(errors: Sequence[FieldError], *, whole: str) -> str:
     first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{first.pointer or whole}: expected {first.expected}, got {first.got}{more}"
-
-
-MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
 
 
 def pointer(*parts: str | int) -> str:

@@ -71,7 +71,7 @@ class Events:
         self._now = now
 
     async def record(self, events: Sequence[Any]) -> Receipt:
-        """Take decoded JSON values, each an event of the contract or else rejected with its reason.
+        """Take decoded JSON values, each an event as `SentEvent` describes it or else rejected with its reason.
 
         Clicks of users enter their pasts, and the very next fetch sees them; everything else is only remembered as
         known and counted. Raises StoreUnavailable with a part of the events possibly taken: make the same call again,

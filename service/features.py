@@ -16,13 +16,12 @@ from models.values import Row
 
 log = logging.getLogger(__name__)
 
-MARK_TTL_S = (
-    86_400  # how long a repeated event is recognised; a click still in the past is recognised as long as it is there
-)
+# How long a repeated event is recognised; a click still in the past is recognised as long as it is there.
+MARK_TTL_S = 86_400
 MAX_FEATURES_BYTES = 8192  # of one row, packed
 
 
-class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, by the name the contract gives it
+class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, not of the program
     """The store gave no answer: down, frozen, loading, read-only or full. Nothing can be said about what it holds."""
 
 

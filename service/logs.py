@@ -29,9 +29,9 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line, enc_hook=str).decode()
 
 
-def setup(level: int = logging.INFO, **always: Any) -> None:
+def setup(**always: Any) -> None:
     """Send every logger of this process through one handler, libraries' included; `always` stands in every line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(**always))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)

@@ -74,7 +74,7 @@ class RedisStore:
 
     @classmethod
     def connect(
-        cls, url: str, *, timeout_s: float = 0.02, connections: int = 32, keep: int = 200, keep_s: float = 30 * 86_400
+        cls, url: str, *, timeout_s: float, connections: int = 32, keep: int = 200, keep_s: float = 30 * 86_400
     ) -> Self:
         """Connects on first use. `timeout_s` bounds the wait for a free connection, and then for each answer.
 

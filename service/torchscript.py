@@ -15,7 +15,7 @@ from models.artifact import ArtifactError
 from models.encoding import Arrays
 from models.schema import Input
 from service.backends import BackendError
-from service.buckets import CANDIDATES, USERS, Buckets, Layout
+from service.buckets import Buckets, Layout
 
 DTYPES = {np.dtype("int64"): torch.int64, np.dtype("float32"): torch.float32, np.dtype("bool"): torch.bool}
 
@@ -62,8 +62,6 @@ class TorchScriptCudaBackend:
         *,
         inputs: Sequence[Input],
         device: str = "cuda",
-        users: Sequence[int] = USERS,
-        candidates: Sequence[int] = CANDIDATES,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             built = "sees no GPU that it can use" if torch.version.cuda else "is the CPU's build"
@@ -77,7 +75,7 @@ class TorchScriptCudaBackend:
             return _Bound(module, layout, torch.device(device))
 
         try:
-            self._buckets = Buckets(inputs, bind, users=users, candidates=candidates)
+            self._buckets = Buckets(inputs, bind)
         except RuntimeError as err:
             raise ArtifactError(f"{graph}: does not run on {device}: {' '.join(str(err).split())[:300]}") from err
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from models.calibration import Calibration
 
@@ -38,7 +39,7 @@ def _newton(
     moves = np.array(free)
     loss = _loss(x, label, *at)
     for _ in range(MAX_STEPS):
-        prob = _sigmoid(at[0] * x + at[1])
+        prob = expit(at[0] * x + at[1])
         error, weight = prob - label, prob * (1 - prob)
         gradient = np.array([np.mean(error * x), np.mean(error)])[moves]
         curvature = np.array([[np.mean(weight * x * x), np.mean(weight * x)], [np.mean(weight * x), np.mean(weight)]])[
@@ -63,7 +64,3 @@ def _newton(
 def _loss(x: NDArray[np.float64], label: NDArray[np.floating], slope: float, intercept: float) -> float:
     z = slope * x + intercept
     return float(np.mean(np.logaddexp(0, z) - label * z))
-
-
-def _sigmoid(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 1 / (1 + np.exp(-np.clip(z, -700, 700)))

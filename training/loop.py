@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -48,7 +49,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
         logits = predict(judged, valid, "valid")
         figures = {
             "auc": metrics.auc(valid.label, logits),
-            "logloss": metrics.logloss(valid.label, _sigmoid(logits)),
+            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64))),
         }
         line = {
             "epoch": state.epoch + 1,
@@ -163,7 +164,3 @@ def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> s
         f"epoch {line['epoch']:>2}/{run.max_epochs}  loss {line['loss']:.4f}  valid AUC {line['valid_auc']:.4f}"
         f"  logloss {line['valid_logloss']:.4f}  lr {line['lr']:g}  {took_s:.1f} s{'  best' if best else ''}"
     )
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))

@@ -16,22 +16,37 @@ class Advance(Protocol):
     def __call__(self, units: int, note: Callable[[], str] = str) -> None: ...
 
 
+_Draw = Callable[[int, str, float], None]
+"""Shows how many rows are done, a note, and rows/s."""
+
+
 def say(text: str) -> None:
     """One line on what happens now, on stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def bar(title: str, num: int, *, done: int = 0, unit: str = "rows", out: TextIO | None = None) -> Iterator[Advance]:
-    """Show how far a job of `num` units is, of which `done` were done before: a note, units/s and the time left."""
+def bar(title: str, num: int, *, done: int = 0, out: TextIO | None = None) -> Iterator[Advance]:
+    """Show how far a job of `num` rows is, of which `done` were done before: a note, rows/s and the time left."""
     out = out or sys.stderr
-    show = _rich_bar if out.isatty() else _lines
-    with show(title, num, done, unit, out) as advance:
+    show, every_s = (_rich_bar, FRAME_S) if out.isatty() else (_lines, LINE_S)
+    with show(title, num, done, out) as draw:
+        began = shown = time.monotonic()
+        passed = 0
+
+        def advance(units: int, note: Callable[[], str] = str) -> None:
+            nonlocal passed, shown
+            passed += units
+            now = time.monotonic()
+            if now - shown >= every_s:
+                shown = now
+                draw(done + passed, note(), passed / (now - began))
+
         yield advance
 
 
 @contextmanager
-def _rich_bar(title: str, num: int, done: int, unit: str, out: TextIO) -> Iterator[Advance]:
+def _rich_bar(title: str, num: int, done: int, out: TextIO) -> Iterator[_Draw]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,34 +59,17 @@ def _rich_bar(title: str, num: int, done: int, unit: str, out: TextIO) -> Iterat
     )
     with Progress(*columns, console=Console(file=out), transient=True) as progress:
         task = progress.add_task(title, total=num, completed=done, note="")
-        began = shown = time.monotonic()
-        passed = 0
 
-        def advance(units: int, note: Callable[[], str] = str) -> None:
-            nonlocal passed, shown
-            passed += units
-            now = time.monotonic()
-            if now - shown >= FRAME_S:
-                shown = now
-                text = f"{note()}  {passed / (now - began):,.0f} {unit}/s"
-                progress.update(task, completed=done + passed, note=text)
+        def draw(done: int, note: str, speed: float) -> None:
+            progress.update(task, completed=done, note=f"{note}  {speed:,.0f} rows/s")
 
-        yield advance
+        yield draw
 
 
 @contextmanager
-def _lines(title: str, num: int, done: int, unit: str, out: TextIO) -> Iterator[Advance]:
-    began = shown = time.monotonic()
-    passed = 0
+def _lines(title: str, num: int, _done: int, out: TextIO) -> Iterator[_Draw]:
+    def draw(done: int, note: str, speed: float) -> None:
+        left_s = (num - done) / speed
+        print(f"{title}: {done / num:.0%}  {note}  {speed:,.0f} rows/s  {left_s:.0f} s left", file=out, flush=True)
 
-    def advance(units: int, note: Callable[[], str] = str) -> None:
-        nonlocal passed, shown
-        passed += units
-        now = time.monotonic()
-        if now - shown >= LINE_S:
-            shown = now
-            speed = passed / (now - began)
-            share, left_s = (done + passed) / num, (num - done - passed) / speed
-            print(f"{title}: {share:.0%}  {note()}  {speed:,.0f} {unit}/s  {left_s:.0f} s left", file=out, flush=True)
-
-    yield advance
+    yield draw

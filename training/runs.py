@@ -106,7 +106,7 @@ def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
 def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     if (path / "metrics.json").exists():
         say(f"{path} is finished")
-        return _json(path / "metrics.json")
+        return json_of(path / "metrics.json")
     write_atomically(path / "schema.json", data.schema.to_json().encode())
     torch.manual_seed(run.seed)
     torch.use_deterministic_algorithms(True)
@@ -148,7 +148,7 @@ def read(path: Path) -> Trained:
     if not (path / "metrics.json").exists():
         what = "a run that is not finished; train it with --resume" if (path / "config.json").exists() else "no run"
         raise UserError(f"{path} holds {what}")
-    (run, seen, _), schema, figures = _begun(path / "config.json"), _schema(path), _json(path / "metrics.json")
+    (run, seen, _), schema, figures = _begun(path / "config.json"), _schema(path), json_of(path / "metrics.json")
     model = _build(run, schema)
     try:
         weights = (path / "weights.safetensors").read_bytes()
@@ -249,7 +249,7 @@ def _identity(data: Prepared) -> dict[str, str]:
 
 def _begun(file: Path) -> tuple[Run, dict[str, str], int]:
     """What `begin` wrote down: the run, the data it saw, the threads it has."""
-    config = _json(file)
+    config = json_of(file)
     try:
         seen = {name: str(config["data"][name]) for name in ("path", "data_hash", "schema_fingerprint")}
         return Run.from_json(config["run"]), seen, int(config["threads"])
@@ -271,7 +271,8 @@ def _schema(path: Path) -> Schema:
         raise UserError(f"{path / 'schema.json'}: missing or damaged ({err})") from err
 
 
-def _json(file: Path) -> dict[str, Any]:
+def json_of(file: Path) -> dict[str, Any]:
+    """A file of a run. Raises UserError where it is missing or holds no JSON object."""
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
     except (OSError, ValueError) as err:

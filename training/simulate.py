@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from scipy.special import expit
 
 from training.errors import UserError
 from training.log import write_parquet
@@ -140,7 +141,7 @@ def _play(base_RS: Floats, ads: Ads, requests: Requests, advance: Advance | None
         user, shown = requests.user[now], requests.ads[now]
         tired = (recent_UM[user][:, :, None] == shown[:, None, :]).any(axis=1)
         logit_RS[now] += TASTE * taste_UK[user[:, None], ads.category[shown]] - FATIGUE * tired
-        clicked = clicks_RS[now] = requests.draws[now] < _sigmoid(logit_RS[now] - _of_position())
+        clicked = clicks_RS[now] = requests.draws[now] < expit(logit_RS[now] - _of_position())
         for slot in by_id_RS[now].T:  # the clicks of one slate are remembered in the order of their item ids
             rows = np.flatnonzero(clicked[np.arange(len(now)), slot])
             who, ad = user[rows], shown[rows, slot[rows]]
@@ -166,7 +167,7 @@ def _intercept(base_RS: Floats, ads: Ads, requests: Requests) -> float:
     for _ in range(14):
         middle = (low + high) / 2
         logit_RS, _ = _play(base_RS[: len(sample.user)] + middle, ads, sample)
-        rate = _sigmoid(logit_RS - _of_position()).mean()
+        rate = expit(logit_RS - _of_position()).mean()
         low, high = (middle, high) if rate < CLICK_RATE else (low, middle)
     return (low + high) / 2
 
@@ -174,7 +175,7 @@ def _intercept(base_RS: Floats, ads: Ads, requests: Requests) -> float:
 def _table(requests: Requests, logit_RS: Floats, clicks_RS: Bools) -> pl.DataFrame:
     order = np.argsort(requests.ms, kind="stable")
     num = len(order)
-    truth_RSP = _sigmoid(logit_RS[order][:, :, None] - _of_position())  # P: had it stood at that position
+    truth_RSP = expit(logit_RS[order][:, :, None] - _of_position())  # P: had it stood at that position
     user_R, ms_R, device_R = (v[order] for v in (requests.user, requests.ms, requests.device))
     ads = requests.ads[order].ravel()
     return pl.DataFrame(
@@ -213,7 +214,3 @@ def _make(out: Path) -> None:
 
 def _of_position() -> Floats:
     return POSITION * np.log(np.arange(1, SLATE + 1))
-
-
-def _sigmoid(z: Floats) -> Floats:
-    return 1 / (1 + np.exp(-z))

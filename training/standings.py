@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training import significance
+from training import runs, significance
 from training.batches import Prepared
 from training.config import Run
 from training.errors import UserError
@@ -159,7 +159,7 @@ def _standing(name: str, cells: Sequence[Cell]) -> Standing:
 
 
 def _cell(path: Path) -> Cell:
-    config = _json(path / "config.json")
+    config = runs.json_of(path / "config.json")
     finished = (path / "metrics.json").exists() and (path / "test_logits.npy").exists()
     try:
         cell = Cell(
@@ -169,7 +169,7 @@ def _cell(path: Path) -> Cell:
             seed=config["run"]["seed"],
             data=config["data"],
             run=config["run"],
-            figures=_json(path / "metrics.json") if finished else None,
+            figures=runs.json_of(path / "metrics.json") if finished else None,
             failure=_failure(path / "failed.json"),
         )
         _check_whole(cell)
@@ -199,14 +199,6 @@ def _failure(file: Path) -> str | None:
         return str(json.loads(file.read_bytes())["reason"])
     except FileNotFoundError:  # not failed, or just tried again by another process
         return None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError) as err:
-        raise UserError(f"{file}: missing or damaged ({err})") from err
-    return content
 
 
 def _value(figures: Mapping[str, Any], key: str) -> Any:

@@ -17,6 +17,7 @@ from training.significance import Difference
 from training.standings import Standing
 
 FIGURES = {"auc": "test AUC", "gauc": "gAUC by user", "logloss": "log loss", "calibrated.logloss": "calibrated"}
+OF_A_RUN = ("parameters", "epochs", "best_epoch", "train_seconds", "samples_per_s", "threads")
 FAR_OUT = 3  # quartile ranges below the lower quartile: Tukey's outer fence
 MIN_SEEDS_OF_INTERVAL = 3  # with two, Student's t is 9 deviations wide and would be all that the plot shows
 
@@ -73,10 +74,7 @@ def of_cells(standings: Sequence[Standing]) -> str:
     for standing in standings:
         for cell in standing.cells:
             figures = cell.figures or {}
-            test, own = (
-                figures["test"],
-                ("parameters", "epochs", "best_epoch", "train_seconds", "samples_per_s", "threads"),
-            )
+            test = figures["test"]
             lines.append(
                 {
                     "name": standing.name,
@@ -85,7 +83,7 @@ def of_cells(standings: Sequence[Standing]) -> str:
                     "valid_auc": figures["valid"]["auc"],
                     **{name: test[name] for name in ("auc", "gauc", "logloss")},
                     "calibrated_logloss": test["calibrated"]["logloss"],
-                    **{name: figures.get(name) for name in own},
+                    **{name: figures.get(name) for name in OF_A_RUN},
                     "run": cell.path.name,
                 }
             )
