@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test install lock lint format types imports coverage clean
 
-demo: install ## simulate, train, export, serve and replay; ONCE=1 stops after the summary
+demo: install # simulate, train, export, serve and replay; ONCE=1 stops after the summary
 	$(BIN)/python deploy/demo/run.py $(if $(ONCE),--once)
 
 # Two processes: most of the time goes into ONNX exports, which use one core each.
-test: install lint types imports ## everything .ci/run checks
+test: install lint types imports # everything .ci/run checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 install: $(STAMP)
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --editable '.[serve,train,dev]' --constraint requirements.lock
 	touch $@
 
-lock: ## write requirements.lock anew from pyproject.toml
+lock: # write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --extra serve --extra gpu --extra train --extra dev --strip-extras --allow-unsafe \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate \
 		--no-header --output-file requirements.lock pyproject.toml
@@ -42,8 +42,8 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
-coverage: install ## lines reached by the tests, and the slowest tests
+coverage: install # lines reached by the tests, and the slowest tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=5
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis

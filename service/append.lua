@@ -1,6 +1,7 @@
 -- Adds one user's clicks to their past. The result is the same for any order, repetition and grouping of calls.
 -- KEYS  the user's past, then one mark per click
--- ARGV  clicks to keep, seconds to keep the past, seconds to keep a mark, then one packed record per click (see features.py)
+-- ARGV  clicks to keep, seconds to keep the past, seconds to keep a mark, then one packed record per click (see
+--       features.py), in the order of a past and each event once
 -- Returns 1 for each click that was new, 0 for one already known.
 
 local HEADER, SMALLEST = 3, 22
@@ -11,9 +12,11 @@ local function u16(text, at)
   return byte(text, at) * 256 + byte(text, at + 1)
 end
 
--- Lua's own < follows the server's locale; bytes do not.
+-- Lua's own < follows the server's locale; bytes do not. What is alike is passed in steps: ids may be long.
 local function compare(a, b)
-  for i = 1, math.min(#a, #b) do
+  local same, shorter = 0, math.min(#a, #b)
+  while same < shorter and sub(a, same + 1, same + 16) == sub(b, same + 1, same + 16) do same = same + 16 end
+  for i = same + 1, shorter do
     local x, y = byte(a, i), byte(b, i)
     if x ~= y then return x - y end
   end
@@ -26,44 +29,50 @@ local function order(text, from)
   return sub(text, from + 4, tag - 1), sub(text, tag, tag + 7)
 end
 
-local records, count = '', 0
+local records, left = '', 0
+local past = redis.call('GET', KEYS[1])
+if past and #past >= HEADER and byte(past, 1) == 1 then
+  records, left = sub(past, HEADER + 1), u16(past, 2)
+end
 
-local function place(record)
+-- One walk backwards through both, however many there are: nothing else is answered meanwhile. Of `records` what ends
+-- at `at` is still to be passed, `left` in number; what was passed or added stands in `newer`, the newest first.
+local at, newer = #records, {}
+
+-- Passes what is newer than the record. Returns whether the record is none of those that are there.
+local function pass(record)
   local key, tag = order(record, 1)
-  local at = #records
   while at > 0 do
     local size = u16(records, at - 1)
     local from = at - size + 1
-    if size < SMALLEST or from < 1 then -- unreadable: begin anew
-      records, count, at = '', 0, 0
+    if size < SMALLEST or from < 1 then -- unreadable: what is older is lost
+      at, left = 0, 0
       break
     end
     local other_key, other_tag = order(records, from)
     local difference = compare(other_key, key)
     if difference == 0 then difference = compare(other_tag, tag) end
-    if difference == 0 then return 0 end
-    if difference < 0 then break end
-    at = from - 1
+    if difference <= 0 then return difference < 0 end
+    newer[#newer + 1] = sub(records, from, at)
+    at, left = from - 1, left - 1
   end
-  records = sub(records, 1, at) .. record .. sub(records, at + 1)
-  count = count + 1
-  return 1
-end
-
-local past = redis.call('GET', KEYS[1])
-if past and #past >= HEADER and byte(past, 1) == 1 then
-  records, count = sub(past, HEADER + 1), u16(past, 2)
+  return true
 end
 
 local new, changed = {}, false
-for i = 4, #ARGV do
-  local known = not redis.call('SET', KEYS[i - 2], '', 'NX', 'EX', mark_ttl)
-  new[i - 3] = known and 0 or place(ARGV[i])
-  changed = changed or new[i - 3] == 1
+for i = #ARGV, 4, -1 do
+  new[i - 3] = 0
+  if redis.call('SET', KEYS[i - 2], '', 'NX', 'EX', mark_ttl) and pass(ARGV[i]) then
+    newer[#newer + 1] = ARGV[i]
+    new[i - 3], changed = 1, true
+  end
 end
 
 if changed then
-  local first = 1
+  local parts = {sub(records, 1, at)}
+  for i = #newer, 1, -1 do parts[#parts + 1] = newer[i] end
+  records = table.concat(parts)
+  local first, count = 1, left + #newer
   while count > keep do
     first = first + u16(records, first)
     count = count - 1

@@ -133,7 +133,7 @@ class MemoryStore:
         for click, is_new in zip(clicks, new, strict=True):
             if is_new:
                 past = self._pasts.setdefault(click.user, [])
-                bisect.insort(past, enriched(click, unpack_row(self._items.get(click.item))), key=_order)
+                bisect.insort(past, enriched(click, unpack_row(self._items.get(click.item))), key=order)
                 del past[: -self._keep]
         return new
 
@@ -165,7 +165,8 @@ def enriched(click: Click, item: Row | None) -> Click:
     return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **own})
 
 
-def _order(click: Click) -> tuple[float, str, bytes]:
+def order(click: Click) -> tuple[float, str, bytes]:
+    """Where a click stands in its user's past."""
     return click.ts, click.item, event_tag(click.event_id)
 
 
@@ -237,7 +238,7 @@ def unpack_row(packed: bytes | None) -> Row | None:
         return None
     try:
         return _FEATURES.decode(packed)
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         log.warning("unreadable features", extra={"error": str(err), "bytes": len(packed)})
         return None
 

@@ -25,6 +25,7 @@ from service.features import (
     enriched,
     item_key,
     mark_key,
+    order,
     pack_click,
     pack_row,
     unpack_past,
@@ -117,9 +118,10 @@ class RedisStore:
     async def append(self, clicks: Sequence[Click]) -> list[bool]:
         if not clicks:
             return []
-        by_user: dict[str, list[int]] = defaultdict(list)
+        first: dict[str, dict[str, int]] = defaultdict(dict)  # where each event of a user stands first
         for position, click in enumerate(clicks):
-            by_user[click.user].append(position)
+            first[click.user].setdefault(click.event_id, position)
+        by_user = {user: sorted(events.values(), key=lambda p: order(clicks[p])) for user, events in first.items()}
         async with self._answering():
             items = await self._items_of(clicks)
             pipeline = self._client.pipeline(transaction=False)

@@ -11,14 +11,11 @@ from service import settings
 from service.settings import Settings
 from tests.service.conftest import TWO_ARMS, Running, Start
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 TOKEN = {"authorization": "Bearer s3cret"}
 SHADOWED = {**TWO_ARMS, "shadow": [{"name": "new", "model": "tiny", "share": 10}]}
 ROUTES = [("POST", "/models/one/load"), ("POST", "/models/one/rollback"), ("PUT", "/experiments/test")]
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
 
 
 @pytest.fixture

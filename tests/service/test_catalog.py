@@ -17,16 +17,13 @@ from service.experiment import Arm
 from service.metrics import Metrics
 from tests.service import tiny
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 Load = Callable[[list[Arm]], Catalog]
 
 
 def arm(name: str = "one", **changes: object) -> Arm:
     return Arm.model_validate({"name": name, "model": "tiny", "share": 1, **changes})
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
 
 
 @pytest.fixture

@@ -25,14 +25,11 @@ from tests.service import tiny
 from tests.service.conftest import Running
 from tests.service.test_workers import started
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 TOKEN = {"authorization": "Bearer secret"}
 ARMS = [{"name": "one", "model": "tiny", "share": 50}, {"name": "two", "model": "tiny", "share": 50}]
 EXPERIMENT = {"experiment": "test", "salt": "s", "arms": ARMS}
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from redis.crc import key_slot
 from service.features import (
     MARK_TTL_S,
     NO_PAST,
+    Click,
     StoreUnavailable,
     behaviours_key,
     item_key,
@@ -159,3 +160,21 @@ def test_no_bytes_make_unpacking_fail(numbers: list[int], at: int, byte: bytes, 
 
     assert len(events) <= 10
     assert unpack_row(byte) is None or isinstance(unpack_row(byte), dict)
+
+
+async def test_a_thousand_clicks_of_one_second_newest_first_do_not_keep_the_server_from_others(store: RedisStore):
+    """One by one, each walking past all before it byte by byte, they took it half a minute."""
+    items = ["x" * 250 + f"{number:06d}" for number in range(1000, 0, -1)]
+
+    new = await store.append([Click(event_id=item, user="u1", item=item, ts=5.0) for item in items])
+
+    assert all(new)
+    assert (await store.fetch("u1", [], before=6.0, limit=200)).behaviours.items == items[199::-1]
+
+
+async def test_stored_features_that_are_no_text_are_taken_for_absent(store: RedisStore, server: redis.Redis):
+    server.set(item_key("ad1"), b"\x81\xa5brand\xa1\xff")
+    server.set(user_key("u1"), b"\x81\xa6gender\xa1\xff")
+
+    assert await store.append([click(1)]) == [True]
+    assert (await store.fetch("u1", [], before=1.0, limit=1)).user is None

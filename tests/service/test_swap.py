@@ -21,14 +21,11 @@ from service.swap import Swap
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 TOKEN = {"authorization": "Bearer secret"}
 ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
 ASKED: dict[str, Any] = {"ts": 5e6, "user": {"id": "u1"}, "candidates": [{"id": "a1"}, {"id": "a4"}]}
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
 
 
 @pytest.fixture

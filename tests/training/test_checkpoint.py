@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import zoo
-from tests.training.tiny import KILLED, write_prepared
+from tests.training.tiny import KILLED
 from training import checkpoint
 from training.__main__ import main
 from training.batches import Prepared
@@ -18,11 +18,6 @@ from training.errors import UserError
 
 SETTINGS = ["max_epochs=3", "patience=9", "batch_size=50", "checkpoint_s=0", "ema_decay=0.9"]
 SETTINGS += ["model.dropout=0.2", "model.emb_dim=8"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def command(data, run, *more):

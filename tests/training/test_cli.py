@@ -20,11 +20,6 @@ QUICK = ["--threads", "1", "--set", "max_epochs=2", "batch_size=100", "model.emb
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "stec"
     assert main(["train", "stec", "--data", str(data), "--out", str(folder), *QUICK]) == 0

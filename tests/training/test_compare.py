@@ -23,11 +23,6 @@ from training.batches import Prepared
 QUICK = ["--threads", "1", "--set", "batch_size=100", "max_epochs=2"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
-
-
 def command(data, out, *words):
     return [str(word) for word in ("compare", "--data", data, "--out", out, *words)]
 

@@ -14,7 +14,7 @@ from models import artifact, stec
 from models.baselines import linear
 from models.taps import explain as tapped
 from tests.models.small import encoded, lively, with_history
-from tests.training.tiny import LENGTH, write_prepared
+from tests.training.tiny import LENGTH
 from training import explain, export, heatmaps, runs
 from training.__main__ import main
 from training.batches import Prepared
@@ -22,11 +22,6 @@ from training.export import ExportError
 
 SCHEMA = with_history()
 QUICK = ["--threads", "1", "--set", "max_epochs=1", "batch_size=100", "model.emb_dim=4"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

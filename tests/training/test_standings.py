@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from tests.training.tiny import write_prepared
 from training import standings, tables
 from training.batches import Prepared
 from training.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def cells(name, model, aucs, *, valid=0.5):

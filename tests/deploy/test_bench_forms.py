@@ -13,7 +13,7 @@ import torch
 from tests.training.tiny import write_prepared
 from training.batches import Prepared
 
-BENCH = Path(__file__).parents[1] / "deploy" / "bench"
+BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ FEW = ["--device", "cpu", "--sizes", "3,20", "--repeats", "4"]
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "deploy" / "bench")
+        patch.syspath_prepend(Path(__file__).parents[2] / "deploy" / "bench")
         yield importlib.import_module("gpu")
 
 

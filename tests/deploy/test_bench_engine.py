@@ -13,7 +13,7 @@ import torch
 from models import zoo
 from training.export import example
 
-BENCH = Path(__file__).parents[1] / "deploy" / "bench"
+BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 
 
 @pytest.fixture(scope="module")

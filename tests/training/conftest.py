@@ -1,0 +1,9 @@
+import pytest
+
+from tests.training.tiny import write_prepared
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small prepared folder."""
+    return write_prepared(tmp_path_factory.mktemp("data") / "tiny")
