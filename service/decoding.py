@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from service.errors import MAX_ERRORS, FieldError, Problem, invalid, not_json, p
 
 T = TypeVar("T")
 _Path = tuple[str | int, ...]
+MAX_LOOKS = 50_000  # values that a refusal looks at, beside plain ones: the process has others to answer
 _READ_LATER = inspect.type_info(dict[str, Any] | None)
 
 
@@ -34,16 +35,76 @@ class Decoder(Generic[T]):
 
     def refusal(self, body: bytes, reason: str) -> Problem:
         """What is wrong with a body that could not be decoded, or not what it left to be read later (`msgspec.Raw`)."""
-        errors = misfits(_parse(body), self._wanted)
+        errors = Misfits().of(_parse(body), self._wanted)
         # The last resort keeps the promise that whatever the decoder refuses is a client's error.
         return invalid(errors or [FieldError(pointer="", expected="a valid body", got=reason)])
 
 
-def misfits(value: object, wanted: inspect.Type) -> list[FieldError]:
-    """Every place where a decoded value is not what is wanted, as far as MAX_ERRORS."""
-    errors: list[FieldError] = []
-    _check(value, wanted, (), errors)
-    return errors
+class Misfits:
+    """Finds every place where a decoded value is not what is wanted, as far as MAX_ERRORS and MAX_LOOKS.
+
+    Names of fields come before values, so that one unknown name is found beside any number of those.
+    """
+
+    def __init__(self) -> None:
+        self._looks = MAX_LOOKS
+
+    def of(self, value: object, wanted: inspect.Type) -> list[FieldError]:
+        errors: list[FieldError] = []
+        self._check(value, wanted, (), errors)
+        return errors
+
+    def _check(self, value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
+        self._looks -= 1
+        if isinstance(wanted, inspect.Metadata):
+            wanted = wanted.type
+        if isinstance(wanted, inspect.RawType):
+            wanted = _READ_LATER
+        if not _fits(value, wanted):
+            errors.append(FieldError(pointer=pointer(*at), expected=expected(wanted), got=_got(value)))
+            return
+        if isinstance(wanted, inspect.UnionType):
+            wanted = next(member for member in wanted.types if _fits(value, member))
+        match wanted, value:
+            case inspect.StructType(), dict():
+                self._check_fields(value, wanted, at, errors)
+            case inspect.DictType(value_type=inner), dict():
+                for name in value:
+                    if not _is_text(name):
+                        self._check(name, inspect.StrType(), (*at, name), errors)
+                self._check_members(value.items(), inner, at, errors)
+            case inspect.ListType(item_type=inner), list():
+                self._check_members(enumerate(value), inner, at, errors)
+            case inspect.AnyType(), dict():
+                self._check(value, inspect.DictType(inspect.StrType(), inspect.AnyType()), at, errors)
+            case inspect.AnyType(), list():
+                self._check(value, inspect.ListType(inspect.AnyType()), at, errors)
+
+    def _check_fields(
+        self, value: dict[str, object], wanted: inspect.StructType, at: _Path, errors: list[FieldError]
+    ) -> None:
+        fields = {field.encode_name: field for field in wanted.fields}
+        unknown = [name for name in value if name not in fields] if wanted.forbid_unknown_fields else []
+        for name in unknown[:MAX_ERRORS]:
+            known = f"one of {', '.join(fields)}"
+            errors.append(FieldError(pointer=pointer(*at, name), expected=known, got=f"an unknown field {shown(name)}"))
+        for name, field in fields.items():
+            if field.required and name not in value:
+                errors.append(FieldError(pointer=pointer(*at, name), expected=expected(field.type), got="nothing"))
+        for name, item in value.items():
+            if name in fields:
+                self._check_members([(name, item)], fields[name].type, at, errors)
+
+    def _check_members(
+        self, members: Iterable[tuple[str | int, object]], wanted: inspect.Type, at: _Path, errors: list[FieldError]
+    ) -> None:
+        plain = _plain(wanted)
+        for place, item in members:
+            if type(item) in plain:
+                continue
+            if self._looks <= 0 or len(errors) >= MAX_ERRORS:
+                return
+            self._check(item, wanted, (*at, place), errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,45 +136,23 @@ def _whole(text: str) -> int | _NotANumber:
         return _NotANumber(text)
 
 
-def _check(value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
-    if len(errors) >= MAX_ERRORS:
-        return
-    if isinstance(wanted, inspect.Metadata):
-        wanted = wanted.type
-    if isinstance(wanted, inspect.RawType):
-        wanted = _READ_LATER
-    if not _fits(value, wanted):
-        errors.append(FieldError(pointer=pointer(*at), expected=expected(wanted), got=_got(value)))
-        return
-    if isinstance(wanted, inspect.UnionType):
-        wanted = next(member for member in wanted.types if _fits(value, member))
-    match wanted, value:
-        case inspect.StructType(), dict():
-            _check_fields(value, wanted, at, errors)
-        case inspect.DictType(value_type=inner), dict():
-            for name, item in value.items():
-                _check(name, inspect.StrType(), (*at, name), errors)
-                _check(item, inner, (*at, name), errors)
-        case inspect.ListType(item_type=inner), list():
-            for position, item in enumerate(value):
-                _check(item, inner, (*at, position), errors)
-        case inspect.AnyType(), dict():
-            _check(value, inspect.DictType(inspect.StrType(), inspect.AnyType()), at, errors)
-        case inspect.AnyType(), list():
-            _check(value, inspect.ListType(inspect.AnyType()), at, errors)
-
-
-def _check_fields(value: dict[str, object], wanted: inspect.StructType, at: _Path, errors: list[FieldError]) -> None:
-    fields = {field.encode_name: field for field in wanted.fields}
-    for name, item in value.items():
-        if name in fields:
-            _check(item, fields[name].type, (*at, name), errors)
-        elif wanted.forbid_unknown_fields:
-            known = f"one of {', '.join(fields)}"
-            errors.append(FieldError(pointer=pointer(*at, name), expected=known, got=f"an unknown field {shown(name)}"))
-    for name, field in fields.items():
-        if field.required and name not in value:
-            errors.append(FieldError(pointer=pointer(*at, name), expected=expected(field.type), got="nothing"))
+def _plain(wanted: inspect.Type) -> set[type]:
+    """Types of which every decoded value is what is wanted."""
+    match wanted:
+        case inspect.UnionType(types=members):
+            return set().union(*map(_plain, members))
+        case inspect.AnyType():
+            return {int, float, bool, type(None)}
+        case inspect.NoneType():
+            return {type(None)}
+        case inspect.BoolType():
+            return {bool}
+        case inspect.IntType(gt=None, ge=None, lt=None, le=None, multiple_of=None):
+            return {int}
+        case inspect.FloatType(gt=None, ge=None, lt=None, le=None, multiple_of=None):
+            return {int, float}
+        case _:
+            return set()
 
 
 def _fits(value: object, wanted: inspect.Type) -> bool:
@@ -144,7 +183,11 @@ def _fits(value: object, wanted: inspect.Type) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _within(value: float, wanted: inspect.FloatType) -> bool:

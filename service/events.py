@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from models.values import Row
-from service.decoding import misfits
+from service.decoding import Misfits
 from service.errors import sentence
 from service.experiment import Running
 from service.features import Click, FeatureStore, pack_row
@@ -81,9 +81,10 @@ class Events:
         latest = self._now() + MAX_AHEAD_S
         checked: list[_Checked] = []
         rejected: list[Rejection] = []
+        misfits = Misfits()
         for index, event in enumerate(events):
             try:
-                checked.append(_check(event, latest))
+                checked.append(_check(event, latest, misfits))
             except ValueError as err:
                 rejected.append(Rejection(index=index, event_id=_event_id(event), reason=str(err)))
         clicks = [e for e in checked if e.type == "click" and e.user is not None]
@@ -131,11 +132,11 @@ class SentEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 _SENT = msgspec.inspect.type_info(SentEvent)
 
 
-def _check(event: Any, latest: float) -> _Checked:
+def _check(event: Any, latest: float, misfits: Misfits) -> _Checked:
     try:
         sent = msgspec.convert(event, SentEvent)
     except (msgspec.ValidationError, OverflowError) as err:
-        errors = misfits(event, _SENT)
+        errors = misfits.of(event, _SENT)
         raise ValueError(sentence(errors, whole="the event") if errors else str(err)) from None
     if sent.ts > latest:
         raise ValueError(f"/ts: expected at most {MAX_AHEAD_S:g} s from now, got {sent.ts}")

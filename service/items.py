@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Key = str | tuple[str, bytes]
 """An item alone, or with the features that the client gave it, to the byte."""
 
-MAX_KEY_BYTES = 2048  # a row under more features than these is made anew each time: a client must not fill the memory
+MAX_KEY_BYTES = 2048  # a row under a longer id, or more features, is made anew each time: no client fills the memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +196,7 @@ class Items:
         rows = [
             row
             for row, key in enumerate(keys)
-            if (stored is not None or made.whole[row]) and (isinstance(key, str) or len(key[1]) <= MAX_KEY_BYTES)
+            if (stored is not None or made.whole[row]) and len(key if isinstance(key, str) else key[1]) <= MAX_KEY_BYTES
         ]
         until = self._now() + self._fresh_s
         times = [np.inf if whole else until for whole in made.whole]

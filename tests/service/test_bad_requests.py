@@ -5,7 +5,11 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import inspect
 
+from service.decoding import MAX_LOOKS, Decoder, Misfits
+from service.errors import FieldError, Problem
+from service.shapes import PredictRequest
 from tests.service.conftest import Running
 
 GOOD: dict[str, Any] = {"user": {"id": "u1"}, "candidates": [{"id": "a1"}, {"id": "a2"}]}
@@ -240,3 +244,28 @@ async def test_bad_events_are_refused_whole(service: Running, name: str) -> None
 
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"candidates": [{"id": "a1", "features": {"price": [{}]}}] * 60_000, "timeout": 20}, "/timeout"),
+        ({"context": {"x": [[]] * 60_000}}, "/candidates"),
+    ],
+)
+def test_names_are_told_whatever_number_of_values_stands_beside_them(body: dict[str, Any], pointer: str) -> None:
+    decoder = Decoder(PredictRequest)
+
+    with pytest.raises(Problem) as refused:
+        decoder.decode(json.dumps(body).encode())
+
+    assert [error.pointer for error in refused.value.errors] == [pointer]
+
+
+def test_a_refusal_looks_at_no_more_values_than_it_may() -> None:
+    misfits, wanted = Misfits(), inspect.type_info(list[list[str]])
+
+    assert misfits.of([[]] * (MAX_LOOKS - 2) + [1], wanted) == [
+        FieldError(pointer=f"/{MAX_LOOKS - 2}", expected="a list", got="1")
+    ]
+    assert misfits.of([[], 1], wanted) == []
