@@ -180,13 +180,18 @@ def resolve(root: Path, model: str, version: str = CURRENT) -> Path:
             version = json.loads(pointer.read_text())["version"]
         except FileNotFoundError as err:
             raise ArtifactError(f"{pointer}: no such file; export a {model} to {root} first") from err
-        except (OSError, ValueError, KeyError, TypeError) as err:
+        except OSError as err:
+            raise ArtifactError(f"{pointer}: unreadable ({err.strerror})") from err
+        except (ValueError, KeyError, TypeError) as err:
             raise ArtifactError(f'{pointer}: expected {{"version": "..."}}') from err
     path = root / model / str(version)
-    # No path that leads elsewhere, and no draft, whose name begins with a dot.
-    if not re.fullmatch(r"\w[\w.-]{0,63}", str(version), re.ASCII) or not path.is_dir():
-        raise ArtifactError(f"{root / model / str(version)[:64]}: no such artifact folder")
-    return path
+    try:
+        # No path that leads elsewhere, and no draft, whose name begins with a dot.
+        if re.fullmatch(r"\w[\w.-]{0,63}", str(version), re.ASCII) and path.is_dir():
+            return path
+    except OSError as err:
+        raise ArtifactError(f"{path}: unreadable ({err.strerror})") from err
+    raise ArtifactError(f"{root / model / str(version)[:64]}: no such artifact folder")
 
 
 def make_current(root: Path, model: str, version: str) -> None:

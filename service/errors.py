@@ -73,6 +73,25 @@ def too_slow(limit_s: float) -> Problem:
     return Problem(408, detail, reason="too_slow", headers={"Connection": "close"})
 
 
+def head_too_slow(limit_s: float) -> Problem:
+    return Problem(408, f"the request's headers did not arrive within {limit_s:g} s", reason="too_slow")
+
+
+def head_too_large(limit: int) -> Problem:
+    return Problem(431, f"the request's headers are larger than {limit} bytes", reason="too_large")
+
+
+def bad_http(detail: str) -> Problem:
+    return Problem(400, detail, reason="invalid")
+
+
+def answer_to(problem: Problem) -> bytes:
+    """The whole answer as bytes, where no framework stands between; the connection ends with it."""
+    body = problem.to_json()
+    head = f"HTTP/1.1 {problem.status} {http.HTTPStatus(problem.status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n"
+    return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+
+
 def compressed(coding: str) -> Problem:
     detail = f"the body is sent as {shown(coding)}; send it as it is, without a Content-Encoding"
     return Problem(415, detail, reason="compressed", headers={"Accept-Encoding": "identity"})

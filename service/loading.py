@@ -75,7 +75,7 @@ def _read(path: Path) -> Any:
 
     try:
         frame = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as err:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
         raise LoadError(f"{path}: not a readable Parquet file: {str(err).splitlines()[0]}") from err
     if not frame.columns:
         raise LoadError(f"{path}: no columns")

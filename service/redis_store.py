@@ -96,7 +96,8 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
                 health_check_interval=10,
             )
-        except ValueError as err:
+            pool.connection_class(**pool.connection_kwargs)  # or the first request would find out what it cannot take
+        except (ValueError, TypeError, exceptions.RedisError) as err:
             raise SettingsError(f"setting redis_url: {err}") from None
         return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep, keep_s=keep_s)
 

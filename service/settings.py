@@ -36,12 +36,18 @@ class Settings(BaseSettings):
     timeout_ms: float = Field(default=1000, gt=0, le=60_000, description="of a request that names none")
     store_timeout_ms: float = Field(default=50, gt=0, le=10_000, description="after it, score without the store")
     store_write_timeout_ms: float = Field(default=1000, gt=0, le=10_000, description="after it, refuse events with 503")
-    item_cache_rows: int = Field(default=100_000, ge=1, description="encoded candidates kept per model, as many clicks")
-    item_cache_s: float = Field(default=10, ge=0, description="how long stored item features are kept; 0: not at all")
+    item_cache_rows: int = Field(
+        default=100_000, ge=1, le=10_000_000, description="encoded candidates kept per model, as many clicks"
+    )
+    item_cache_s: float = Field(
+        default=10, ge=0, le=86_400, description="how long stored item features are kept; 0: not at all"
+    )
     keep_behaviours: int = Field(default=200, ge=1, le=10_000, description="past clicks kept of a user: the newest")
     keep_behaviours_days: float = Field(default=30, gt=0, le=3650, description="after a user's last one, in Redis")
     require_store: bool = Field(default=False, description="be unready while the store is down")
-    max_connection_s: float = Field(default=60, ge=0, description="of a kept connection, to even load out; 0: no end")
+    max_connection_s: float = Field(
+        default=60, ge=0, le=86_400, description="of a kept connection, to even load out; 0: no end"
+    )
     fallback: Literal["none", "prior"] = Field(
         default="none", description="late, overloaded or broken: refuse, or answer 200 with the model's click rate"
     )

@@ -28,6 +28,7 @@ MODELS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    options = argparse.Namespace()
     try:
         options = _parser().parse_args(argv)
         options.line = shlex.join(["python", "-m", "training", *argv])
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
         return 2
     except OSError as err:  # a disk that is full, a folder that may not be written
-        print(f"error: {f'{err.filename}: ' if err.filename else ''}{err.strerror or err}", file=sys.stderr)
+        where = err.filename or getattr(options, "out", None)
+        print(f"error: {f'{where}: ' if where else ''}{err.strerror or err}", file=sys.stderr)
         return 2
     except MemoryError as err:
         print(f"error: not enough memory: {err or 'ask for less'}", file=sys.stderr)
@@ -229,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("NAME=MODEL[:RECIPE]", "KEY=VALUE"),
         help="one more row, with settings of its own: mian-no-ibim=mian model.ibim=false; may be repeated",
     )
-    compare.add_argument("--seeds", type=_count, metavar="N", help="train each with N seeds: 2026, 2027, ...")
+    compare.add_argument("--seeds", type=_few, metavar="N", help="train each with N seeds: 2026, 2027, ...")
     compare.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to add models or seeds to"
     )
@@ -270,7 +272,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else every core"
+        "--threads", type=_few, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else every core"
     )
 
 
@@ -282,8 +284,16 @@ def _rows(text: str) -> list[int]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 12 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1 and below 10^12, got {text!r}")
+    return _at_most(text, 10**12 - 1)
+
+
+def _few(text: str) -> int:
+    return _at_most(text, 1000)
+
+
+def _at_most(text: str, most: int) -> int:
+    if not text.isdecimal() or len(text) > len(str(most)) or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most:,}, got {text!r:.60}")
     return int(text)
 
 

@@ -46,7 +46,10 @@ def save(
     }
     draft = path.with_name(path.name + ".tmp")
     with draft.open("wb") as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as err:  # what torch makes of a disk that is full
+            raise UserError(f"{draft}: cannot be written, is the disk full? ({str(err).splitlines()[0]})") from err
         file.flush()
         os.fsync(file.fileno())
     _rename(draft, path)

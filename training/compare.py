@@ -110,6 +110,8 @@ def compare(
                 )
         else:
             runs.check_new(cell.path)
+            if cell.run.seed == FIRST_SEED:
+                _check_fits(cell, data)
     _remember(out, command)
     threads, failures = torch.get_num_threads(), []
     for number, cell in enumerate(plan, start=1):
@@ -163,6 +165,13 @@ def _check_target(out: Path) -> None:
 def _check_labels(data: Prepared) -> None:
     if np.isnan(metrics.auc(label := data.rows("test").label, label)):
         raise UserError(f"{data.path}: the test part's {len(label)} rows need both clicks and non-clicks to compare by")
+
+
+def _check_fits(cell: _Planned, data: Prepared) -> None:
+    try:
+        runs.check_fits(cell.run, data)
+    except UserError as err:
+        raise UserError(f"{cell.variant.name}: {err}") from err
 
 
 def _planned(out: Path, data: Prepared, variant: Variant, seed: int, settings: Sequence[str]) -> _Planned:

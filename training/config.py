@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from models import zoo
 from training.errors import UserError
 
+MAX_LR = 1e30  # a float32 holds no more than 3e38
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -53,7 +55,7 @@ class Run:
     def __post_init__(self) -> None:
         rules = {
             "batch_size": (self.batch_size >= 2, "at least 2"),
-            "lr": (0 < self.lr < math.inf, "above 0"),
+            "lr": (0 < self.lr <= MAX_LR, f"above 0 and at most {MAX_LR:g}"),
             "max_epochs": (self.max_epochs >= 1, "at least 1"),
             "patience": (self.patience >= 1, "at least 1"),
             "monitor": (self.monitor in ("auc", "logloss"), "auc or logloss"),

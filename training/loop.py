@@ -35,7 +35,8 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
     """
     if not 0 < valid.label.mean() < 1:
         raise UserError(f"the valid part's {len(valid)} rows need both clicks and non-clicks, to tell when to stop")
-    optimizer, averaged = optimizers.build(model, run), optimizers.averaged(model, run)
+    batch_size = len(train) / num_batches(len(train), run.batch_size)
+    optimizer, averaged = optimizers.build(model, run, batch_size=batch_size), optimizers.averaged(model, run)
     judged = model if averaged is None else cast("CTRModel", averaged.module)
     state, saved = State(), folder / "checkpoint.pt"
     if saved.exists():
@@ -155,8 +156,7 @@ def _finish_epoch(
         return
     state.bad_epochs += 1
     if state.bad_epochs % (run.plateau_patience + 1) == 0:
-        for group in optimizer.param_groups:
-            group["lr"] = min(group["lr"], max(group["lr"] * run.plateau_factor, run.min_lr))
+        optimizers.slow_down(optimizer, run.plateau_factor, least=run.min_lr)
 
 
 def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> str:

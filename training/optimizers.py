@@ -13,17 +13,18 @@ from models.blocks import CTRModel, FieldEmbeddings
 from training.config import Run
 
 
-def build(model: CTRModel, run: Run) -> Optimizer:
+def build(model: CTRModel, run: Run, *, batch_size: float | None = None) -> Optimizer:
     """The run's optimiser. With ftrl the embedding tables lose whole rows, everything else single weights.
 
     FTRL's settings are given as published, for the loss summed over a batch. The loop's is the mean, whose gradients
     are smaller by the batch size B: dividing l1, l2 and beta by B, and n's start by B^2, gives the same weights.
+    `batch_size` is what batches come to on average, where that is not the run's.
     """
     if run.optimizer == "adam":
         return Adam(model.parameters(), lr=run.lr, betas=(0.9, run.adam_beta2))
     tables = [p for module in model.modules() if isinstance(module, FieldEmbeddings) for p in module.parameters()]
     known = {id(p) for p in tables}
-    b = run.batch_size
+    b = batch_size or run.batch_size
     return FTRL(
         [
             {"params": tables, "by_row": True, "l1": run.table_l1 / b, "l2": run.table_l2 / b},
@@ -39,6 +40,16 @@ def build(model: CTRModel, run: Run) -> Optimizer:
         n_start=0.1 / b**2,
         init_z_from_w=run.init_z_from_w,
     )
+
+
+def slow_down(optimizer: Optimizer, factor: float, *, least: float) -> None:
+    """Multiply every learning rate, as far as `least`; no weight moves by that."""
+    for group in optimizer.param_groups:
+        lr = min(group["lr"], max(group["lr"] * factor, least))
+        if isinstance(optimizer, FTRL):
+            optimizer.set_rate(group, lr)
+        else:
+            group["lr"] = lr
 
 
 def averaged(model: CTRModel, run: Run) -> AveragedModel | None:
@@ -104,6 +115,19 @@ class FTRL(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
+
+    @torch.no_grad()
+    def set_rate(self, group: dict[str, Any], lr: float) -> None:
+        """Another learning rate: z changes so that the weights, of which it is the closed form, stay as they are."""
+        group["lr"] = lr
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            if state:
+                # Where w = 0, z is below its threshold at any rate; where z = 0, w has not moved yet.
+                holds = (state["z"] != 0) & (parameter != 0)
+                if group["by_row"]:
+                    holds = holds.any(dim=-1, keepdim=True)
+                state["z"] = torch.where(holds, _z_of(parameter, state["n"], group), state["z"])
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -65,8 +65,7 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     file = path / "config.json"
     if not file.exists():
         check_new(path)
-        with _enough_memory(wanted):
-            _build(wanted, data.schema)
+        check_fits(wanted, data)
         path.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {
             "run": wanted.to_json(),
@@ -86,6 +85,12 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     # Sums of floats depend on how they are shared out, so the same bits need the same number of threads.
     torch.set_num_threads(threads)
     return saved
+
+
+def check_fits(run: Run, data: Prepared) -> None:
+    """Raises UserError where the run's model cannot be made for the data."""
+    with _enough_memory(run):
+        _build(run, data.schema)
 
 
 def check_new(path: Path) -> None:
@@ -237,7 +242,7 @@ def _enough_memory(run: Run) -> Iterator[None]:
     try:
         yield
     except RuntimeError as err:  # torch has no type of its own for it
-        if "allocate memory" not in str(err):
+        if "allocate memory" not in str(err) and "overflow" not in str(err):
             raise
         what = str(err).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
         raise UserError(f"not enough memory for {run.model} with these settings ({what})") from err

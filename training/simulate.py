@@ -65,6 +65,7 @@ CLICK_RATE = 0.10
 POSITION = 0.35
 TASTE, FADE = 0.9, 0.75
 FATIGUE, MEMORY = 1.2, 5
+FILES = ("impressions.parquet", "users.parquet", "ads.parquet", "simulation.json")  # in the order they are written
 
 
 def simulate(out: Path, users: int, items: int, rows: int, seed: int) -> dict[str, Any]:
@@ -88,11 +89,11 @@ def simulate(out: Path, users: int, items: int, rows: int, seed: int) -> dict[st
     impressions = _table(requests, logit_RS, clicks_RS)
     about = {"users": users, "items": items, "rows": impressions.height, "seed": seed, "intercept": intercept}
     about |= {"click_rate": float(clicks_RS.mean())} | _best(impressions)
-    _make(out)
+    _clear(out)
     write_parquet(impressions, out / "impressions.parquet")
     write_parquet(people.table(), out / "users.parquet")
     write_parquet(ads.table(), out / "ads.parquet")
-    (out / "simulation.json").write_text(json.dumps(about, indent=2))
+    (out / FILES[-1]).write_text(json.dumps(about, indent=2))
     print(
         f"wrote {out}: {impressions.height:,} impressions, click rate {about['click_rate']:.4f},"
         f" Bayes-optimal AUC {about['auc']:.4f} ({about['auc_blind']:.4f} without position)",
@@ -205,9 +206,14 @@ def _best(impressions: pl.DataFrame) -> dict[str, float]:
     }
 
 
-def _make(out: Path) -> None:
+def _clear(out: Path) -> None:
+    """Makes the folder, or takes simulation.json from an earlier log's: what has none is not whole."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        other = sorted({file.name for file in out.iterdir()} - set(FILES))
+        if other:
+            raise UserError(f"--out {out}: expected a new or an empty folder or an earlier log, found {other[0]} there")
+        (out / FILES[-1]).unlink(missing_ok=True)
     except OSError as err:
         raise UserError(f"--out {out}: expected a folder that can be made ({err.strerror})") from err
 

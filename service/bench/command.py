@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=Path, help="JSON bodies to send instead, one a line")
     add("--processes", type=_whole, help="generators (default: one for every two cores, at most 4)")
     add("--connections", type=_whole, default=256, help="at most, of all generators together (default 256)")
-    add("--seed", type=int, default=2026)
+    add("--seed", type=_whole, default=2026)
     add("--pid", type=_whole, help="the service's process, to count its CPU and its children's from /proc")
     told = "load a version, of several one after the other (default: current), at 80 %% of the knee, or at --rate"
     add("--swap", metavar="ARM[:VERSION,...]", help=told)

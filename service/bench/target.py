@@ -63,6 +63,8 @@ class Target:
             connection.request(method, self.prefix + path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
+        except ValueError as err:  # a path or a token that no header can hold
+            raise BenchError(f"{method} {path!r:.100} cannot be sent: {err}") from None
         except (OSError, http.client.HTTPException) as err:
             raise BenchError(f"--url: no answer from {self.address.host}:{self.address.port}: {err}") from None
         finally:

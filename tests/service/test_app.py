@@ -112,6 +112,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a bad experiment": ({"experiment": {"experiment": "x", "salt": "s"}}, ExperimentError, "at arms: Field required"),
     "no file": ({"experiment": Path("no.yaml")}, ExperimentError, "no.yaml: not a readable"),
     "no artifact": ({"artifacts_dir": Path("nowhere")}, ArtifactError, "nowhere/tiny/current.json: no such file"),
+    "an option that Redis has not": (
+        {"redis_url": "redis://localhost?foo=bar"},
+        SettingsError,
+        "setting redis_url: .*foo",
+    ),
     "no redis url": ({"redis_url": "localhost:6379"}, SettingsError, "setting redis_url"),
 }
 

@@ -1,5 +1,6 @@
 """Avazu's file as it is given."""
 
+import gzip
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -91,3 +92,20 @@ def test_the_real_sample_is_prepared(tmp_path):
     about = prepare("avazu", SAMPLES / "kaggle_tr.rx.csv", tmp_path / "out", settings=["min_count=2"])
 
     assert sum(about["num_rows"].values()) == 2994
+
+
+def test_a_large_gzip_file_that_was_cut_off_is_told_by_its_name(tmp_path):
+    """What is missing is met long after the first lines."""
+    packed = gzip.compress("\n".join(text(60_000)).encode())
+    (tmp_path / "train.gz").write_bytes(packed[: len(packed) * 2 // 3])
+
+    with pytest.raises(UserError, match=r"train.gz: expected text in UTF-8, whole to the end"):
+        avazu.load(tmp_path)
+
+
+def test_digits_of_other_scripts_are_no_digits(tmp_path):
+    written = "\n".join(text(2)).replace(",141021", ",14102\u0661", 1)
+    (tmp_path / "train.csv").write_text(written)
+
+    with pytest.raises(UserError, match=r"train.csv, line 2, column hour: expected a time"):
+        avazu.load(tmp_path)

@@ -147,7 +147,8 @@ def test_a_run_is_not_evaluated_on_data_of_another_schema(run, tmp_path, capsys)
         (["train", "bert", "--data", "d", "--out", "r"], "invalid choice: 'bert' (choose from"),
         (["train", "stec", "--out", "r"], "required: --data"),
         (["train", "stec", "--data", "nowhere", "--out", "r"], "nowhere is no prepared data set"),
-        (["train", "stec", "--data", "d", "--out", "r", "--threads", "0"], "at least 1 and below 10^12, got '0'"),
+        (["train", "stec", "--data", "d", "--out", "r", "--threads", "0"], "from 1 to 1,000, got '0'"),
+        (["train", "stec", "--data", "d", "--out", "r", "--threads", "1000000"], "from 1 to 1,000, got '1000000'"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "--out", "a"], "nowhere holds no run"),
         (["prepare", "frappe", "--source", "nowhere", "--out", "d"], "nowhere: no such file"),
@@ -204,7 +205,7 @@ def test_more_than_the_memory_holds_is_one_clear_error(tmp_path, capsys, monkeyp
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_clear_error(data, tmp_path, capsys):
-    words = ["train", "fm", "--data", data, "--out", tmp_path / "run", "--set", "model.emb_dim=100000000000"]
+    words = ["train", "fm", "--data", data, "--out", tmp_path / "run", "--set", "model.emb_dim=2000000000"]
 
     assert "not enough memory for fm with these settings" in refused(capsys, *words)
 

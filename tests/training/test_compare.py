@@ -244,13 +244,14 @@ def test_cells_begun_with_other_settings_or_on_other_data_are_refused_before_any
         (["--models", "bert", "--seeds", "1"], "--models: unknown model 'bert'"),
         (["--models", "lr,fm,lr", "--seeds", "1"], "lr is named twice"),
         (["--models", "lr", "--variant", "lr=lr", "lr=0.5", "--seeds", "1"], "lr is named twice"),
-        (["--models", "lr", "--seeds", "0"], "argument --seeds: expected a whole number of at least 1"),
+        (["--models", "lr", "--seeds", "0"], "argument --seeds: expected a whole number from 1 to 1,000, got '0'"),
         (["--models", "lr"], "compare wants --seeds and --models or --variant, or else --report-only"),
         (["--seeds", "2"], "compare wants --seeds and --models or --variant, or else --report-only"),
         (["--models", "deepmr:stec_frappe", "--seeds", "1"], "--models: stec_frappe: no such recipe for deepmr"),
         (["--variant", "../up=lr", "--seeds", "1"], "expected NAME=MODEL[:RECIPE]"),
         (["--variant", "lr", "--seeds", "1"], "expected NAME=MODEL[:RECIPE] [key=value ...]"),
         (["--variant", "x=mian", "ibim=false", "--seeds", "1"], "x: ibim: no such setting; did you mean model.ibim?"),
+        (["--models", "lr", "--variant", "x=bst", "model.heads=7", "--seeds", "1"], "x: "),
         (["--models", "lr", "--seeds", "1", "--set", "seed=7"], "seed cannot be set for a model"),
         (["--models", "lr", "--seeds", "1", "--against", "din"], "--against din: no model has this name; there are lr"),
         (["--report-only"], "holds no comparison"),
@@ -276,7 +277,6 @@ def test_data_that_is_missing_and_a_folder_of_something_else_are_one_clear_sente
     [
         ("config.json", '{"run": {"model": "lr", "seed": 2026}, "data": {}}'),
         ("config.json", None),  # a setting that there is no more
-        ("metrics.json", "[]"),
         ("metrics.json", '{"test": {"auc": 0.5}}'),
         ("failed.json", "{"),
     ],

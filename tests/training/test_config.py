@@ -15,7 +15,7 @@ def run(**changes):
     ("changes", "message"),
     [
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"lr": 0.0}, "lr must be above 0 and at most 1e.30, got 0.0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"monitor": "accuracy"}, "monitor must be auc or logloss, got 'accuracy'"),
         ({"optimizer": "sgd"}, "optimizer must be adam or ftrl, got 'sgd'"),

@@ -59,6 +59,9 @@ def test_profile_genres_and_year_stand_in_every_row(source):
         ("users.dat", b"1::F::1::10::48067\n", r"ratings.dat: holds user 2, which is not in users.dat"),
         ("ratings.dat", b"1::1::5::99999999999999999999\n", r"ratings.dat, line 1: expected user::item::rating::ts"),
         ("users.dat", b"1::F::1::10::48067\n" * 2, r"users.dat: holds user 1 more than once"),
+        ("users.dat", b"1::F::1::10::48067::x\n", r"users.dat, line 1: expected user::gender::age::occupation::zip"),
+        ("movies.dat", b"1::Toy Story (1995)::Comedy::x\n", r"movies.dat, line 1: expected item::title::genres"),
+        ("ratings.dat", "1::1::5::97830076\u0663\n".encode("latin-1", "replace"), r"ratings.dat, line 1: expected"),
         ("users.dat", b"1::F::1\n", r"users.dat, line 1: expected user::gender::age::occupation::zip"),
     ],
 )

@@ -173,6 +173,27 @@ def test_the_loop_trains_with_ftrl_and_leaves_rows_out(data, tmp_path):
     assert 0 < zero.sum() < len(items)
 
 
+@pytest.mark.parametrize("init_z_from_w", [True, False])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_at_another_rate_the_weights_stay_and_go_on_by_it(by_row, init_z_from_w):
+    parameter, optimizer = ftrl(start(), by_row=by_row, l1=3.0, l2=0.3, init_z_from_w=init_z_from_w)
+    [group] = optimizer.param_groups
+    before = run((parameter, optimizer), gradients())
+    assert (before == 0).any() or (by_row and init_z_from_w)
+    assert (before != 0).any()
+
+    optimizers.slow_down(optimizer, 0.1, least=LR / 20)
+    state = optimizer.state[parameter]
+    again = optimizers._weights_of(state["z"], state["n"], group)
+
+    assert group["lr"] == pytest.approx(LR / 10)
+    moved = (state["z"] != 0).numpy()
+    np.testing.assert_allclose(again.numpy()[moved], before[moved], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(parameter.detach().numpy(), before)
+    optimizers.slow_down(optimizer, 0.1, least=LR / 20)
+    assert group["lr"] == pytest.approx(LR / 20)
+
+
 def test_a_checkpoint_takes_ftrl_up_where_it_was(data, tmp_path):
     batches = [data.rows("train").take(np.arange(n * 100, n * 100 + 100)) for n in range(6)]
 

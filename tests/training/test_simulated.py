@@ -192,3 +192,32 @@ def test_a_log_without_rows_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="impressions.parquet: expected rows, the file holds none"):
         simulated.load(tmp_path)
+
+
+def test_a_simulation_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path):
+    simulate(tmp_path, users=10, items=40, rows=80, seed=1)
+    simulate(tmp_path, users=12, items=40, rows=80, seed=2)
+    assert json.loads((tmp_path / "simulation.json").read_text())["users"] == 12
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "impressions.parquet").read_bytes()
+
+    with pytest.raises(UserError, match=r"expected a new or an empty folder or an earlier log, found notes.txt there"):
+        simulate(tmp_path, users=10, items=40, rows=80, seed=1)
+
+    assert (tmp_path / "impressions.parquet").read_bytes() == before
+
+
+def test_a_log_that_was_not_written_to_its_end_is_refused(tmp_path, monkeypatch):
+    simulate(tmp_path, users=10, items=40, rows=80, seed=1)
+
+    def killed(frame, file):
+        if file.name == "ads.parquet":
+            raise KeyboardInterrupt
+        frame.write_parquet(file)
+
+    monkeypatch.setattr("training.simulate.write_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tmp_path, users=12, items=40, rows=80, seed=2)
+
+    with pytest.raises(UserError, match=r"expected a whole log, simulation.json is missing"):
+        simulated.load(tmp_path)

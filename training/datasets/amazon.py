@@ -33,7 +33,7 @@ from training.log import Log, split_by_time
 
 Protocol = Literal["last", "time"]
 LATEST_S = 1e11  # the year 5138: anything above is milliseconds
-NUMBER = Form(r"\d{1,18}", "a number")
+NUMBER = Form(r"[0-9]{1,18}", "a number")
 QUOTED = r"""(?:'(?P<single>(?:[^'\\]|\\.)*)'|"(?P<double>(?:[^"\\]|\\.)*)")"""
 
 
@@ -139,7 +139,7 @@ def _reviews(file: Path) -> pl.DataFrame:
     rows = lines.scan(file).with_columns(
         **{name: pl.col("line").str.json_path_match(f"$.{key}") for name, key in keys.items()}
     )
-    fine = (pl.col("user") != "") & (pl.col("item") != "") & pl.col("ts").str.contains(r"^\d{1,18}$")
+    fine = (pl.col("user") != "") & (pl.col("item") != "") & pl.col("ts").str.contains(r"^[0-9]{1,18}$")
     lines.check(file, rows, fine.fill_null(value=False), f"a JSON object with {', '.join(keys.values())}")
     bought = rows.select("user", "item", pl.col("ts").cast(pl.Float64))
     return _in_seconds(bought.collect(engine="streaming"), file)
@@ -159,7 +159,7 @@ def _categories(file: Path) -> pl.DataFrame:
 def _parquet(file: Path) -> pl.DataFrame:
     try:
         bought = pl.read_parquet(file, columns=["user", "item", "timestamp"])
-    except pl.exceptions.PolarsError as err:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
         raise UserError(
             f"{file}: expected a Parquet file with user, item and timestamp ({str(err).splitlines()[0]})"
         ) from err

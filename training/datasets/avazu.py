@@ -28,7 +28,7 @@ CONTEXT = (
 ITEM = tuple(f"C{number}" for number in range(14, 22))
 FORMS = {
     "click": LABEL,
-    "hour": Form(r"\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:[01]\d|2[0-3])", "a time as YYMMDDHH"),
+    "hour": Form(r"[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[01][0-9]|2[0-3])", "a time as YYMMDDHH"),
     **dict.fromkeys((*CONTEXT, *ITEM), Form("[0-9A-Za-z_-]*", "a code or nothing")),
 }
 CLOCK = (

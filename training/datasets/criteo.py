@@ -29,7 +29,7 @@ NUMBERS = tuple(f"I{number}" for number in range(1, 14))
 WORDS = tuple(f"C{number}" for number in range(1, 27))
 # Samples that went through pandas have 2.0 where Criteo has 2.
 FORMS = {
-    **dict.fromkeys(NUMBERS, Form(r"(?:-?\d{1,15}(?:\.0*)?)?", "a whole number or nothing")),
+    **dict.fromkeys(NUMBERS, Form(r"(?:-?[0-9]{1,15}(?:\.0*)?)?", "a whole number or nothing")),
     **dict.fromkeys(WORDS, Form(r"[0-9A-Za-z_-]*", "a hashed word or nothing")),
 }
 SHARES = {"dynint": (0.1, 0.2), "x1": (0.18, 0.1)}  # validation, test

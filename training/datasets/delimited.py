@@ -79,7 +79,7 @@ def _first_wrong(file: Path, form: str, after: int) -> tuple[int, str] | None:
     try:
         wrong = rows.filter(~pl.col("line").str.contains(form)).head(1).collect(engine="streaming")
         is_empty = wrong.is_empty() and rows.head(1).collect(engine="streaming").is_empty()
-    except pl.exceptions.PolarsError as err:
+    except (pl.exceptions.PolarsError, OSError) as err:
         raise UserError(f"{file}: expected text in UTF-8, whole to the end ({str(err).splitlines()[0]})") from err
     if is_empty:
         raise UserError(f"{file}: expected rows below the header, the file ends there")

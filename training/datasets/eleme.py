@@ -38,9 +38,9 @@ History = Literal["clicks", "impressions"]
 GAPS = ("NULL", "null", "NaN", "nan", "NA", "None")  # how tables spell an absent value, if they do not leave it empty
 GAP = "|".join(("", *GAPS))
 ANY = Form("[^,]*", "anything")
-WHOLE = Form(rf"-?\d{{1,18}}|{GAP}", "a whole number or nothing")
-NUMBER = Form(rf"-?\d{{1,18}}(?:\.\d*)?(?:[eE][+-]?\d{{1,2}})?|{GAP}", "a number below 1e118 or nothing")
-HOUR = Form(rf"[01]?\d|2[0-3]|{GAP}", "an hour from 0 to 23 or nothing")
+WHOLE = Form(rf"-?[0-9]{{1,18}}|{GAP}", "a whole number or nothing")
+NUMBER = Form(rf"-?[0-9]{{1,18}}(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{{1,2}})?|{GAP}", "a number below 1e118 or nothing")
+HOUR = Form(rf"[01]?[0-9]|2[0-3]|{GAP}", "an hour from 0 to 23 or nothing")
 LISTS = (
     *("shop_id_list", "item_id_list", "category_1_id_list", "merge_standard_food_id_list", "brand_id_list"),
     *("price_list", "shop_aoi_id_list", "shop_geohash_6_list", "timediff_list", "hours_list", "time_type_list"),

@@ -64,7 +64,7 @@ def _read(path: Path) -> pl.DataFrame:
     if not path.exists():
         raise UserError(f"{path}: no such file; expected {', '.join(name for name, _ in FILES.values())} in one folder")
     lines = pl.Series("line", path.read_text("ascii", errors="replace").splitlines(), dtype=pl.String)
-    form = r"^([+-]?1)" + r" (\d+):1" * len(FIELDS) + r"\s*$"
+    form = r"^([+-]?1)" + r" ([0-9]+):1" * len(FIELDS) + r"\s*$"
     values = lines.str.extract_groups(form).struct.rename_fields(["label", *FIELDS]).struct.unnest()
     broken = values["label"].is_null()
     if broken.any() or not len(lines):

@@ -35,12 +35,12 @@ FIELDS: dict[str, Group] = {
 SYSTEMS = ("windows", "ios", "mac", "android", "linux")
 BROWSERS = ("chrome", "sogou", "maxthon", "safari", "firefox", "theworld", "opera", "ie")
 PRICES = ((100, "101+"), (50, "51-100"), (10, "11-50"), (0, "1-10"))
-MINUTES = r"20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:[01]\d|2[0-3])[0-5]\d[0-5]\d"
+MINUTES = r"20[0-9][0-9](?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]"
 FORMS = {
     "click": LABEL,
-    "timestamp": Form(MINUTES + r"\d{3}", "a time as yyyyMMddHHmmss and milliseconds"),
+    "timestamp": Form(MINUTES + r"[0-9]{3}", "a time as yyyyMMddHHmmss and milliseconds"),
     **{name: Form("[^\t]*", "a word") for name in FIELDS},
-    "slotprice": Form(r"\d{1,9}", "a whole number"),
+    "slotprice": Form(r"[0-9]{1,9}", "a whole number"),
 }
 BEIJING_S = 8 * 3600  # ahead of UTC, and without summer time
 
@@ -123,7 +123,7 @@ def _price() -> pl.Expr:
 def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
     rows = lines.scan(file)
     cells = pl.col("line").str.strip_chars_end().str.split(" ")
-    lines.check(file, rows, pl.col("line").str.contains(r"^[01](?: \d+:1)" + f"{{{len(FIELDS)}}}" + r"\s*$"),
+    lines.check(file, rows, pl.col("line").str.contains(r"^[01](?: [0-9]+:1)" + f"{{{len(FIELDS)}}}" + r"\s*$"),
                 f"0 or 1 and {len(FIELDS)} times id:1")  # fmt: skip
     named = rows.with_columns(
         cells.list.get(number + 1)
@@ -141,7 +141,7 @@ def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
 def _words(file: Path) -> dict[str, dict[str, str]]:
     """Each field's values by their id, as text."""
     rows = lines.scan(file)
-    form = r"^([A-Za-z]+):(.*)\t(\d+)\s*$"
+    form = r"^([A-Za-z]+):(.*)\t([0-9]+)\s*$"
     lines.check(file, rows, pl.col("line").str.contains(form), "field:value, a TAB and an id")
     words: dict[str, dict[str, str]] = {name: {} for name in FIELDS}
     for name, value, number in rows.select(pl.col("line").str.extract_groups(form)).unnest("line").collect().rows():

@@ -25,7 +25,7 @@ from training.log import Log, split_by_number
 TAGGED = "user_taggedartists.dat"
 STAMPED = "user_taggedartists-timestamps.dat"
 LISTENED = "user_artists.dat"
-NUMBER = Form(r"\d{1,9}", "a number")
+NUMBER = Form(r"[0-9]{1,9}", "a number")
 TRIPLE = dict.fromkeys(("userID", "artistID", "tagID"), NUMBER)
 NUM_POSITIVES = 186_479
 DATE = ("day", "month", "year")
@@ -89,7 +89,7 @@ def _tagged(file: Path) -> pl.DataFrame:
             file, rows.with_columns(pl.col("row") + 2, line=day), date.is_not_null(), "a day/month/year that there is"
         )
     else:
-        stamp = Form(r"-?\d{1,14}", "milliseconds")
+        stamp = Form(r"-?[0-9]{1,14}", "milliseconds")
         rows = delimited.read(file, {**TRIPLE, "timestamp": stamp}, separator="\t")
         moment = pl.from_epoch(pl.col("timestamp").cast(pl.Int64), time_unit="ms").dt.replace_time_zone("UTC")
         date = moment.dt.convert_time_zone("Europe/Madrid").dt.date()

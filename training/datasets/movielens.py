@@ -52,7 +52,7 @@ def load(source: Path) -> Log:
         .join(users.with_columns(pl.col("zip").str.slice(0, 3)), on="user", how="left", maintain_order="left")
         .join(
             movies.select(
-                "item", pl.col("genres").str.split("|"), pl.col("title").str.extract(r"\((\d{4})\)\s*$").alias("year")
+                "item", pl.col("genres").str.split("|"), year=pl.col("title").str.extract(r"\(([0-9]{4})\)\s*$")
             ),
             on="item",
             how="left",
@@ -69,13 +69,10 @@ def _read(file: Path, names: tuple[str, ...], numbers: tuple[str, ...] = ()) -> 
         raise UserError(f"{file}: no such file; expected the folder of MovieLens-1M with ratings, users and movies")
     # The whole text at once: polars takes one byte as a separator, and titles hold single colons.
     lines = pl.Series("line", file.read_bytes().decode("latin-1").splitlines(), dtype=pl.String)
-    form = (
-        "^"
-        + "::".join(r"(\d{1,11})" if name in numbers else r"(.+?)" if name == names[0] else r"(.*?)" for name in names)
-        + "$"
-    )
+    forms = ("([0-9]{1,11})" if name in numbers else "(.+?)" if name == names[0] else "(.*?)" for name in names)
+    form = f"^{'::'.join(forms)}$"
     values = lines.str.extract_groups(form).struct.rename_fields(list(names)).struct.unnest()
-    broken = values[names[-1]].is_null()
+    broken = values[names[-1]].is_null() | (lines.str.count_matches("::", literal=True) != len(names) - 1)
     if broken.any() or not len(lines):
         row = int(broken.arg_max() or 0)
         got = repr(lines[row]) if len(lines) else "an empty file"

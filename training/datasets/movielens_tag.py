@@ -68,8 +68,8 @@ def load(source: Path) -> Log:
 
 def _read(file: Path) -> pl.LazyFrame:
     if file.suffix == ".csv":
-        forms = {"label": LABEL, **dict.fromkeys(IDS, Form(r"\d+", "a number"))}
+        forms = {"label": LABEL, **dict.fromkeys(IDS, Form(r"[0-9]+", "a number"))}
         return delimited.read(file, forms, separator=",")
-    forms = {"label": Form("[+-]?1", "1 or -1"), **dict.fromkeys(IDS, Form(r"\d+:1", "id:1"))}
+    forms = {"label": Form("[+-]?1", "1 or -1"), **dict.fromkeys(IDS, Form(r"[0-9]+:1", "id:1"))}
     rows = delimited.read(file, forms, separator=" ", names=("label", *IDS))
     return rows.with_columns(pl.col("label").replace({"-1": "0", "+1": "1"}), pl.col(*IDS).str.strip_suffix(":1"))

@@ -54,6 +54,8 @@ def load(source: Path) -> Log:
     """Rows, split by global time 80/10/10. `position` stays out: it is not known when a request is scored."""
     files = {name: source / f"{name}.parquet" for name in COLUMNS}
     impressions, users, ads = (_read(files[name], columns) for name, columns in COLUMNS.items())
+    if not (source / "simulation.json").is_file():  # it is written last
+        raise UserError(f"{source}: expected a whole log, simulation.json is missing; simulate it again")
     if not (impressions["ts"].is_finite().all() and impressions["click"].is_in([0, 1]).all()):
         raise UserError(f"{files['impressions']}: expected a finite ts and a click of 0 or 1 in every row")
     check_ids("user", impressions["user"], files["impressions"], users["id"], files["users"])
@@ -82,7 +84,7 @@ def _read(file: Path, columns: Mapping[str, type[pl.DataType] | pl.DataType]) ->
         table = pl.read_parquet(file, columns=list(columns))
     except pl.exceptions.ColumnNotFoundError as err:
         raise UserError(f"{file}: expected the columns {', '.join(columns)} of a simulated log") from err
-    except pl.exceptions.PolarsError as err:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
         raise UserError(f"{file}: not a Parquet file that can be read ({err})") from err
     for name, dtype in columns.items():
         if table[name].dtype != dtype or (name in GIVEN and table[name].has_nulls()):

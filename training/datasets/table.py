@@ -26,7 +26,7 @@ class Table:
             raise UserError(f"{file}: {'expected a file, found a folder' if file.is_dir() else 'no such file'}")
         try:
             self._raw = _read_csv(file, delimiter) if self._is_csv else pl.read_parquet(file)
-        except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as err:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError, OSError) as err:
             what = "CSV file in UTF-8" if self._is_csv else "Parquet file"
             raise UserError(f"{file}: expected a {what} ({str(err).splitlines()[0]})") from err
         if self._raw.height == 0:
