@@ -118,7 +118,7 @@ class FieldEmbeddings(nn.Module):
 
     def penalty(self, weight: float) -> Tensor:
         """(weight / 2) * sum of squares over whole tables, not only the rows of a batch: FuxiCTR's regulariser."""
-        return weight / 2 * sum_of_squares(self.parameters())
+        return l2(weight / 2, self.parameters())
 
 
 class MLP(nn.Module):
@@ -205,8 +205,10 @@ def _never(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, 0.0, low).to(dtype)
 
 
-def sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
-    return torch.stack([p.square().sum() for p in parameters]).sum()
+def l2(weight: float, parameters: Iterable[Tensor]) -> Tensor:
+    """Weight * sum of squares; with a weight of 0 none is read, and none gets a gradient: tables are large."""
+    squares = [p.square().sum() for p in parameters] if weight else []
+    return weight * torch.stack(squares).sum() if squares else torch.zeros(())
 
 
 def tiny_normal(tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """FESeq: Q. Yuan et al., "Feature-Interaction-Enhanced Sequential Transformer for Click-Through Rate Prediction".
 
 Applied Sciences 14(7), 2024, doi 10.3390/app14072760. F1..F16 are the ambiguities of models.md section 3.3, "the code"
-is the authors', whose form is the default. Of the code's interacting layers destine and final are left out.
+is the authors', whose form is the default.
 """
 
 # U requests, C candidates, n: U or C; T history length, S = T + 1 with the candidate last
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, start_linears, sum_of_squares, tiny_normal
+from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, l2, start_linears, tiny_normal
 from models.config import Config, Count, Share, Weight, Within
 from models.explanation import (
     ATTENDED,
@@ -32,7 +32,7 @@ from models.explanation import (
     Explanation,
     numbered,
 )
-from models.feseq_layers import AttentionPooling, Refiner, interaction
+from models.feseq_layers import ATTENDED_TO, AttentionPooling, Refiner, interaction
 from models.schema import Schema
 
 Layers = Annotated[int, Within(low=0, below=4)]
@@ -165,26 +165,34 @@ class FESeq(CTRModel):
         return state | self._read(refined_UTM, state["mask"])
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        own = {name: value.index_select(0, inputs["user_index"]) for name, value in state.items()}
+        index_C = inputs["user_index"]
+        own = {name: value.index_select(0, index_C) for name, value in state.items() if name not in ATTENDED_TO}
         items = dict(zip(self.items, self.fields.group("item", inputs), strict=True))
         x_CFD = torch.stack([items[n] if n in items else own[f"clock.{n}"] for n in self.sequences], dim=1)
         if self.constant and self.config.nonseq_in_interaction:
             x_CFD = torch.cat([x_CFD, own["constant"]], dim=1)
         x_CX = self.interaction(x_CFD, "interact_attn_candidate").flatten(1)
-        now_C1 = torch.zeros_like(inputs["user_index"]).unsqueeze(1)
+        now_C1 = torch.zeros_like(index_C).unsqueeze(1)
         x_C1M = self._place(x_CX.unsqueeze(1), slice(self.length, None), now_C1)
         mask_CT = own["mask"]
         mask_CS = torch.cat([mask_CT, torch.ones_like(mask_CT[:, :1])], dim=1)
         if self.config.causal:
-            candidate_CM = self.refiner.last(x_C1M.squeeze(1), own["shown"], mask_CS)
+            candidate_CM = self.refiner.last(x_C1M.squeeze(1), state["shown"], mask_CS, index_C)
+            read = {name: state[name] for name in state if name in ATTENDED_TO}
         else:
             x_CSM = torch.cat([own["events"], x_C1M], dim=1)
-            shown_CSE = torch.cat([own["shown"], self.refiner.read(x_C1M)], dim=1)
+            shown_CTE = state["shown"].index_select(0, index_C)
+            shown_CSE = torch.cat([shown_CTE, self.refiner.read(x_C1M)], dim=1)
             refined_CSM = self.refiner(x_CSM, shown_CSE, self._visible(mask_CS))
             candidate_CM = refined_CSM[:, -1]
             own |= self._read(refined_CSM[:, :-1], mask_CT)
+            read, index_C = own, torch.arange(index_C.shape[0], device=index_C.device)
 
-        z_CH = F.linear(self._pool(own, mask_CS, candidate_CM, inputs), self._kernel(3), self.first.bias)
+        if self.pooling is not None:
+            u_CM: Tensor = self.pooling(read, index_C, mask_CS, candidate_CM, inputs)
+        else:
+            u_CM = self._pool(own, mask_CS, candidate_CM)
+        z_CH = F.linear(u_CM, self._kernel(3), self.first.bias)
         if self.unpaired:
             z_CH = z_CH + F.linear(torch.cat([items[name] for name in self.unpaired], dim=-1), self._kernel(1))
         z_CH = sum((own[part] for part in ("head", "history") if part in own), start=z_CH)
@@ -193,8 +201,7 @@ class FESeq(CTRModel):
 
     def penalty(self) -> Tensor:
         tables = [table for table in (self.positions, self.times) if table is not None]
-        places = sum_of_squares(tables) if tables else 0.0
-        return self.fields.penalty(self.config.l2_emb) + self.config.l2_emb / 2 * places
+        return self.fields.penalty(self.config.l2_emb) + l2(self.config.l2_emb / 2, tables)
 
     def explanations(self) -> tuple[Explanation, ...]:
         config, shown = self.config, []
@@ -241,11 +248,8 @@ class FESeq(CTRModel):
             return {"history": F.linear(present_nTM.flatten(1), self._kernel(2))}
         return {"sum": present_nTM.sum(dim=1)} if self.config.pool != "target" else {}
 
-    def _pool(self, own: UserState, mask_CS: Tensor, candidate_CM: Tensor, inputs: Inputs) -> Tensor:
+    def _pool(self, own: UserState, mask_CS: Tensor, candidate_CM: Tensor) -> Tensor:
         """What the head reads, u [C, M]; for `concat`, whose history goes there by itself, the candidate's position."""
-        if self.pooling is not None:
-            u_CM: Tensor = self.pooling(own, mask_CS, candidate_CM, inputs)
-            return u_CM
         if "sum" not in own:
             return candidate_CM
         sum_CM = own["sum"] + candidate_CM

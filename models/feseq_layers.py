@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from models.baselines.din import DINConfig, TargetAttention
 from models.blocks import FieldEmbeddings, Inputs, UserState, masked_softmax, merge_heads, split_heads
+from models.own import matmul_own
 from models.schema import Schema
 from models.taps import tap
 
 NEVER = -1e9  # not -inf: models.md section 9, X1
+ATTENDED_TO = ("shown", "keys", "values", "met")  # of a history; its candidates need no copies of them
 
 
 class Interaction(nn.Module):
@@ -150,20 +152,21 @@ class Refiner(nn.Module):
         tap("self_attn", weights_nHSS)
         return self._finish(x_nSM, merge_heads(self.attention_dropout(weights_nHSS) @ value_nHSW))
 
-    def last(self, x_CM: Tensor, shown_CTE: Tensor, mask_CS: Tensor) -> Tensor:
-        """The last event of a sequence refined, which sees itself and those shown before it, where the mask is true.
+    def last(self, x_CM: Tensor, shown_UTE: Tensor, mask_CS: Tensor, user_index_C: Tensor) -> Tensor:
+        """The last event of each sequence refined, which sees itself and those shown of its request before it.
 
         Queries stand apart by head in the full width, zeros around them: products of whole matrices, though of eight
         times the size, take half the time of as many more products of thin ones.
         """
-        key_CTM, value_CTM = shown_CTE.chunk(2, dim=-1)
+        key_UTM, value_UTM = shown_UTE.chunk(2, dim=-1)
         key_C1M, value_C1M = self.read(x_CM).unsqueeze(1).chunk(2, dim=-1)
         query_CHM = (self.query(x_CM) / self.scale).unsqueeze(1) * self.heads_HM
-        scores_CHS = torch.cat([query_CHM @ key_CTM.transpose(-1, -2), query_CHM @ key_C1M.transpose(-1, -2)], dim=-1)
+        scores_CHT = matmul_own(query_CHM, key_UTM.transpose(-1, -2), user_index_C)
+        scores_CHS = torch.cat([scores_CHT, query_CHM @ key_C1M.transpose(-1, -2)], dim=-1)
         weights_CHS = masked_softmax(scores_CHS, mask_CS.unsqueeze(1))
         tap("refiner_attn", weights_CHS)
         weights_CHS = self.attention_dropout(weights_CHS)
-        found_CHM = weights_CHS[..., :-1] @ value_CTM + weights_CHS[..., -1:] * value_C1M
+        found_CHM = matmul_own(weights_CHS[..., :-1], value_UTM, user_index_C) + weights_CHS[..., -1:] * value_C1M
         return self._finish(x_CM, (found_CHM * self.heads_HM).sum(dim=1))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -216,21 +219,26 @@ class AttentionPooling(nn.Module):
             return {"keys": key_nTA, "values": value_nTA, "met": self.meeting.read(key_nTA)}
         return {"keys": key_nTA if self.kernel is None else key_nTA @ self.kernel, "values": value_nTA}
 
-    def forward(self, read: UserState, mask_CS: Tensor, candidate_CM: Tensor, inputs: Inputs) -> Tensor:
-        """The pooled sequence u [C, M], given what was read of each candidate's own history, and its own position."""
+    def forward(
+        self, read: UserState, index_C: Tensor, mask_CS: Tensor, candidate_CM: Tensor, inputs: Inputs
+    ) -> Tensor:
+        """The pooled sequence u [C, M], of what was `read` of the history that each candidate has, and its position."""
         last = self.read(candidate_CM.unsqueeze(1))
-        whole = {name: torch.cat([read[name], last[name]], dim=1) for name in last}
         item_CFD = self.interaction(torch.stack(self.fields.group("item", inputs), dim=1), "interact_attn_query")
         query_CA = self.dropout(self.activation(self.query(item_CFD.flatten(1))))
-        alpha_CS = self._weigh(query_CA, whole, mask_CS)
+        alpha_CS = self._weigh(query_CA, read, last, index_C, mask_CS)
         tap("pool_score", alpha_CS)
-        found_CA = (self.attention_dropout(alpha_CS).unsqueeze(1) @ whole["values"]).squeeze(1)
-        u_CM: Tensor = self.activation(self.out(found_CA))
+        alpha_C1S = self.attention_dropout(alpha_CS).unsqueeze(1)
+        found_C1A = matmul_own(alpha_C1S[..., :-1], read["values"], index_C) + alpha_C1S[..., -1:] * last["values"]
+        u_CM: Tensor = self.activation(self.out(found_C1A.squeeze(1)))
         return u_CM
 
-    def _weigh(self, query_CA: Tensor, whole: UserState, mask_CS: Tensor) -> Tensor:
+    def _weigh(self, query_CA: Tensor, read: UserState, last: UserState, index_C: Tensor, mask_CS: Tensor) -> Tensor:
         if self.meeting is not None:
-            weights_CS: Tensor = self.meeting(query_CA, whole["keys"], whole["met"], mask_CS)
+            keys, met = (torch.cat([read[n].index_select(0, index_C), last[n]], dim=1) for n in ("keys", "met"))
+            weights_CS: Tensor = self.meeting(query_CA, keys, met, mask_CS)
             return weights_CS
-        scores_CS = (whole["keys"] @ query_CA.unsqueeze(-1)).squeeze(-1) / self.scale
+        query_C1A = query_CA.unsqueeze(1) / self.scale
+        scores_C1T = matmul_own(query_C1A, read["keys"].transpose(-1, -2), index_C)
+        scores_CS = torch.cat([scores_C1T, query_C1A @ last["keys"].transpose(-1, -2)], dim=-1).squeeze(1)
         return masked_softmax(scores_CS, mask_CS) if self.softmax else scores_CS * mask_CS

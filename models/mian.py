@@ -20,9 +20,9 @@ from models.blocks import (
     Inputs,
     SelfAttention,
     UserState,
+    l2,
     masked_softmax,
     start_linears,
-    sum_of_squares,
     truncated_normal,
 )
 from models.config import Config, Count, Share, Weight
@@ -158,7 +158,7 @@ class MIAN(CTRModel):
 
     def penalty(self) -> Tensor:
         kernels = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        return self.config.l2_dense * sum_of_squares(kernels) + self.fields.penalty(self.config.l2_emb)
+        return l2(self.config.l2_dense, kernels) + self.fields.penalty(self.config.l2_emb)
 
     def explanations(self) -> tuple[Explanation, ...]:
         shown = []

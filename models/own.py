@@ -27,8 +27,9 @@ def if_one_request(
     if torch.compiler.is_exporting():
         # A comparison of the size itself would be false for good: torch.export takes every free size for at least 2.
         is_one = torch.scalar_tensor(num_requests, dtype=torch.int64) == 1
-        # Without `detach` torch warns that it looks for the gradients of tensors that have none.
-        values = tuple(operand.detach() for operand in operands)
+        # Without `detach` torch warns that it looks for the gradients of tensors that have none, and it cannot export
+        # what begins in the middle of another tensor; in the graph none does, and `contiguous` costs nothing.
+        values = tuple(operand.detach().contiguous() for operand in operands)
         chosen: Tensor = torch.cond(is_one, _plain(one), _plain(several), values)
         return chosen
     if not torch.jit.is_tracing() and num_requests == 1:  # type: ignore[attr-defined, no-untyped-call]  # torch's

@@ -158,11 +158,11 @@ def _weights_of(z: Tensor, n: Tensor, group: dict[str, Any]) -> Tensor:
 
 def _z_of(weights: Tensor, n: Tensor, group: dict[str, Any]) -> Tensor:
     """The inverse of `_weights_of`; a zero weight, or row of them, has z = 0."""
+    beyond, threshold = weights * _stiffness(n, group), _threshold(weights, group)
     if group["by_row"]:
-        norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
-        stiffness = _stiffness(n, group) + _threshold(weights, group) / norm
-        return torch.where(norm > 0, -weights * stiffness, 0.0)
-    return -weights * _stiffness(n, group) - weights.sign() * _threshold(weights, group)
+        norm = torch.linalg.vector_norm(beyond, dim=-1, keepdim=True)
+        return torch.where(norm > 0, -beyond * (1 + threshold / norm), 0.0)
+    return -beyond - weights.sign() * threshold
 
 
 def _threshold(rows: Tensor, group: dict[str, Any]) -> float:

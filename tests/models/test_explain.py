@@ -253,3 +253,74 @@ def test_an_axis_is_labelled_from_one_place_only() -> None:
     with pytest.raises(ValueError, match="axis neither"):
         Axis(name="neither")
     assert BEHAVIOUR.labels is None
+
+
+def test_feseqs_rows_share_out_all_of_their_attention() -> None:
+    shown, _ = explained("feseq")
+
+    for name in (
+        "interact_attn_history",
+        "interact_attn_candidate",
+        "interact_attn_query",
+        "self_attn",
+        "refiner_attn",
+    ):
+        torch.testing.assert_close(shown[name].sum(dim=-1), torch.ones_like(shown[name][..., 0]), msg=name)
+
+
+def test_feseqs_first_head_is_shown_first() -> None:
+    """Without a query it looks at all events alike; the others do not."""
+    model = built("feseq")
+    width = model.get_parameter("refiner.query.weight").shape[0] // 4
+    for part in ("weight", "bias"):
+        model.get_parameter(f"refiner.query.{part}").data[:width] = 0
+    arrays = one_request(SCHEMA, 3)
+    arrays["hist_mask"][:] = True
+
+    _, shown = shown_by(model, arrays)
+
+    first, *others = shown["refiner_attn"].unbind(dim=1)
+    torch.testing.assert_close(first, torch.full_like(first, 1 / (T + 1)))
+    assert all((head - 1 / (T + 1)).abs().max() > 1e-3 for head in others)
+
+
+def test_deepmrs_branches_are_attention_first() -> None:
+    model, arrays = built("deepmr"), example(SCHEMA, U, C)
+
+    _, before = shown_by(model, arrays)
+    model.get_parameter("attention.blocks.0.ffn.3.bias").data += 1
+    _, after = shown_by(model, arrays)
+
+    assert (after["branch_logit"][:, 0] != before["branch_logit"][:, 0]).all()
+    assert torch.equal(after["branch_logit"][:, 1], before["branch_logit"][:, 1])
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "neutral"),
+    [
+        ("dynint", "sigma", 1.0),
+        ("dynint da", "gate", 1.0),
+        ("dynint dwp", "u", 0.5**0.5),
+        ("dynint dwp", "v", 0.5**0.5),
+    ],
+)
+def test_dynints_gates_that_say_nothing_are_shown_as_neutral(form: str, name: str, neutral: float) -> None:
+    model = built(form)
+    for part in ("gate.excite_LHO", "gate.excite_bias_LO"):
+        model.get_parameter(part).data.zero_()
+
+    _, shown = shown_by(model, example(SCHEMA, U, C))
+
+    torch.testing.assert_close(shown[name], torch.full_like(shown[name], neutral))
+
+
+def test_dwps_left_vectors_are_shown_as_u() -> None:
+    model = built("dynint dwp")
+    model.get_parameter("gate.excite_LHO").data.zero_()
+    bias_LO = model.get_parameter("gate.excite_bias_LO").data.zero_()
+    bias_LO[:, : bias_LO.shape[1] // 2] = 5.0
+
+    _, shown = shown_by(model, example(SCHEMA, U, C))
+
+    assert (shown["u"] > 5).all()
+    assert (shown["v"] < 1).all()
