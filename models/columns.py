@@ -1,6 +1,7 @@
 """One field's raw values as ids or numbers: the rules by which a value becomes what a model is fed."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -214,7 +215,7 @@ def _parse_numbers(field: Field, column: Column) -> NDArray[np.float64]:
     try:
         return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
     except OverflowError:
-        row = next(i for i, v in enumerate(values) if isinstance(v, int) and abs(v) > 10**300)
+        row = next(i for i, v in enumerate(values) if isinstance(v, int) and abs(v) > sys.float_info.max)
         raise EncodingError(field=field, row=row, expected="a number that fits a double", got=values[row]) from None
 
 

@@ -186,8 +186,11 @@ def score(trained: Trained, data: Prepared, part: str) -> NDArray[np.float32]:
 def export(trained: Trained, out: Path) -> Path:
     """The run's artifact, with the golden requests of the data it was trained on; returns its folder."""
     # onnxruntime and the exporters load for seconds, and only here.
-    from training.export import ExportError
-    from training.export import export as write_artifact
+    try:
+        from training.export import ExportError
+        from training.export import export as write_artifact
+    except ModuleNotFoundError as err:
+        raise UserError(f"export needs {err.name}: install the extra serve or gpu beside train") from err
 
     data = Prepared.open(trained.data)
     if data.schema.fingerprint != trained.schema.fingerprint:

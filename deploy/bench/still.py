@@ -7,6 +7,7 @@ measured: where a core is stopped 6 times a second for over 2 ms, one in a hundr
 for a bound of 2 ms before it has been looked at.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -61,10 +62,13 @@ def watch(core: int, seconds: float, *, clock: Callable[[], float] = time.perf_c
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--core"]:
-        only, how_long = int(sys.argv[2]), float(sys.argv[3])
-        os.sched_setaffinity(0, [only])
-        print(json.dumps(vars(watch(only, how_long))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", type=float, nargs="?", default=SECONDS)
+    parser.add_argument("--core", type=int, help="watch this one alone, and tell it as JSON")
+    options = parser.parse_args()
+    if options.core is not None:
+        os.sched_setaffinity(0, [options.core])
+        print(json.dumps(vars(watch(options.core, options.seconds))))
     else:
-        for core in measured(sorted(os.sched_getaffinity(0)), *map(float, sys.argv[1:2])):
+        for core in measured(sorted(os.sched_getaffinity(0)), options.seconds):
             print(core)

@@ -257,3 +257,10 @@ def test_the_whole_path_from_a_simulated_log_to_a_verified_artifact(tmp_path, ca
     assert shown.manifest.metrics == json.loads((run / "metrics.json").read_text())
     assert shown.calibration.model_dump() == json.loads((run / "calibration.json").read_text())
     assert len(shown.golden.logits) > 0
+
+
+def test_an_export_without_a_runtime_to_prove_it_says_what_to_install(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "training.export", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+    assert "install the extra serve or gpu beside train" in refused(capsys, "export", run, "--out", tmp_path)

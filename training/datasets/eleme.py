@@ -15,7 +15,7 @@ another past there than it learned from.
 `times` orders the rows. It is taken for Unix seconds, or milliseconds where too large for that; what it counts could
 not be learned without the files, so no clock is made of it: hour, time type and weekday come from their columns, as
 context. A past event shows the categorical fields of its item. FESeq's sequences hold its ranks and its own hour, time
-type and weekday as well: here a sequence repeats a categorical item field.
+type and weekday as well: here a sequence repeats a categorical item field, as these come from columns of the row.
 """
 
 from collections.abc import Mapping

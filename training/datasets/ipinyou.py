@@ -6,6 +6,7 @@ Two forms, told apart by what is in the folder:
     train.fm.txt, test.fm.txt, featindex.fm.txt    `label id:1 ...`, one id for each of 16 fields; `name:value<TAB>id`
 
 The test days are the official ones, as given; validation is the last `valid` share of the training rows, by time.
+DynInt's paper mixes the days and splits them at random, 70/10/20: its figures are not comparable with these.
 The 16 fields are DynInt's: weekday and hour stand in the file (Beijing time) and are context like the other words of a
 bid request; user agent, IP, region and city are the user's; creative and advertiser the ad's. Two are made coarse
 before they are a word, by the rules of make-ipinyou-data, and a request has to bring them so: the user agent as

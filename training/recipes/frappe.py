@@ -153,7 +153,7 @@ def dynint_frappe() -> Run:
 def deepmr_frappe() -> Run:
     """DeepMR on Frappe, an eighth of the paper's width: test AUC 0.9848, logloss 0.1366 (one seed, 39 epochs).
 
-    Published 0.9853 / 0.1395 on a split of its own, with two drawn negatives per positive. With the last step's weights
+    Published 0.9851 / 0.1395 on a split of its own, with two drawn negatives per positive. With the last step's weights
     and a rate that falls 0.9855 on the validation part, logloss 0.1622, where it has 0.9861 and 0.1311. With l2_emb
     5e-2 (width 128) it learns nothing: its layers start so near zero that the penalty takes the tables first.
     """
