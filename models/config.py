@@ -17,7 +17,7 @@ class Within:
         return f"at least {self.low:g}" + (f" and below {self.below:g}" if self.below < math.inf else "")
 
 
-Count = Annotated[int, Within(low=1, below=2**31)]
+Count = Annotated[int, Within(low=1, below=1e9)]
 Share = Annotated[float, Within(low=0, below=1)]
 Weight = Annotated[float, Within(low=0)]
 

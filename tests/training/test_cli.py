@@ -205,7 +205,7 @@ def test_more_than_the_memory_holds_is_one_clear_error(tmp_path, capsys, monkeyp
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_clear_error(data, tmp_path, capsys):
-    words = ["train", "fm", "--data", data, "--out", tmp_path / "run", "--set", "model.emb_dim=2000000000"]
+    words = ["train", "fm", "--data", data, "--out", tmp_path / "run", "--set", "model.emb_dim=900000000"]
 
     assert "not enough memory for fm with these settings" in refused(capsys, *words)
 
