@@ -69,9 +69,8 @@ class Misfits:
             case inspect.StructType(), dict():
                 self._check_fields(value, wanted, at, errors)
             case inspect.DictType(value_type=inner), dict():
-                for name in value:
-                    if not _is_text(name):
-                        self._check(name, inspect.StrType(), (*at, name), errors)
+                odd = ((name, name) for name in value if not _is_text(name))
+                self._check_members(odd, inspect.StrType(), at, errors)
                 self._check_members(value.items(), inner, at, errors)
             case inspect.ListType(item_type=inner), list():
                 self._check_members(enumerate(value), inner, at, errors)
