@@ -178,7 +178,7 @@ class FESeq(CTRModel):
         mask_CS = torch.cat([mask_CT, torch.ones_like(mask_CT[:, :1])], dim=1)
         if self.config.causal:
             candidate_CM = self.refiner.last(x_C1M.squeeze(1), state["shown"], mask_CS, index_C)
-            read = {name: state[name] for name in state if name in ATTENDED_TO}
+            read = state
         else:
             x_CSM = torch.cat([own["events"], x_C1M], dim=1)
             shown_CTE = state["shown"].index_select(0, index_C)

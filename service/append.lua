@@ -12,11 +12,9 @@ local function u16(text, at)
   return byte(text, at) * 256 + byte(text, at + 1)
 end
 
--- Lua's own < follows the server's locale; bytes do not. What is alike is passed in steps: ids may be long.
+-- Lua's own < follows the server's locale; bytes do not.
 local function compare(a, b)
-  local same, shorter = 0, math.min(#a, #b)
-  while same < shorter and sub(a, same + 1, same + 16) == sub(b, same + 1, same + 16) do same = same + 16 end
-  for i = same + 1, shorter do
+  for i = 1, math.min(#a, #b) do
     local x, y = byte(a, i), byte(b, i)
     if x ~= y then return x - y end
   end

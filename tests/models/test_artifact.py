@@ -248,6 +248,17 @@ def test_an_artifact_that_does_not_read_back_leaves_nothing_behind(tmp_path, mon
     assert list((tmp_path / "toy").iterdir()) == []
 
 
+@pytest.mark.parametrize(("version", "method"), [("current", "read_text"), ("20260101-1", "is_dir")])
+def test_a_folder_that_may_not_be_entered_says_so(tmp_path, monkeypatch, version, method):
+    def forbidden(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, forbidden)
+
+    with pytest.raises(ArtifactError, match=r"unreadable \(Permission denied\)"):
+        artifact.resolve(tmp_path, "toy", version)
+
+
 def test_a_model_that_was_never_exported_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="export a mian to"):
         artifact.resolve(tmp_path, "mian")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models.blocks import MLP, FieldEmbeddings, SelfAttention, masked_softmax, merge_heads, split_heads, tiny_normal
+from models.blocks import MLP, FieldEmbeddings, SelfAttention, l2, masked_softmax, merge_heads, split_heads, tiny_normal
 from models.schema import OOV, PAD, FieldSpec, SchemaSpec
 from tests.models.small import tensors, with_history
 from training.export import example
@@ -181,3 +181,11 @@ def test_an_mlp_normalises_and_drops_only_in_training_and_where_asked():
 
     assert kinds() == ["ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
     assert kinds(batch_norm=True) == ["BatchNorm1d", "ReLU", "Dropout", "Linear"] * 2
+
+
+def test_a_penalty_of_weight_0_reads_no_table_and_gives_it_no_gradient():
+    table = torch.nn.Parameter(torch.full((3, 2), float("nan")))
+
+    assert l2(0.0, [table]) == 0
+    assert not l2(0.0, [table]).requires_grad
+    assert l2(0.5, [torch.tensor([1.0, 2.0])]) == 2.5

@@ -342,6 +342,15 @@ async def test_features_without_end_are_not_kept() -> None:
     assert reader.store.asked == [["a1"], ["a1"]]
 
 
+async def test_ids_without_end_are_not_kept() -> None:
+    reader = Reader()
+
+    for _ in range(2):
+        await reader.read(candidates=[{"id": 10**MAX_KEY_BYTES}, {"id": "a1"}])
+
+    assert reader.store.asked == [[str(10**MAX_KEY_BYTES), "a1"], [str(10**MAX_KEY_BYTES)]]
+
+
 async def test_a_stored_click_that_cannot_be_encoded_is_named_every_time() -> None:
     reader = Reader()
     click = Click(event_id="1", user="u1", item="a3", ts=1.0, features={"genres": "x"})

@@ -1,8 +1,14 @@
-"""What a process does before it serves."""
+"""What a process does before it serves, and when it is told to stop."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from service.app import create_app
+from service.place import Place
+from service.server import Server
+from service.settings import Settings
 
 ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
 
@@ -27,3 +33,17 @@ asyncio.run(serve(settings, Place.alone(), listening=listening))
     frozen, looked_through = map(int, ran.stdout.split())
     assert frozen > 20_000
     assert looked_through < frozen / 10
+
+
+def test_being_told_again_to_stop_puts_the_end_off_no_further(artifacts: Path) -> None:
+    settings = Settings(artifacts_dir=artifacts, experiment=ONE_ARM, drain_s=5)
+    server = Server(create_app(settings, Place.alone()), settings, lambda: None)
+
+    server.handle_exit(signal.SIGTERM, None)
+    ends = server._stop_at
+    server.handle_exit(signal.SIGTERM, None)
+
+    assert server._stop_at == ends
+    server.handle_exit(signal.SIGINT, None)
+    assert server._stop_at < ends
+    assert server.force_exit

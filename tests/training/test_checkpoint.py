@@ -74,6 +74,19 @@ def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, whole
     assert_same_run(tmp_path / "torn", whole)
 
 
+def test_a_full_disk_is_told_with_the_file(data, tmp_path, monkeypatch):
+    """Torch has words of its own for it."""
+
+    def full(*_args):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 67968 vs 67856")
+
+    monkeypatch.setattr(torch, "save", full)
+    model = zoo.build("lr", {}, Prepared.open(data).schema)
+
+    with pytest.raises(UserError, match=r"c.pt.tmp: cannot be written, is the disk full\?"):
+        checkpoint.save(tmp_path / "c.pt", model, torch.optim.Adam(model.parameters()), State())
+
+
 def test_a_checkpoint_gives_back_model_optimiser_random_numbers_and_position(data, tmp_path):
     schema = Prepared.open(data).schema
     model = zoo.build("lr", {}, schema)

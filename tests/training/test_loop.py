@@ -157,6 +157,17 @@ def test_what_a_model_learns_beside_the_labels_moves_it_and_is_no_part_of_the_lo
     assert taught_loss < 1
 
 
+def test_ftrl_takes_the_size_that_batches_really_have(data, tmp_path):
+    """One batch of all rows is one batch, whatever larger number was asked for."""
+    num = len(data.rows("train"))
+
+    def fitted(batch_size):
+        settings = run(optimizer="ftrl", plateau_factor=1.0, max_epochs=2, table_l1=0.1, batch_size=batch_size)
+        return weights(fit(data, settings, tmp_path / f"{batch_size}")[0])
+
+    assert torch.equal(fitted(num), fitted(10 * num))
+
+
 def test_a_validation_part_without_clicks_is_refused_at_once(data, tmp_path):
     valid = data.rows("valid")
     without = np.flatnonzero(valid.label == 0)
