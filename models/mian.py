@@ -8,7 +8,7 @@ WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,15 @@ from models.blocks import (
     start_linears,
     truncated_normal,
 )
-from models.config import Config, Count, Share, Weight
+from models.config import Config, Count, Share, Weight, Within
 from models.explanation import ATTENDED, BEHAVIOUR, CANDIDATE, REQUEST, Axis, Explanation, numbered, of_fields
-from models.mian_global import GlobalInteraction
+from models.mian_global import Crosses, GlobalInteraction
 from models.own import matmul_own
 from models.schema import Group, Schema
 from models.scorers import AdditiveScorer, BilinearScorer, MLPScorer, Scorer
 from models.taps import tap
+
+CrossLayers = Annotated[int, Within(low=0, below=9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class MIANConfig(Config):
     gim_width: Count | None = None  # G; by default twice the item's width, rounded up to a multiple of 8
     ablate_drop_raw: bool = False  # M15: an ablated module takes its raw group along
     hidden: tuple[Count, ...] = (32, 8)
+    cross_layers: CrossLayers = 0  # not the paper's: DCNv2's beside the head
     dropout: Share = 0.2
     l2_dense: Weight = 1e-3  # M14: weight * sum of squares of the dense kernels
     l2_emb: Weight = 0.0  # M14: (weight / 2) * sum of squares of the tables
@@ -100,6 +103,8 @@ class MIAN(CTRModel):
         local = {"ibim": item + event, "iuim": item + width, "icim": item + width}
         groups = {n: w for n, w in raw.items() if w} | {n: local[n] for n in self.local}
         self.gim = GlobalInteraction(config, groups, config.gim_width or -(-2 * item // 8) * 8)
+        crossed = num_user * width + num_context * width + event
+        self.crosses = Crosses(crossed, item, config.cross_layers) if config.cross_layers else None
         self.item_width = item
         # A module's kernel may meet each of its elements or their weighted sum, being linear. Each is cheaper for one
         # request, but for a batch of many it makes T products to be copied and summed for every candidate: that pays
@@ -130,6 +135,8 @@ class MIAN(CTRModel):
                 state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
                 sums_first = local in self.sums_first
                 state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
+        if self.crosses is not None and (request := self._request(inputs)):
+            state["crosses"] = self.crosses.read(torch.cat(request, dim=-1))
         return state
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
@@ -154,6 +161,9 @@ class MIAN(CTRModel):
                 part_CF = part_CF + (F.linear(found_C, kernel_FX) if group in self.sums_first else found_C)
             parts.append(part_CF)
         logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
+        if self.crosses is not None:
+            read_CR = state["crosses"].index_select(0, user_index) if "crosses" in state else None
+            logits_C = logits_C + self.crosses(read_CR, item_CI)
         return logits_C
 
     def penalty(self) -> Tensor:
@@ -177,6 +187,11 @@ class MIAN(CTRModel):
             meaning = "Which clicks each click (a row, which sums to 1) attends to, before any candidate is seen."
             shown.append(Explanation(name="self_attn", axes=axes, meaning=meaning))
         return tuple(shown)
+
+    def _request(self, inputs: Inputs) -> list[Tensor]:
+        """One [U, D] for each user and context field, and for each sequence the mean over its clicks."""
+        past = self.fields.pooled_history(inputs) if self.fields.schema.group("behaviour") else []
+        return [*self.fields.group("user", inputs), *self.fields.group("context", inputs), *past]
 
     def _scorer(self, local: str) -> Scorer:
         scorer = self.local[local]

@@ -22,7 +22,7 @@ SCHEMA = with_history()
 # test_every_model_is_served.py exports and compares every model, with weights that one epoch moved. Here stand those
 # whose graphs have the most to them, with weights large enough to show a difference.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "mian": {"emb_dim": 4, "heads": 2},
+    "mian": {"emb_dim": 4, "heads": 2, "cross_layers": 2},
     "stec": {"emb_dim": 4, "dropout": 0.3, "hidden": [8]},
     "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first"},
     "dynint": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "orth_lambda": 0.1},

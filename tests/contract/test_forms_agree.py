@@ -20,6 +20,7 @@ MODELS = {
     "mian with every alternative": lively(
         "mian", SCHEMA, emb_dim=4, heads=2, position="learned", ibim_scorer="bilinear", gim_combine="concat"
     ),
+    "mian with crosses": lively("mian", SCHEMA, emb_dim=4, heads=2, cross_layers=2),
     "stec": lively("stec", SCHEMA, emb_dim=4),
     "stec user_first": lively("stec", SCHEMA, emb_dim=4, field_mask="user_first", hidden=(6,), batch_norm=True),
     "dynint with dgp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, kernel_size=5, gate_scope="request"),

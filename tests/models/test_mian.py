@@ -47,6 +47,8 @@ SWITCHES: list[dict[str, Any]] = [
     {"gim": False, "gim_combine": "zero_pad", "iuim": False, "icim": False},
     {"iuim": False, "icim": False, "ablate_drop_raw": True},
     {"ibim": False, "ablate_drop_raw": True},
+    {"cross_layers": 1},
+    {"cross_layers": 3, "gim_combine": "concat", "ibim": False},
 ]
 
 
@@ -204,7 +206,22 @@ class Paper:
         x = self.linear("gim.head.first", x)  # eq. (16), (17)
         for layer in range(len(self.config.hidden)):
             x = self.linear(f"gim.head.rest.{3 * layer + 2}", relu(x))
-        return float(x[0])
+        return float(x[0]) + (self.crosses() if self.config.cross_layers else 0.0)
+
+    def crosses(self) -> float:  # not the paper's: DCNv2's, over every field and the mean click
+        length, width = self.schema.history_length, D * len(self.schema.group("behaviour"))
+        clicks = [self.event(t) for t in range(length) if self.inputs["hist_mask"][self.user, t]]
+        past = np.mean(clicks, axis=0) if clicks else np.zeros(width)
+        fields = [
+            *self.group("user", self.user),
+            *self.group("context", self.user),
+            past,
+            *self.group("item", self.row),
+        ]
+        x0 = x = np.concatenate(fields)
+        for layer in range(self.config.cross_layers):
+            x = x0 * self.linear(f"crosses.layers.{layer}", x) + x
+        return float(self.linear("crosses.out", x)[0])
 
 
 def test_the_default_global_width_is_twice_the_items_rounded_up_to_eight():
@@ -239,6 +256,16 @@ def test_a_schema_without_item_fields_is_refused():
 
     with pytest.raises(ValueError, match="needs an item field"):
         lively("mian", schema, ibim=False)
+
+
+def test_crosses_need_no_field_of_the_request():
+    schema = SchemaSpec(fields=ITEM_FIELDS).fit(COLUMNS)
+    model = lively("mian", schema, emb_dim=D, ibim=False, iuim=False, icim=False, cross_layers=2)
+    plain = lively("mian", schema, emb_dim=D, ibim=False, iuim=False, icim=False)
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    inputs = tensors(example(schema, 2, 3))
+
+    assert (model(inputs) - plain(inputs)).abs().min() > 1e-3
 
 
 def test_final_ln_without_pre_ln_is_refused():
