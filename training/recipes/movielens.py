@@ -59,7 +59,10 @@ def dcnv2_movielens() -> Run:
 
 
 def din_movielens() -> Run:
-    """DIN on MovieLens-1M, with DeepFM's settings: test AUC 0.7669 +- 0.0021, logloss 0.5865 (3 seeds)."""
+    """DIN on MovieLens-1M, with DeepFM's settings: test AUC 0.7669 +- 0.0021, logloss 0.5865 (3 seeds).
+
+    With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7676, 0.5832 on seed 2026, where it has 0.7649.
+    """
     return _movielens("din")
 
 
