@@ -102,6 +102,11 @@ class FieldEmbeddings(nn.Module):
         count_U1 = inputs["hist_mask"].sum(dim=1, keepdim=True).clamp(min=1)
         return [events_UTD.sum(dim=1) / count_U1 for events_UTD in self.history(inputs)]
 
+    def request(self, inputs: Inputs, *, use_history: bool = True) -> list[Tensor]:
+        """The vectors [U, D] that all candidates of a request share: its fields', and its past's where it has any."""
+        past = self.pooled_history(inputs) if use_history and self.schema.group("behaviour") else []
+        return [*self.group("user", inputs), *self.group("context", inputs), *past]
+
     def _embed(self, field: Field, values: Tensor) -> Tensor:
         vectors: Tensor
         if field.kind == "numeric":

@@ -135,7 +135,7 @@ class MIAN(CTRModel):
                 state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
                 sums_first = local in self.sums_first
                 state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
-        if self.crosses is not None and (request := self._request(inputs)):
+        if self.crosses is not None and (request := self.fields.request(inputs)):
             state["crosses"] = self.crosses.read(torch.cat(request, dim=-1))
         return state
 
@@ -187,11 +187,6 @@ class MIAN(CTRModel):
             meaning = "Which clicks each click (a row, which sums to 1) attends to, before any candidate is seen."
             shown.append(Explanation(name="self_attn", axes=axes, meaning=meaning))
         return tuple(shown)
-
-    def _request(self, inputs: Inputs) -> list[Tensor]:
-        """One [U, D] for each user and context field, and for each sequence the mean over its clicks."""
-        past = self.fields.pooled_history(inputs) if self.fields.schema.group("behaviour") else []
-        return [*self.fields.group("user", inputs), *self.fields.group("context", inputs), *past]
 
     def _scorer(self, local: str) -> Scorer:
         scorer = self.local[local]

@@ -1,4 +1,4 @@
-"""MIAN's global interaction module and head: which of a candidate's groups count, and what they come to.
+"""MIAN's global interaction module and head, which of a candidate's groups count and what they come to; its crosses.
 
 Equation numbers are the paper's (arXiv 2012.06968), M9 is an ambiguity of models.md section 2.3.
 """
@@ -85,32 +85,25 @@ class Crosses(nn.Module):
     def __init__(self, request: int, item: int, layers: int) -> None:
         super().__init__()
         self.request_width, width = request, request + item
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.first = nn.Linear(width, width)
+        self.rest = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
         self.out = nn.Linear(width, 1, bias=False)
 
     def read(self, request_UR: Tensor) -> Tensor:
         """What all candidates of a request share [U, R + X]: its own part of x_0, and what W_0 makes of that."""
-        first = self._first
-        return torch.cat([request_UR, F.linear(request_UR, first.weight[:, : self.request_width])], dim=-1)
+        return torch.cat([request_UR, F.linear(request_UR, self.first.weight[:, : self.request_width])], dim=-1)
 
     def forward(self, read_CR: Tensor | None, item_CI: Tensor) -> Tensor:
         """The logits [C], given what `read` says of each one's request; None where that has no fields."""
-        first = self._first
-        x0_CX, met_CX = item_CI, F.linear(item_CI, first.weight[:, self.request_width :], first.bias)
+        x0_CX, met_CX = item_CI, F.linear(item_CI, self.first.weight[:, self.request_width :], self.first.bias)
         if read_CR is not None:
             x0_CX = torch.cat([read_CR[:, : self.request_width], item_CI], dim=-1)
             met_CX = met_CX + read_CR[:, self.request_width :]
         x_CX = x0_CX * met_CX + x0_CX
-        for layer in self.layers[1:]:
+        for layer in self.rest:
             x_CX = x0_CX * layer(x_CX) + x_CX
         logits_C: Tensor = self.out(x_CX).squeeze(-1)
         return logits_C
-
-    @property
-    def _first(self) -> nn.Linear:
-        layer = self.layers[0]
-        assert isinstance(layer, nn.Linear)
-        return layer
 
 
 def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:

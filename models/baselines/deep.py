@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.flat import Deep, DeepConfig, FlatModel, request_fields
+from models.baselines.flat import Deep, DeepConfig, FlatModel
 from models.baselines.linear import LR, LRConfig
 from models.blocks import MLP, CTRModel, FieldEmbeddings, Inputs, UserState, start_linears, tiny_normal
 from models.schema import Schema
@@ -62,7 +62,7 @@ class DeepFM(CTRModel):
 
     def encode_user(self, inputs: Inputs) -> UserState:
         state = self.linear.encode_user(inputs)
-        fields = request_fields(self.fields, inputs, use_history=self.config.use_history)
+        fields = self.fields.request(inputs, use_history=self.config.use_history)
         if fields:
             state |= self._read(torch.stack(fields, dim=1), self.mlp.first.weight[:, : self.request_width])
         return state

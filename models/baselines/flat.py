@@ -41,7 +41,7 @@ class FlatModel(CTRModel):
 
     def look_up(self, inputs: Inputs) -> UserState:
         """The request's vectors, where it has any fields."""
-        fields = request_fields(self.fields, inputs, use_history=self.config.use_history)
+        fields = self.fields.request(inputs, use_history=self.config.use_history)
         return {"fields": torch.stack(fields, dim=1)} if fields else {}
 
     def join(self, state: UserState, items: Sequence[Tensor], user_index: Tensor) -> Tensor:
@@ -80,16 +80,8 @@ class Deep(MLP):
         return self.finish(z_CH)
 
 
-def request_fields(fields: FieldEmbeddings, inputs: Inputs, *, use_history: bool) -> list[Tensor]:
-    """The vectors [U, D] that all candidates of a request share."""
-    flat = fields.group("user", inputs) + fields.group("context", inputs)
-    if use_history and fields.schema.group("behaviour"):
-        flat += fields.pooled_history(inputs)
-    return flat
-
-
 def request_names(schema: Schema, *, use_history: bool) -> tuple[str, ...]:
-    """What `request_fields` are, by name."""
+    """What `FieldEmbeddings.request` gives, by name."""
     names = [field.name for field in (*schema.group("user"), *schema.group("context"))]
     past = schema.group("behaviour") if use_history else ()
     return (*names, *(f"past {field.name}" for field in past))

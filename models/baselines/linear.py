@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.flat import FlatConfig, request_fields, request_names
+from models.baselines.flat import FlatConfig, request_names
 from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, tiny_normal
 from models.config import Config, Weight
 from models.explanation import BIAS, CANDIDATE, REQUEST, Axis, Explanation, of_fields
@@ -36,7 +36,7 @@ class LR(CTRModel):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = request_fields(self.fields, inputs, use_history=self.config.use_history)
+        fields = self.fields.request(inputs, use_history=self.config.use_history)
         if not fields:
             return {}
         weights_UF = torch.cat(fields, dim=1)
@@ -83,7 +83,7 @@ class FM(CTRModel):
         self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = request_fields(self.fields, inputs, use_history=self.config.use_history)
+        fields = self.fields.request(inputs, use_history=self.config.use_history)
         return self.linear.encode_user(inputs) | (_sums(torch.stack(fields, dim=1)) if fields else {})
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:

@@ -220,7 +220,8 @@ class Paper:
         ]
         x0 = x = np.concatenate(fields)
         for layer in range(self.config.cross_layers):
-            x = x0 * self.linear(f"crosses.layers.{layer}", x) + x
+            name = f"crosses.rest.{layer - 1}" if layer else "crosses.first"
+            x = x0 * self.linear(name, x) + x
         return float(self.linear("crosses.out", x)[0])
 
 
