@@ -161,6 +161,8 @@ class FESeq(CTRModel):
         state["shown"] = self.refiner.read(x_UTM)
         if not self.config.causal:
             return state | {"events": x_UTM}
+        if self.config.pool == "target":  # reads the candidate's position, which attends to clicks as they came
+            return state
         refined_UTM = self.refiner(x_UTM, state["shown"], self._visible(state["mask"]))
         return state | self._read(refined_UTM, state["mask"])
 
@@ -215,7 +217,8 @@ class FESeq(CTRModel):
         heads = numbered("head", config.heads)
         if config.causal:
             axes = (REQUEST, heads, BEHAVIOUR, ATTENDED)
-            shown.append(Explanation(name="self_attn", axes=axes, meaning=_SELF.format("or an earlier one")))
+            if config.pool != "target":
+                shown.append(Explanation(name="self_attn", axes=axes, meaning=_SELF.format("or an earlier one")))
             meaning = "Which events the candidate attends to before they are pooled; sums to 1."
             shown.append(Explanation(name="refiner_attn", axes=(CANDIDATE, heads, EVENT), meaning=meaning))
         else:
@@ -240,7 +243,7 @@ class FESeq(CTRModel):
         return torch.split(self.first.weight, self.columns, dim=1)[part]
 
     def _read(self, refined_nTM: Tensor, mask_nT: Tensor) -> UserState:
-        """What a refined history brings to the pooling of any candidate; to that of `target`, nothing."""
+        """What a refined history brings to the pooling of any candidate; to `target`'s, nothing."""
         if self.pooling is not None:
             return self.pooling.read(refined_nTM)
         present_nTM = refined_nTM * mask_nT.unsqueeze(-1)

@@ -237,6 +237,12 @@ def test_no_click_sees_a_later_event(causal):
     assert not torch.equal(before[0, -1], after[0, -1])
 
 
+def test_no_click_is_refined_for_a_head_that_reads_the_candidate_alone():
+    attended = {pool: set(shown(with_clicks([True, True, True]), pool=pool)) for pool in ("target", "mean")}
+
+    assert attended["mean"] - attended["target"] == {"self_attn"}
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_every_event_sees_itself_and_no_padding(causal):
     weights_HSS = shown(with_clicks([False, True, True]), causal=causal)["self_attn"][0]
@@ -260,7 +266,14 @@ def test_the_pooling_weighs_present_events_to_a_sum_of_one(mask, pool_attn):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": False}, {"pool": "mean"}, {"interaction": "crossnet"}, {"interaction": "destine"}],
+    [
+        {},
+        {"causal": False},
+        {"pool": "mean"},
+        {"pool": "target"},
+        {"interaction": "crossnet"},
+        {"interaction": "destine"},
+    ],
     ids=str,
 )
 def test_what_is_explained_has_the_axes_that_are_promised(options):
