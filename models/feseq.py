@@ -32,7 +32,7 @@ from models.explanation import (
     Explanation,
     numbered,
 )
-from models.feseq_layers import ATTENDED_TO, AttentionPooling, Refiner, interaction
+from models.feseq_layers import ATTENDED_TO, AttentionPooling, Places, Refiner, interaction
 from models.schema import Schema
 
 Layers = Annotated[int, Within(low=0, below=4)]
@@ -51,8 +51,9 @@ class FESeqConfig(Config):
     use_pos: bool = True
     use_time: bool = True
     pos_time: Literal["concat", "add"] = "concat"  # F2
-    time_unit_s: Count = 3600  # F8: one bucket; the last one holds whatever is older
+    time_unit_s: Count = 3600  # F8: the first bucket; the last one holds whatever is older
     time_buckets: Count = 4000
+    time_scale: Literal["linear", "log2"] = "linear"  # log2: each bucket ends at twice the age of the one before (F12)
     causal: bool = True  # false: past clicks see the candidate, and all is computed once per candidate
     heads: Count = 8
     pool: Literal["attention", "target", "mean", "sum", "concat"] = "attention"
@@ -65,6 +66,14 @@ class FESeqConfig(Config):
     dropout_interact: Share = 0.1  # of the interacting layers' weights
     dropout_net: Share = 0.0  # everywhere else
     l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the input, position and time tables
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_scale == "log2" and self.time_buckets > 65 - self.time_unit_s.bit_length():
+            raise ValueError(
+                f"option time_buckets: expected at most {65 - self.time_unit_s.bit_length()} with time_scale log2 and"
+                f" time_unit_s {self.time_unit_s}, where an age of 64 bits ends, got {self.time_buckets}"
+            )
 
 
 class FESeq(CTRModel):
@@ -98,10 +107,16 @@ class FESeq(CTRModel):
         _check_heads(config, num_fields + num_places)
         self.width = width = (num_fields + num_places) * config.emb_dim
         self.length = length = schema.history_length
-        place = config.emb_dim if config.pos_time == "concat" else width
-        # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
-        self.positions = nn.Parameter(torch.randn(length + 1, place)) if config.use_pos else None
-        self.times = nn.Parameter(torch.randn(config.time_buckets, place)) if config.use_time else None
+        self.places = Places(
+            length,
+            config.emb_dim if config.pos_time == "concat" else width,
+            use_pos=config.use_pos,
+            use_time=config.use_time,
+            concatenated=config.pos_time == "concat",
+            unit_s=config.time_unit_s,
+            buckets=config.time_buckets,
+            log2=config.time_scale == "log2",
+        )
         stack = partial(
             interaction,
             config.interaction,
@@ -156,8 +171,7 @@ class FESeq(CTRModel):
             repeated_UTRD = state["constant"].unsqueeze(1).expand(-1, self.length, -1, -1)
             events_UTFD = torch.cat([events_UTFD, repeated_UTRD], dim=2)
         x_UTX = self.interaction(events_UTFD, "interact_attn_history").flatten(2)
-        buckets_UT = self._buckets(inputs["hist_age"]) if self.times is not None else None
-        x_UTM = self._place(x_UTX, slice(0, self.length), buckets_UT)
+        x_UTM = self.places(x_UTX, slice(0, self.length), inputs["hist_age"])
         state["shown"] = self.refiner.read(x_UTM)
         if not self.config.causal:
             return state | {"events": x_UTM}
@@ -175,7 +189,7 @@ class FESeq(CTRModel):
             x_CFD = torch.cat([x_CFD, own["constant"]], dim=1)
         x_CX = self.interaction(x_CFD, "interact_attn_candidate").flatten(1)
         now_C1 = torch.zeros_like(index_C).unsqueeze(1)
-        x_C1M = self._place(x_CX.unsqueeze(1), slice(self.length, None), now_C1)
+        x_C1M = self.places(x_CX.unsqueeze(1), slice(self.length, None), now_C1)
         mask_CT = own["mask"]
         mask_CS = torch.cat([mask_CT, torch.ones_like(mask_CT[:, :1])], dim=1)
         if self.config.causal:
@@ -202,8 +216,7 @@ class FESeq(CTRModel):
         return logit_C1.squeeze(-1)
 
     def penalty(self) -> Tensor:
-        tables = [table for table in (self.positions, self.times) if table is not None]
-        return self.fields.penalty(self.config.l2_emb) + l2(self.config.l2_emb / 2, tables)
+        return self.fields.penalty(self.config.l2_emb) + l2(self.config.l2_emb / 2, self.places.parameters())
 
     def explanations(self) -> tuple[Explanation, ...]:
         config, shown = self.config, []
@@ -257,23 +270,6 @@ class FESeq(CTRModel):
             return candidate_CM
         sum_CM = own["sum"] + candidate_CM
         return sum_CM / mask_CS.sum(dim=1, keepdim=True) if self.config.pool == "mean" else sum_CM
-
-    def _buckets(self, age_UT: Tensor) -> Tensor:
-        """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
-        unit, buckets = self.config.time_unit_s, self.config.time_buckets
-        return age_UT.clamp(0, unit * buckets - 1) // unit
-
-    def _place(self, flat_nTX: Tensor, where: slice, bucket_nT: Tensor | None) -> Tensor:
-        """Events [n, T, M] that know their position and their age."""
-        places = []
-        if self.positions is not None:
-            places.append(self.positions[where].expand(flat_nTX.shape[0], -1, -1))
-        if self.times is not None:
-            assert bucket_nT is not None
-            places.append(F.embedding(bucket_nT, self.times))
-        if self.config.pos_time == "concat":
-            return torch.cat([flat_nTX, *places], dim=-1)
-        return sum(places, start=flat_nTX)
 
     def _visible(self, present_nS: Tensor) -> Tensor:
         """[n, S, S]: which event (a column) each event (a row) sees; itself always, so that none sees nothing."""

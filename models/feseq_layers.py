@@ -124,6 +124,53 @@ def interaction(
     return Interaction(nn.ModuleList(make[kind]() for _ in range(layers)))
 
 
+class Places(nn.Module):
+    """What an event's position and its age bring to it, [n, T, X] to [n, T, M]: tables of a vector each (F2).
+
+    Age is cut into buckets of `unit_s` seconds (F8) or, with log2, at unit_s, twice that, four times that, so that few
+    of them reach over years and each is met in training. The last bucket holds whatever is older.
+    """
+
+    ends: Tensor
+
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        *,
+        use_pos: bool,
+        use_time: bool,
+        concatenated: bool,
+        unit_s: int,
+        buckets: int,
+        log2: bool,
+    ) -> None:
+        super().__init__()
+        # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
+        self.positions = nn.Parameter(torch.randn(length + 1, width)) if use_pos else None
+        self.times = nn.Parameter(torch.randn(buckets, width)) if use_time else None
+        self.concatenated, self.unit_s, self.buckets, self.log2 = concatenated, unit_s, buckets, log2
+        ends = torch.tensor([unit_s << k for k in range(buckets - 1)] if log2 else [], dtype=torch.int64)
+        self.register_buffer("ends", ends, persistent=False)
+
+    def forward(self, flat_nTX: Tensor, where: slice, age_nT: Tensor) -> Tensor:
+        """`where` these events stand in the sequence; ages in whole seconds."""
+        places = []
+        if self.positions is not None:
+            places.append(self.positions[where].expand(flat_nTX.shape[0], -1, -1))
+        if self.times is not None:
+            places.append(F.embedding(self._bucket(age_nT), self.times))
+        if self.concatenated:
+            return torch.cat([flat_nTX, *places], dim=-1)
+        return sum(places, start=flat_nTX)
+
+    def _bucket(self, age_nT: Tensor) -> Tensor:
+        """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
+        if self.log2:
+            return (age_nT.unsqueeze(-1) >= self.ends).sum(dim=-1)
+        return age_nT.clamp(0, self.unit_s * self.buckets - 1) // self.unit_s
+
+
 class Refiner(nn.Module):
     """One Transformer layer without LayerNorm: Y = E + MHA(E), then Y + W_2 LeakyReLU(W_1 Y + b_1) + b_2 (F3, F6)."""
 

@@ -45,6 +45,9 @@ MODELS = {
     "feseq with dot": lively("feseq", SCHEMA, **FESEQ, pool_attn="dot", use_pos=False),
     "feseq with din": lively("feseq", SCHEMA, **FESEQ, pool_attn="din", use_time=False),
     "feseq with target pooling": lively("feseq", SCHEMA, **FESEQ, pool="target"),
+    "feseq with ages on a log2 scale": lively(
+        "feseq", SCHEMA, **FESEQ | {"time_buckets": 28, "time_unit_s": 1}, time_scale="log2"
+    ),
     "feseq with mean pooling": lively("feseq", SCHEMA, **FESEQ, pool="mean"),
     "feseq with destine": lively("feseq", SCHEMA, **FESEQ, interaction="destine"),
     "feseq with final": lively("feseq", SCHEMA, **FESEQ, interaction="final"),

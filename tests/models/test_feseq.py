@@ -47,8 +47,10 @@ class Oracle:
             x = np.stack(own + constant if c.nonseq_in_interaction else own)
             flat = self.interact("interaction", x, c.interact_layers_in).flatten()
             age = int(self.inputs["hist_age"][user, t]) if t < 3 else 0
-            places = [p["positions"][t]] if c.use_pos else []
-            places += [p["times"][min(age // c.time_unit_s, c.time_buckets - 1)]] if c.use_time else []
+            units = age // c.time_unit_s
+            bucket = units.bit_length() if c.time_scale == "log2" else units
+            places = [p["places.positions"][t]] if c.use_pos else []
+            places += [p["places.times"][min(bucket, c.time_buckets - 1)]] if c.use_time else []
             events.append(np.concatenate([flat, *places]) if c.pos_time == "concat" else flat + sum(places))
 
         refined = [self.refine(i, events) for i in range(len(events))]
@@ -169,6 +171,8 @@ class Oracle:
         {"use_pos": False, "use_time": False},
         {"pos_time": "add"},
         {"time_unit_s": 1, "time_buckets": 40_000},
+        {"time_unit_s": 1, "time_buckets": 28, "time_scale": "log2"},
+        {"time_unit_s": 100, "time_buckets": 3, "time_scale": "log2", "pos_time": "add"},
         {"pool_softmax": False},
         {"pool_scale": False},
         {"pool_attn": "dot"},
@@ -303,6 +307,26 @@ def test_intervals_are_cut_into_buckets_in_whole_numbers():
     assert logit(0) == logit(999) == logit(-5)
 
 
+def test_on_a_log2_scale_each_bucket_ends_at_twice_the_age_of_the_one_before():
+    model = lively("feseq", SCHEMA, **OPTIONS | {"time_unit_s": 60, "time_buckets": 59, "time_scale": "log2"})
+
+    def logit(age):
+        inputs = with_clicks([False, False, True])
+        inputs["hist_age"][0, -1] = age
+        return model(inputs)[0].item()
+
+    ends = [60 << k for k in range(58)]
+    assert all(logit(end - 1) != logit(end) == logit(end + 1) for end in (*ends[:4], *ends[24:30], *ends[-3:]))
+    assert logit(-5) == logit(0) == logit(59)
+    assert logit(120) == logit(239)
+    assert logit(ends[-1]) == logit(2**63 - 1)
+
+
+def test_log2_buckets_that_no_age_reaches_are_refused():
+    with pytest.raises(ValueError, match="time_buckets: expected at most 59 .* time_unit_s 60, where .*, got 60"):
+        lively("feseq", SCHEMA, **OPTIONS | {"time_unit_s": 60, "time_buckets": 60, "time_scale": "log2"})
+
+
 def test_without_a_click_nothing_of_the_history_counts():
     model: Any = lively("feseq", SCHEMA, **OPTIONS)
     inputs = with_clicks([False, False, False])
@@ -353,7 +377,7 @@ def test_the_penalty_is_on_the_tables_of_input_position_and_time_alone():
     model = lively("feseq", SCHEMA, **OPTIONS, l2_emb=0.1)
 
     state = model.state_dict()
-    tables = [v for name, v in state.items() if name.startswith("fields.") or name in ("positions", "times")]
+    tables = [v for name, v in state.items() if name.startswith(("fields.", "places."))]
     assert len(tables) == 8 + 2
     assert model.penalty().item() == pytest.approx(0.1 / 2 * sum(v.square().sum().item() for v in tables))
 
@@ -361,7 +385,7 @@ def test_the_penalty_is_on_the_tables_of_input_position_and_time_alone():
 def test_it_starts_as_the_authors_code_does():
     state = zoo.build("feseq", {"emb_dim": 16, "heads": 4}, SCHEMA).state_dict()
 
-    assert state["times"].std().item() == pytest.approx(1.0, rel=0.05)
+    assert state["places.times"].std().item() == pytest.approx(1.0, rel=0.05)
     assert state["pooling.fields.tables.item_movie.weight"][1:].std().item() == pytest.approx(1.0, rel=0.25)
     assert state["fields.tables.ctx_hour.weight"][1:].std().item() == pytest.approx(1e-4, rel=0.2)
     assert state["refiner.out.weight"].std().item() == pytest.approx(np.sqrt(2 / (144 + 144)), rel=0.05)
