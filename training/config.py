@@ -86,29 +86,28 @@ class Run:
 
 
 def override(run: Run, assignments: Sequence[str]) -> Run:
-    """The run with every `key=value` applied; `model.key=value` goes to the model's Config.
+    """The run with every `key=value` applied at once; `model.key=value` goes to the model's Config.
 
-    A value is read as the type of its field. Raises UserError for an unknown key or a value of another type.
+    A value is read as the type of its field. Raises UserError for an unknown key, a value of another type, and values
+    that do not fit each other.
     """
     run_types = {name: hint for name, hint in get_type_hints(Run).items() if name not in ("model", "model_config")}
     model_types = get_type_hints(zoo.MODELS[run.model][0])
     types = run_types | {f"model.{name}": hint for name, hint in model_types.items()}
+    options: dict[str, dict[str, Any]] = {"": {}, "model": {}}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set wants key=value, got {assignment!r}")
         if key not in types:
             raise UserError(f"--set {key}: no such setting; {_suggestion(key, list(types))}")
-        value = _parse(key, text, types[key])
         group, _, name = key.rpartition(".")
-        try:
-            if group:
-                run = replace(run, model_config={**run.model_config, name: value})
-                zoo.configure(run.model, run.model_config)
-            else:
-                run = replace(run, **{name: value})
-        except ValueError as err:
-            raise UserError(f"--set {assignment}: {err}") from err
+        options[group][name] = _parse(key, text, types[key])
+    try:
+        run = replace(run, model_config={**run.model_config, **options["model"]}, **options[""])
+        zoo.configure(run.model, run.model_config)
+    except ValueError as err:
+        raise UserError(f"--set {' '.join(assignments)}: {err}") from err
     return run
 
 

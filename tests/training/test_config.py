@@ -38,6 +38,14 @@ def test_settings_are_read_as_the_type_of_their_field():
     assert changed.model_config == {"hidden": (40, 20), "ffn": False}
 
 
+def test_settings_that_fit_only_each_other_come_in_any_order():
+    one, other = "model.heads=7", "model.emb_dim=21"
+
+    assert override(run(), [one, other]) == override(run(), [other, one])
+    with pytest.raises(UserError, match="--set lr=0.1 model.heads=7: .*7 do not divide"):
+        override(run(), ["lr=0.1", one])
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
