@@ -164,8 +164,9 @@ def feseq_prod() -> Run:
     0.7588. There fields hardly multiply, and what the candidate's own event says is one of 31 that are pooled. Weights
     are averaged. Events are 88 wide, at most 256 as serving wants them.
     """
-    run = varied(feseq_movielens(), interaction="crossnetv2", pool="target")
-    return replace(run, ema_decay=0.999, plateau_factor=1.0)
+    beyond = {"interaction": "crossnetv2", "pool": "target", "cross_layers": 1}
+    run = varied(feseq_movielens(), **beyond, time_scale="log2", time_unit_s=1, time_buckets=18)
+    return replace(run, lr=2e-3, ema_decay=0.999, plateau_factor=1.0)
 
 
 def _criteo(**options: Any) -> Run:
