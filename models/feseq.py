@@ -239,7 +239,7 @@ class FESeq(CTRModel):
             axes = (REQUEST, heads, BEHAVIOUR, ATTENDED)
             if config.pool != "target":
                 shown.append(Explanation(name="self_attn", axes=axes, meaning=_SELF.format("or an earlier one")))
-            meaning = "Which events the candidate attends to before they are pooled; sums to 1."
+            meaning = "Which events the candidate attends to before any are pooled; sums to 1."
             shown.append(Explanation(name="refiner_attn", axes=(CANDIDATE, heads, EVENT), meaning=meaning))
         else:
             axes = (CANDIDATE, heads, EVENT, ATTENDED_EVENT)
