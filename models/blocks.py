@@ -1,10 +1,9 @@
-"""What two or more models share: the two halves, field embeddings, masked attention, the MLP, crosses.
+"""What two or more models share: the two halves, field embeddings, masked attention, the MLP.
 
 No fused attention and no einsum: each disagrees between runtimes, or runs slower, once exported (models.md section 9).
 """
 
 # U requests, C candidates, T history length, F fields, M values of a multi-valued field, H heads, D width; n: U or C
-# R width of a request's vectors together, I of a candidate's, X = R + I
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,6 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.explanation import Explanation
@@ -154,41 +152,6 @@ class MLP(nn.Module):
         """The logits [C], given the first layer's output."""
         logit_C1: Tensor = self.rest(z_CF)
         return logit_C1.squeeze(-1)
-
-
-class Crosses(nn.Module):
-    """DCNv2's cross layers, whose logit is added to a head's: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l over all vectors.
-
-    R. Wang et al., "DCN V2", WWW 2021. The request's columns of W_0 meet it once.
-    """
-
-    def __init__(self, request: int, item: int, layers: int) -> None:
-        super().__init__()
-        self.request_width, width = request, request + item
-        self.first = nn.Linear(width, width)
-        self.rest = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
-        self.out = nn.Linear(width, 1, bias=False)
-
-    def read(self, request: Sequence[Tensor]) -> UserState:
-        """What all candidates of a request share, `crosses` [U, R + X]: its part of x_0, and what W_0 makes of that."""
-        if not request:
-            return {}
-        request_UR = torch.cat(list(request), dim=-1)
-        met_UX = F.linear(request_UR, self.first.weight[:, : self.request_width])
-        return {"crosses": torch.cat([request_UR, met_UX], dim=-1)}
-
-    def forward(self, read_CR: Tensor | None, items: Sequence[Tensor]) -> Tensor:
-        """The logits [C], given the `crosses` of each one's request; None where that has no fields."""
-        item_CI = torch.cat(list(items), dim=-1)
-        x0_CX, met_CX = item_CI, F.linear(item_CI, self.first.weight[:, self.request_width :], self.first.bias)
-        if read_CR is not None:
-            x0_CX = torch.cat([read_CR[:, : self.request_width], item_CI], dim=-1)
-            met_CX = met_CX + read_CR[:, self.request_width :]
-        x_CX = x0_CX * met_CX + x0_CX
-        for layer in self.rest:
-            x_CX = x0_CX * layer(x_CX) + x_CX
-        logits_C: Tensor = self.out(x_CX).squeeze(-1)
-        return logits_C
 
 
 class SelfAttention(nn.Module):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Crosses, CTRModel, FieldEmbeddings, Inputs, UserState, l2, start_linears, tiny_normal
+from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, l2, start_linears, tiny_normal
 from models.config import Config, Count, Share, Weight, Within
 from models.explanation import (
     ATTENDED,
@@ -62,7 +62,6 @@ class FESeqConfig(Config):
     pool_scale: bool = True  # not with din, which has no scale
     pool_width: Count = 128
     hidden: tuple[Count, ...] = (1024, 512, 256)
-    cross_layers: Layers = 0  # not the paper's: DCNv2's over all fields and the mean click, beside the head
     dropout_attention: Share = 0.1  # of the weights of refiner and pooling
     dropout_interact: Share = 0.1  # of the interacting layers' weights
     dropout_net: Share = 0.0  # everywhere else
@@ -151,8 +150,6 @@ class FESeq(CTRModel):
         self.rest = nn.Sequential()
         for this, following in pairwise(widths):
             self.rest.extend([nn.LeakyReLU(0.01), nn.Dropout(config.dropout_net), nn.Linear(this, following)])
-        request, item = (len(names) * config.emb_dim for names in (self.requests + self.sequences, self.items))
-        self.crosses = Crosses(request, item, config.cross_layers) if config.cross_layers else None
         start_linears(self, nn.init.xavier_normal_)
 
         size = length if config.causal else length + 1
@@ -164,8 +161,6 @@ class FESeq(CTRModel):
         fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
         vectors = dict(zip(self.requests, fields, strict=True))
         state: UserState = {"mask": inputs["hist_mask"]}
-        if self.crosses is not None:
-            state |= self.crosses.read(self.fields.request(inputs))
         if self.constant:
             state["constant"] = torch.stack([vectors[name] for name in self.constant], dim=1)
             state["head"] = F.linear(state["constant"].flatten(1), self._kernel(0))
@@ -217,10 +212,8 @@ class FESeq(CTRModel):
         if self.unpaired:
             z_CH = z_CH + F.linear(torch.cat([items[name] for name in self.unpaired], dim=-1), self._kernel(1))
         z_CH = sum((own[part] for part in ("head", "history") if part in own), start=z_CH)
-        logit_C: Tensor = self.rest(z_CH).squeeze(-1)
-        if self.crosses is not None:
-            logit_C = logit_C + self.crosses(own.get("crosses"), list(items.values()))
-        return logit_C
+        logit_C1: Tensor = self.rest(z_CH)
+        return logit_C1.squeeze(-1)
 
     def penalty(self) -> Tensor:
         return self.fields.penalty(self.config.l2_emb) + l2(self.config.l2_emb / 2, self.places.parameters())

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import (
-    Crosses,
     CTRModel,
     FieldEmbeddings,
     Inputs,
@@ -28,7 +27,7 @@ from models.blocks import (
 )
 from models.config import Config, Count, Share, Weight, Within
 from models.explanation import ATTENDED, BEHAVIOUR, CANDIDATE, REQUEST, Axis, Explanation, numbered, of_fields
-from models.mian_global import GlobalInteraction
+from models.mian_global import Crosses, GlobalInteraction
 from models.own import matmul_own
 from models.schema import Group, Schema
 from models.scorers import AdditiveScorer, BilinearScorer, MLPScorer, Scorer
@@ -58,7 +57,7 @@ class MIANConfig(Config):
     gim_width: Count | None = None  # G; by default twice the item's width, rounded up to a multiple of 8
     ablate_drop_raw: bool = False  # M15: an ablated module takes its raw group along
     hidden: tuple[Count, ...] = (32, 8)
-    cross_layers: CrossLayers = 0  # not the paper's, which multiplies no two fields: DCNv2's beside the head
+    cross_layers: CrossLayers = 0  # not the paper's: DCNv2's beside the head
     dropout: Share = 0.2
     l2_dense: Weight = 1e-3  # M14: weight * sum of squares of the dense kernels
     l2_emb: Weight = 0.0  # M14: (weight / 2) * sum of squares of the tables
@@ -136,14 +135,13 @@ class MIAN(CTRModel):
                 state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
                 sums_first = local in self.sums_first
                 state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
-        if self.crosses is not None:
-            state |= self.crosses.read(self.fields.request(inputs))
+        if self.crosses is not None and (request := self.fields.request(inputs)):
+            state["crosses"] = self.crosses.read(torch.cat(request, dim=-1))
         return state
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
         user_index = inputs["user_index"]
-        items = self.fields.group("item", inputs)
-        item_CI = torch.cat(items, dim=-1)
+        item_CI = torch.cat(self.fields.group("item", inputs), dim=-1)
         parts = []
         for group in self.gim.groups:
             if group in state:
@@ -165,7 +163,7 @@ class MIAN(CTRModel):
         logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
         if self.crosses is not None:
             read_CR = state["crosses"].index_select(0, user_index) if "crosses" in state else None
-            logits_C = logits_C + self.crosses(read_CR, items)
+            logits_C = logits_C + self.crosses(read_CR, item_CI)
         return logits_C
 
     def penalty(self) -> Tensor:

@@ -1,14 +1,16 @@
-"""MIAN's global interaction module and head, which of a candidate's groups count and what they come to.
+"""MIAN's global interaction module and head, which of a candidate's groups count and what they come to; its crosses.
 
 Equation numbers are the paper's (arXiv 2012.06968), M9 is an ambiguity of models.md section 2.3.
 """
 
-# C candidates, F = first layer of the head, and the group's score before it, L groups
+# U requests, C candidates, F = first layer of the head, and the group's score before it, L groups
+# R width of the request's vectors together, I of the candidate's, X = R + I
 
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import MLP
@@ -71,6 +73,37 @@ class GlobalInteraction(nn.Module):
         else:
             found_CF = parts_CLF.sum(dim=1)
         return self.head.finish(found_CF + self.head.first.bias)
+
+
+class Crosses(nn.Module):
+    """DCNv2's cross layers, whose logit is added to the head's: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l over all vectors.
+
+    MIAN weighs fields against each other and multiplies none. R. Wang et al., "DCN V2", WWW 2021. The request's columns
+    of W_0 meet it once.
+    """
+
+    def __init__(self, request: int, item: int, layers: int) -> None:
+        super().__init__()
+        self.request_width, width = request, request + item
+        self.first = nn.Linear(width, width)
+        self.rest = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
+        self.out = nn.Linear(width, 1, bias=False)
+
+    def read(self, request_UR: Tensor) -> Tensor:
+        """What all candidates of a request share [U, R + X]: its own part of x_0, and what W_0 makes of that."""
+        return torch.cat([request_UR, F.linear(request_UR, self.first.weight[:, : self.request_width])], dim=-1)
+
+    def forward(self, read_CR: Tensor | None, item_CI: Tensor) -> Tensor:
+        """The logits [C], given what `read` says of each one's request; None where that has no fields."""
+        x0_CX, met_CX = item_CI, F.linear(item_CI, self.first.weight[:, self.request_width :], self.first.bias)
+        if read_CR is not None:
+            x0_CX = torch.cat([read_CR[:, : self.request_width], item_CI], dim=-1)
+            met_CX = met_CX + read_CR[:, self.request_width :]
+        x_CX = x0_CX * met_CX + x0_CX
+        for layer in self.rest:
+            x_CX = x0_CX * layer(x_CX) + x_CX
+        logits_C: Tensor = self.out(x_CX).squeeze(-1)
+        return logits_C
 
 
 def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:

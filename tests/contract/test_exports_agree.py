@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dynint by request": {"emb_dim": 4, "subspaces": 2, "kernel_size": 5, "gate_scope": "request"},
     "deepmr": {"emb_dim": 4, "dropout": 0.3},
     "feseq": {"emb_dim": 4, "heads": 4, "hidden": [4], "pool_width": 6},
-    "feseq as feseq_prod": {
+    "feseq with log2 ages": {
         "emb_dim": 4,
         "heads": 4,
         "hidden": [4],
@@ -37,8 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "pool": "target",
         "time_scale": "log2",
         "time_unit_s": 1,
-        "time_buckets": 18,
-        "cross_layers": 1,
+        "time_buckets": 28,
     },
     "lr": {},
     "finalmlp": {"emb_dim": 4, "hidden_1": [8], "hidden_2": [6], "heads": 2, "gate_1": "user", "gate_2": "item"},

@@ -45,7 +45,6 @@ MODELS = {
     "feseq with dot": lively("feseq", SCHEMA, **FESEQ, pool_attn="dot", use_pos=False),
     "feseq with din": lively("feseq", SCHEMA, **FESEQ, pool_attn="din", use_time=False),
     "feseq with target pooling": lively("feseq", SCHEMA, **FESEQ, pool="target"),
-    "feseq with crosses": lively("feseq", SCHEMA, **FESEQ, cross_layers=2),
     "feseq with ages on a log2 scale": lively(
         "feseq", SCHEMA, **FESEQ | {"time_buckets": 28, "time_unit_s": 1}, time_scale="log2"
     ),

@@ -31,14 +31,6 @@ def linear(p: Weights, name: str, x: Numbers) -> Numbers:
     return x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0.0)
 
 
-def crossed(p: Weights, x0: Numbers, layers: int) -> float:
-    """What DCNv2's layers beside a head add to its logit."""
-    x = x0
-    for layer in range(layers):
-        x = x0 * linear(p, f"crosses.rest.{layer - 1}" if layer else "crosses.first", x) + x
-    return float(linear(p, "crosses.out", x)[0])
-
-
 def batch_norm(p: Weights, name: str, x: Numbers, *, eps: float = 1e-5) -> Numbers:
     scaled = (x - p[f"{name}.running_mean"]) / np.sqrt(p[f"{name}.running_var"] + eps)
     return scaled * p.get(f"{name}.weight", 1.0) + p.get(f"{name}.bias", 0.0)

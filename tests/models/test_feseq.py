@@ -9,7 +9,7 @@ import torch
 from models import zoo
 from models.schema import FieldSpec, SchemaSpec
 from models.taps import explain
-from tests.models.flat import batch_norm, crossed, layer_norm, linear, sigmoid, softmax, weights
+from tests.models.flat import batch_norm, layer_norm, linear, sigmoid, softmax, weights
 from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, SEQUENCES, lively, tensors, without_history
 from training.export import example
 
@@ -58,11 +58,7 @@ class Oracle:
         for layer in range(len(c.hidden)):
             name = "first" if layer == 0 else f"rest.{3 * layer - 1}"
             z = self.leaky(linear(p, name, z))
-        logit = float(linear(p, f"rest.{3 * len(c.hidden) - 1}" if c.hidden else "first", z)[0])
-        if not c.cross_layers:
-            return logit
-        past = [click[present].mean(axis=0) if present else click[0] * 0 for click in clicks]
-        return logit + crossed(p, np.concatenate([*request.values(), *past, *item.values()]), c.cross_layers)
+        return float(linear(p, f"rest.{3 * len(c.hidden) - 1}" if c.hidden else "first", z)[0])
 
     def interact(self, name: str, x: np.ndarray, layers: int) -> np.ndarray:
         p, x0 = self.p, x
@@ -186,8 +182,6 @@ class Oracle:
         {"pool": "sum"},
         {"pool": "concat"},
         {"pool": "concat", "causal": False},
-        {"cross_layers": 1},
-        {"cross_layers": 3, "pool": "target"},
         {"hidden": ()},
     ],
     ids=str,
@@ -351,12 +345,11 @@ def test_an_item_field_that_no_click_has_counts_without_a_history_too(pool):
     assert (difference.abs() > 1e-6).all()
 
 
-@pytest.mark.parametrize("cross_layers", [0, 1])
-def test_fields_of_the_item_alone_are_enough(cross_layers):
+def test_fields_of_the_item_alone_are_enough():
     schema = SchemaSpec(history_length=3, fields=(*ITEM_FIELDS, *SEQUENCES)).fit(COLUMNS)
     inputs = tensors(example(schema, 2, 5))
 
-    logits = lively("feseq", schema, **OPTIONS, cross_layers=cross_layers)(inputs)
+    logits = lively("feseq", schema, **OPTIONS)(inputs)
 
     assert logits.shape == (5,)
     assert torch.isfinite(logits).all()

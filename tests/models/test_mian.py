@@ -9,7 +9,6 @@ import torch
 from models.blocks import CTRModel
 from models.encoding import Arrays
 from models.schema import PAD, Field, Schema, SchemaSpec, input_name
-from tests.models.flat import crossed
 from tests.models.small import (
     COLUMNS,
     ITEM_FIELDS,
@@ -219,7 +218,11 @@ class Paper:
             past,
             *self.group("item", self.row),
         ]
-        return crossed(self.p, np.concatenate(fields), self.config.cross_layers)
+        x0 = x = np.concatenate(fields)
+        for layer in range(self.config.cross_layers):
+            name = f"crosses.rest.{layer - 1}" if layer else "crosses.first"
+            x = x0 * self.linear(name, x) + x
+        return float(self.linear("crosses.out", x)[0])
 
 
 def test_the_default_global_width_is_twice_the_items_rounded_up_to_eight():
