@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models import zoo
+from models.feseq_layers import Refiner
 from models.schema import FieldSpec, SchemaSpec
 from models.taps import explain
 from tests.models.flat import batch_norm, layer_norm, linear, sigmoid, softmax, weights
@@ -241,9 +242,15 @@ def test_no_click_sees_a_later_event(causal):
     assert not torch.equal(before[0, -1], after[0, -1])
 
 
-def test_no_click_is_refined_for_a_head_that_reads_the_candidate_alone():
-    attended = {pool: set(shown(with_clicks([True, True, True]), pool=pool)) for pool in ("target", "mean")}
+def test_no_click_is_refined_for_a_head_that_reads_the_candidate_alone(monkeypatch):
+    inputs = with_clicks([True, True, True])
+    attended = {pool: set(shown(inputs, pool=pool)) for pool in ("target", "mean")}
+    refined = []
+    monkeypatch.setattr(Refiner, "forward", lambda *_: refined.append("clicks"))
 
+    lively("feseq", SCHEMA, **OPTIONS, pool="target")(inputs)
+
+    assert not refined
     assert attended["mean"] - attended["target"] == {"self_attn"}
 
 
