@@ -14,14 +14,14 @@ from models.baselines.din import DIN, DINConfig
 from models.baselines.dmr import DMR, DMRConfig
 from models.baselines.finalmlp import FinalMLP, FinalMLPConfig
 from models.baselines.linear import FM, LR, FMConfig, LRConfig
-from models.blocks import CTRModel
-from models.config import Config
-from models.deepmr import DeepMR, DeepMRConfig
-from models.dynint import DynInt, DynIntConfig
-from models.feseq import FESeq, FESeqConfig
-from models.mian import MIAN, MIANConfig
-from models.schema import Schema
-from models.stec import STEC, STECConfig
+from models.features.schema import Schema
+from models.layers.base import CTRModel
+from models.layers.config import Config
+from models.papers.deepmr import DeepMR, DeepMRConfig
+from models.papers.dynint import DynInt, DynIntConfig
+from models.papers.feseq import FESeq, FESeqConfig
+from models.papers.mian import MIAN, MIANConfig
+from models.papers.stec import STEC, STECConfig
 
 # Any: each model takes its own config, and only its own.
 MODELS: dict[str, tuple[type[Config], Callable[[Any, Schema], CTRModel]]] = {

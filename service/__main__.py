@@ -1,4 +1,4 @@
-"""The door of the service: serve | load-behaviours | load-features | bench."""
+"""The door of the service: serve | load-behaviours | load-features."""
 
 import argparse
 import asyncio
@@ -7,15 +7,17 @@ from pathlib import Path
 
 import uvloop
 
-from models.artifact import ArtifactError
-from service import loading, logs, redis_store, settings, workers
-from service.bench import command as bench
-from service.bench.errors import BenchError
-from service.experiment import ExperimentError
-from service.features import StoreUnavailable
-from service.loading import LoadError
+from models.artifact.errors import ArtifactError
+from service import settings
+from service.experiments.assignment import ExperimentError
+from service.ingest import bulk_load
+from service.ingest.bulk_load import LoadError
+from service.observability import json_log
+from service.process import supervisor
+from service.process.supervisor import WorkerError
 from service.settings import SettingsError
-from service.workers import WorkerError
+from service.store import redis_store
+from service.store.feature_store import StoreUnavailable
 
 LOADING_TIMEOUT_S = 30.0  # a load waits for a busy store; a request does not
 
@@ -24,11 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     """0 when all went well, 2 with one sentence on stderr when what the user gave cannot be used."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.command == "bench":
-            return bench.run(arguments)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(arguments))
-    except (SettingsError, ExperimentError, ArtifactError, LoadError, StoreUnavailable, WorkerError, BenchError) as err:
+    except (SettingsError, ExperimentError, ArtifactError, LoadError, StoreUnavailable, WorkerError) as err:
         if vars(arguments).get("as_worker"):
             print(err)  # to the supervisor, which repeats what one of its workers said
         else:
@@ -41,19 +41,19 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "serve" and arguments.as_worker:
-        await workers.work()
+        await supervisor.work()
         return
     if arguments.command == "serve":
-        logs.setup()
+        json_log.setup()
         given = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
-        await workers.serve(settings.load(arguments.config, **given))
+        await supervisor.serve(settings.load(arguments.config, **given))
         return
     store = redis_store.opened(settings.load(arguments.config), timeout_s=LOADING_TIMEOUT_S)
     try:
         if arguments.command == "load-behaviours":
-            print(f"{await loading.load_behaviours(arguments.file, store)} new clicks")
+            print(f"{await bulk_load.load_behaviours(arguments.file, store)} new clicks")
         else:
-            print(f"{await loading.load_features(arguments.kind, arguments.file, store)} {arguments.kind}")
+            print(f"{await bulk_load.load_features(arguments.kind, arguments.file, store)} {arguments.kind}")
     finally:
         await store.aclose()
 
@@ -71,8 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("kind", choices=("users", "items"))
     for command in (behaviours, features):
         command.add_argument("file", type=Path)
-    told = "an open loop of requests: the rate that a service stands, and how it stands more"
-    bench.add_options(commands.add_parser("bench", help=told))
     for command in (serve, behaviours, features):
         told = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
         command.add_argument("--config", type=Path, help=told)

@@ -10,24 +10,29 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service import documents, experiment, peers, redis_store
-from service.api import Api, Parts
-from service.batching import Runner
-from service.catalog import Catalog, Loader
-from service.changes import Changes
 from service.errors import Problem
-from service.events import Events
-from service.experiment import Running
-from service.explain import Explainer
-from service.features import FeatureStore, MemoryStore, StoreUnavailable
-from service.front import App, Recorder, Straight, answer_error
-from service.inputs import Inputs
-from service.metrics import Metrics
-from service.peers import Peers
-from service.place import Place
-from service.scorer import Scorer
+from service.experiments import assignment
+from service.experiments.assignment import Running
+from service.http import openapi
+from service.http.middleware import App, Recorder, Straight, answer_error
+from service.http.routes import Api, Parts
+from service.ingest.events import Events
+from service.observability.metrics import Metrics
+from service.registry import coordination
+from service.registry.changes import Changes
+from service.registry.coordination import Peers
+from service.registry.loader import Loader
+from service.registry.registry import Catalog
+from service.registry.warmup import Swap
+from service.runtime.batcher import Runner
+from service.scoring.explainer import Explainer
+from service.scoring.model_inputs import Inputs
+from service.scoring.scorer import Scorer
 from service.settings import Settings
-from service.swap import Swap
+from service.store import redis_store
+from service.store.feature_store import FeatureStore, StoreUnavailable
+from service.store.memory_store import MemoryStore
+from service.worker import Place
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
 
     app = App(
         title="Clickserve",
-        description=documents.DESCRIPTION,
+        description=openapi.DESCRIPTION,
         version=importlib.metadata.version("clickserve"),
         lifespan=lifespan,
         redirect_slashes=False,
@@ -62,7 +67,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
     routes = frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
     app.add_middleware(Recorder, metrics=metrics, routes=routes)
     app.predict = Recorder(Straight(api.predicted), metrics=metrics, routes=routes)
-    documents.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
+    openapi.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
     for kind in (Problem, HTTPException, RecursionError):
         app.add_exception_handler(kind, answer_error)
     return app
@@ -72,8 +77,8 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
 async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[Parts]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
-        running = Running(experiment.given(settings.experiment))
-        served = peers.served(place)
+        running = Running(assignment.given(settings.experiment))
+        served = coordination.served(place)
         store, writing = _stores(settings)
         for opened in (store, writing):
             stack.push_async_callback(opened.aclose)

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from service import redis_server
-from service.redis_server import NoRedisServer, RedisServer
+from service.store import local_server
+from service.store.local_server import NoRedisServer, RedisServer
 
 # A law holds however slow the machine is.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -20,19 +20,19 @@ settings.load_profile("patient")
 def session_redis() -> Iterator[RedisServer]:
     """One real server for all tests that need no server of their own. Skips on a laptop without one, fails in CI."""
     try:
-        redis_server.binary()
+        local_server.binary()
     except NoRedisServer as err:
         if os.environ.get("CI"):
             pytest.fail(str(err))
         pytest.skip(str(err))
-    with redis_server.start() as server:
+    with local_server.start() as server:
         yield server
 
 
 @pytest.fixture
 def own_redis(session_redis: RedisServer) -> Iterator[RedisServer]:
     """A server for one test to freeze, fill or kill."""
-    with redis_server.start() as server:
+    with local_server.start() as server:
         yield server
 
 

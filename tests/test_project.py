@@ -58,7 +58,7 @@ def test_no_other_installed_package_owns_our_import_names():
 def test_every_metric_on_the_dashboard_is_one_the_service_has():
     from prometheus_client import generate_latest
 
-    from service.metrics import Metrics
+    from service.observability.metrics import Metrics
 
     exposed = set(METRIC.findall(generate_latest(Metrics().registry).decode()))
     exposed |= {f"{name}{suffix}" for name in exposed for suffix in ("_bucket", "_sum", "_count", "_total")}

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from training.batches import Prepared
-    from training.runs import Trained
+    from training.data.batches import Prepared
+    from training.fit.run_folder import Trained
 
 # torch, polars and matplotlib take seconds to load: only the command that needs them imports them.
 MODELS = (
@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from training.simulate import simulate
+    from training.simulator.simulate import simulate
 
     simulate(options.out, options.users, options.items, options.rows, options.seed)
     _next("prepare", "simulated", "--source", options.out, "--out", "DIR")
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from training.prepare import prepare
+    from training.data.prepare import prepare
 
     prepared = prepare(options.dataset, options.source, options.out, options.schema, options.settings)
     _next("train", "mian" if prepared["history_length"] else "stec", "--data", options.out, "--out", "RUN")
@@ -65,13 +65,14 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     _use_threads(options.threads)
-    from training import report, runs
-    from training.batches import Prepared
+    from training.data.batches import Prepared
+    from training.evaluation import run_report
+    from training.fit import run_folder
 
     data = Prepared.open(options.data)
-    run = runs.begin(options.out, data, options.model, options.recipe, options.settings, resume=options.resume)
-    figures = runs.train(options.out, data, run)
-    print(report.table({part: figures[part] for part in ("valid", "test")}))
+    run = run_folder.begin(options.out, data, options.model, options.recipe, options.settings, resume=options.resume)
+    figures = run_folder.train(options.out, data, run)
+    print(run_report.table({part: figures[part] for part in ("valid", "test")}))
     print(
         f"{figures['parameters']:,} parameters, {figures['epochs']} epochs in {figures['train_seconds']:.0f} s,"
         f" {figures['samples_per_s']:,.0f} samples/s"
@@ -81,32 +82,33 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _use_threads(options.threads)
-    from training import report, runs
-    from training.batches import Prepared
+    from training.data.batches import Prepared
+    from training.evaluation import run_report
+    from training.fit import run_folder
 
-    trained = runs.read(options.run)
+    trained = run_folder.read(options.run)
     data = Prepared.open(options.data or trained.data)
-    logits = runs.score(trained, data, options.part)
+    logits = run_folder.score(trained, data, options.part)
     if options.predictions is not None:
         _write_predictions(options.predictions, trained, data, options.part, logits)
         say(f"wrote {options.predictions}: row, label, logit and calibrated ctr of {len(logits):,} rows")
-    print(report.table({options.part: runs.measure(data, options.part, logits, trained.calibration)}))
+    print(run_report.table({options.part: run_folder.measure(data, options.part, logits, trained.calibration)}))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from training import runs
+    from training.fit import run_folder
 
-    trained = runs.read(options.run)
+    trained = run_folder.read(options.run)
     say(f"exporting {trained.run.model} to ONNX and TorchScript")
-    print(f"wrote {runs.export(trained, options.out)}, read back and verified")
+    print(f"wrote {run_folder.export(trained, options.out)}, read back and verified")
 
 
 def _compare(options: argparse.Namespace) -> None:
     if not options.report_only and (options.seeds is None or not (options.models or options.variants)):
         raise UserError("compare wants --seeds and --models or --variant, or else --report-only")
     _use_threads(options.threads)
-    from training import compare
-    from training.batches import Prepared
+    from training.comparison import compare
+    from training.data.batches import Prepared
 
     data, failed = Prepared.open(options.data), []
     if not options.report_only:
@@ -122,10 +124,11 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     _use_threads(options.threads)
-    from training import explain, runs
-    from training.batches import Prepared
+    from training.data.batches import Prepared
+    from training.explanation import explain
+    from training.fit import run_folder
 
-    trained = runs.read(options.run)
+    trained = run_folder.read(options.run)
     data = Prepared.open(options.data or trained.data)
     num = options.requests or 3
     files = explain.explain(trained, data, options.part, options.out, rows=options.rows, num_requests=num)

@@ -19,13 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import artifact
-from models.artifact import EXPLAINING, LOGIT_TOLERANCE, Golden
-from models.blocks import CTRModel
-from models.calibration import Calibration
-from models.encoding import Arrays, Encoder, Request, concat
-from models.schema import PAD, Input, Schema, input_name
-from models.taps import explain
+from models.artifact import folder as artifact
+from models.artifact.calibration import Calibration
+from models.artifact.folder import EXPLAINING, LOGIT_TOLERANCE, Golden
+from models.features.arrays import Arrays, concat
+from models.features.encoder import Encoder
+from models.features.field import PAD, Input, input_name
+from models.features.request import Request
+from models.features.schema import Schema
+from models.layers.base import CTRModel, explain
 
 # From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.schema import SchemaSpec
+from models.features.schema import SchemaSpec
 from training.errors import UserError
 
 PARTS = ("train", "valid", "test")

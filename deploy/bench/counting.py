@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from prometheus_client import values
 
-from service import shared_metrics
-from service.metrics import STAGES, Metrics
-from service.place import Place
-from service.workers import SHARED_MEMORY
+from service.observability import multiprocess
+from service.observability.metrics import STAGES, Metrics
+from service.process.supervisor import SHARED_MEMORY
+from service.worker import Place
 
 REPEATS = 300  # requests of one turn
 CTR = np.random.default_rng(0).beta(1, 20, 100)
@@ -36,7 +36,7 @@ def main() -> None:
         (Path(ours) / "metrics").mkdir()
         kinds: dict[str, type] = {
             IN_MEMORY: values.MutexValue,
-            "our files": shared_metrics.value_class(Path(ours) / "metrics", place.slot),
+            "our files": multiprocess.value_class(Path(ours) / "metrics", place.slot),
             "the library's files": values.MultiProcessValue(lambda: place.slot),  # type: ignore[no-untyped-call]
         }
         metrics = {}

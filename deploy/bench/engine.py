@@ -13,9 +13,9 @@
 
 Before each of 3 to 5 it tells how still the machine is (still.py): on a shared one that bounds every latency.
 For 1 and 2 the service and the bare graph have the first core to themselves and everything else is on the others, and
-both sides take turns. `--knee`, where it is known, saves 4 and 5 the search. The model is MIAN as models/mian.py has
-it, T = 30, d = 16, with 8 user, 6 context and 5 item fields, untrained: its speed does not depend on its weights. Of
-each figure OUT holds figureN.md and figureN.json.
+both sides take turns. `--knee`, where it is known, saves 4 and 5 the search. The model is MIAN as models/papers/mian.py
+has it, T = 30, d = 16, with 8 user, 6 context and 5 item fields, untrained: its speed does not depend on its weights.
+Of each figure OUT holds figureN.md and figureN.json.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import still
-from figures import FIGURES, Stand, say
+from engine_figures import FIGURES, Stand, say
 
-from service import redis_server
+from service.store import local_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for figure in options.figure or (1, 2, 3, 4):
             # What is started from here inherits it: generators and store leave the first core to the service.
             os.sched_setaffinity(0, cores[1:] if figure in (1, 2) else cores)
-            with redis_server.start() as server:
+            with local_server.start() as server:
                 _fill(folder, server.url)
                 stand = Stand(
                     folder=folder,
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare(artifacts: Path) -> None:
     if (artifacts / "rows" / "current.json").exists():
         return
-    from subject import export_all, fit, make_world
+    from workload import export_all, fit, make_world
 
     say("exporting the models")
     world = make_world()
@@ -86,7 +86,7 @@ def _prepare(artifacts: Path) -> None:
 
 
 def _fill(folder: Path, redis_url: str) -> None:
-    from subject import load, make_world
+    from workload import load, make_world
 
     say("filling the store")
     load(make_world(), folder, redis_url)

@@ -31,13 +31,15 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from models import artifact
-from models.artifact import LOGIT_TOLERANCE, Artifact, ArtifactError
-from models.encoding import Arrays
-from service.backends import Backend, Device, OnnxBackend, session_options
-from service.buckets import CANDIDATES
-from service.cuda import OnnxCudaBackend
-from service.torchscript import TorchScriptCudaBackend
+from models.artifact import folder as artifact
+from models.artifact.errors import ArtifactError
+from models.artifact.folder import LOGIT_TOLERANCE, Artifact
+from models.features.arrays import Arrays
+from service.runtime.backend import Backend, Device
+from service.runtime.onnx_cpu import OnnxBackend, session_options
+from service.runtime.onnx_cuda import OnnxCudaBackend
+from service.runtime.static_shapes import CANDIDATES
+from service.runtime.torchscript import TorchScriptCudaBackend
 
 NO_STEPS = {"Constant", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}  # they only rename memory
 RUNTIMES = {"onnx": "ONNX Runtime", "torchscript": "TorchScript"}

@@ -18,11 +18,14 @@ from typing import TypeVar
 
 import torch
 
-from models import artifact, zoo
-from models.calibration import Calibration
-from models.encoding import Encoder, Request
-from models.schema import FieldSpec, Schema, SchemaSpec
-from service import backends
+from models import zoo
+from models.artifact import folder as artifact
+from models.artifact.calibration import Calibration
+from models.features.encoder import Encoder
+from models.features.field import FieldSpec
+from models.features.request import Request
+from models.features.schema import Schema, SchemaSpec
+from service.runtime import backends
 from training.export import export
 
 T = TypeVar("T")

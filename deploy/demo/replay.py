@@ -21,8 +21,8 @@ import httpx
 import numpy as np
 import polars as pl
 
-from models.schema import Schema
-from training.metrics import auc
+from models.features.schema import Schema
+from training.evaluation.metrics import auc
 
 AUC_TOLERANCE = 1e-6
 SWAPPED_PAIRS = 3

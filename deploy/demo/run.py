@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import polars as pl
-from online import ROOT, check_port_is_free, command, online, scores
+from local_stack import ROOT, check_port_is_free, command, online, scores
 from replay import Agreement, compare, replay, table
 
-from service.analysis import ClickRate, click_rate, lift
+from service.experiments.analysis import ClickRate, click_rate, lift
 
 FOLDER = ROOT / "demo"
 ARMS = ("mian", "stec")

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.flat import Deep, DeepConfig, FlatModel, request_names
-from models.blocks import Inputs, UserState, merge_heads, split_heads, start_linears
-from models.config import Count
-from models.explanation import CANDIDATE, LOOKS, Axis, Explanation, numbered
-from models.schema import Schema
-from models.taps import tap
+from models.artifact.explanation import CANDIDATE, LOOKS, Axis, Explanation, numbered
+from models.baselines.flat_model import Deep, DeepConfig, FlatModel, request_names
+from models.features.schema import Schema
+from models.layers.attention import merge_heads, split_heads
+from models.layers.base import Inputs, UserState
+from models.layers.config import Count
+from models.layers.initialisation import start_linears
+from models.layers.intermediates import record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,6 @@ class Interacting(nn.Module):
     def forward(self, x_CFD: Tensor) -> Tensor:
         query_CHFW = split_heads(self.query(x_CFD) / self.scale, self.heads)
         weights_CHFF = (query_CHFW @ split_heads(self.key(x_CFD), self.heads).transpose(-1, -2)).softmax(dim=-1)
-        tap("field_attn", weights_CHFF)
+        record("field_attn", weights_CHFF)
         attended_CFA = merge_heads(self.dropout(weights_CHFF) @ split_heads(self.value(x_CFD), self.heads))
         return F.relu(self.norm(attended_CFA + self.residual(x_CFD)))

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.sequence import SequenceConfig, SequenceModel
-from models.blocks import Inputs, SelfAttention, UserState, start_linears, tiny_normal
-from models.config import Count
-from models.explanation import ATTENDED_EVENT, CANDIDATE, EVENT, Explanation, numbered
-from models.schema import Schema
+from models.artifact.explanation import ATTENDED_EVENT, CANDIDATE, EVENT, Explanation, numbered
+from models.baselines.sequence_model import SequenceConfig, SequenceModel
+from models.features.schema import Schema
+from models.layers.attention import SelfAttention
+from models.layers.base import Inputs, UserState
+from models.layers.config import Count
+from models.layers.initialisation import start_linears, tiny_normal
 
 
 @dataclass(frozen=True, kw_only=True)

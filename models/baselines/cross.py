@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.baselines.flat import Deep, DeepConfig, FlatModel
+from models.baselines.flat_model import Deep, DeepConfig, FlatModel
 from models.baselines.linear import LR, LRConfig
-from models.blocks import Inputs, UserState, start_linears
-from models.config import Count
-from models.schema import Schema
+from models.features.schema import Schema
+from models.layers.base import Inputs, UserState
+from models.layers.config import Count
+from models.layers.initialisation import start_linears
 
 
 @dataclass(frozen=True, kw_only=True)

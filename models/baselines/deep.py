@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.flat import Deep, DeepConfig, FlatModel
+from models.baselines.flat_model import Deep, DeepConfig, FlatModel
 from models.baselines.linear import LR, LRConfig
-from models.blocks import MLP, CTRModel, FieldEmbeddings, Inputs, UserState, start_linears, tiny_normal
-from models.schema import Schema
+from models.features.schema import Schema
+from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.embeddings import FieldEmbeddings
+from models.layers.initialisation import start_linears, tiny_normal
+from models.layers.mlp import MLP
 
 
 @dataclass(frozen=True, kw_only=True)

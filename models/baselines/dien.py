@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.sequence import SequenceConfig, SequenceModel, sampled_loss
-from models.blocks import Inputs, UserState, masked_softmax, start_linears
-from models.config import Weight
-from models.explanation import BEHAVIOUR, CANDIDATE, Explanation
-from models.schema import Schema
-from models.taps import tap
+from models.artifact.explanation import BEHAVIOUR, CANDIDATE, Explanation
+from models.baselines.sequence_model import SequenceConfig, SequenceModel, sampled_loss
+from models.features.schema import Schema
+from models.layers.attention import masked_softmax
+from models.layers.base import Inputs, UserState
+from models.layers.config import Weight
+from models.layers.initialisation import start_linears
+from models.layers.intermediates import record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class DIEN(SequenceModel):
         keys_CTE, read_CTG, mask_CT = (state[n].index_select(0, user_index) for n in ("keys", "read", "mask"))
         scores_CT = (keys_CTE @ self.target(items).unsqueeze(-1)).squeeze(-1)
         attention_CT = masked_softmax(scores_CT, mask_CT)
-        tap("alpha_behaviour", attention_CT)
+        record("alpha_behaviour", attention_CT)
         evolved_CE = self.evolution(read_CTG, mask_CT, attention_CT)[-1]
         return self.finish(state, items, evolved_CE, user_index)
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.sequence import SequenceConfig, SequenceModel, sampled_loss
-from models.blocks import FieldEmbeddings, Inputs, UserState, masked_softmax, start_linears, tiny_normal
-from models.config import Count, Weight
-from models.schema import Schema, input_name
+from models.baselines.sequence_model import SequenceConfig, SequenceModel, sampled_loss
+from models.features.field import input_name
+from models.features.schema import Schema
+from models.layers.attention import masked_softmax
+from models.layers.base import Inputs, UserState
+from models.layers.config import Count, Weight
+from models.layers.embeddings import FieldEmbeddings
+from models.layers.initialisation import start_linears, tiny_normal
 
 
 @dataclass(frozen=True, kw_only=True)

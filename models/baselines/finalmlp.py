@@ -15,10 +15,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from models.baselines.flat import FlatConfig, FlatModel
-from models.blocks import FieldEmbeddings, Inputs, UserState, start_linears, tiny_normal
-from models.config import Count, Share
-from models.schema import Group, Schema
+from models.baselines.flat_model import FlatConfig, FlatModel
+from models.features.field import Group
+from models.features.schema import Schema
+from models.layers.base import Inputs, UserState
+from models.layers.config import Count, Share
+from models.layers.embeddings import FieldEmbeddings
+from models.layers.initialisation import start_linears, tiny_normal
 
 Context: TypeAlias = Literal["off", "learned", "user", "context", "item"]
 

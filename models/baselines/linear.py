@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.baselines.flat import FlatConfig, request_names
-from models.blocks import CTRModel, FieldEmbeddings, Inputs, UserState, tiny_normal
-from models.config import Config, Weight
-from models.explanation import BIAS, CANDIDATE, REQUEST, Axis, Explanation, of_fields
-from models.schema import Schema
-from models.taps import tap
+from models.artifact.explanation import BIAS, CANDIDATE, REQUEST, Axis, Explanation, of_fields
+from models.baselines.flat_model import FlatConfig, request_names
+from models.features.schema import Schema
+from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.config import Config, Weight
+from models.layers.embeddings import FieldEmbeddings
+from models.layers.initialisation import tiny_normal
+from models.layers.intermediates import record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class LR(CTRModel):
         if not fields:
             return {}
         weights_UF = torch.cat(fields, dim=1)
-        tap("request_contrib", weights_UF)
+        record("request_contrib", weights_UF)
         return {"first_order": weights_UF.sum(dim=1)}
 
     def score(self, state: UserState, inputs: Inputs) -> Tensor:
@@ -48,9 +50,9 @@ class LR(CTRModel):
         items = self.fields.group("item", inputs)
         if items:
             weights_CF = torch.cat(items, dim=1)
-            tap("item_contrib", weights_CF)
+            record("item_contrib", weights_CF)
             parts.append(weights_CF.sum(dim=1))
-        tap("bias", self.bias.squeeze)
+        record("bias", self.bias.squeeze)
         return torch.stack(parts).sum(dim=0) + self.bias
 
     def explanations(self) -> tuple[Explanation, ...]:

@@ -19,8 +19,8 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from service import documents
 from service.app import create_app
+from service.http import openapi
 from service.settings import Settings
 from tests.service import tiny
 
@@ -113,7 +113,7 @@ def test_the_document_names_every_route_and_limit_of_the_contract(url: str) -> N
     tensors = {path + end for path in V2 for end in ("", "/ready", "/infer")}
     admin = {"/experiments/{name}", "/models/{arm}/load", "/models/{arm}/rollback"}
     assert set(paths) == {"/predict", "/explain", "/events", *READS, *tensors, *admin}
-    assert documents.PREDICT["responses"].keys() <= {200, 400, 408, 409, 413, 415, 422, 503, 504}
+    assert openapi.PREDICT["responses"].keys() <= {200, 400, 408, 409, 413, 415, 422, 503, 504}
     for name, limit in (("PredictRequest", 1000), ("ExplainRequest", 20)):
         rows, columns = document["components"]["schemas"][name]["properties"]["candidates"]["anyOf"]
         ids = columns["properties"]["id"]

@@ -13,18 +13,20 @@ import pytest
 import torch
 
 from models import zoo
-from models.artifact import LOGIT_TOLERANCE
-from models.encoding import Encoder, Request
-from models.schema import Schema
-from models.values import Row
+from models.artifact.folder import LOGIT_TOLERANCE
+from models.features.encoder import Encoder
+from models.features.request import Request
+from models.features.schema import Schema
+from models.features.values import Row
 from service.app import create_app
 from service.settings import Settings
-from training import recipes, runs
-from training.batches import Prepared
+from training import recipes
+from training.data.batches import Prepared
+from training.data.prepare import prepare
 from training.datasets import simulated
-from training.prepare import prepare
-from training.runs import Trained
-from training.simulate import simulate
+from training.fit import run_folder
+from training.fit.run_folder import Trained
+from training.simulator.simulate import simulate
 
 # Exports take most of the time, more with every field and with every click that DIEN steps through: DeepFM's 3 s and
 # DIEN's 7 s of CPU with these, 5 s and 23 s with all the fields and 20 clicks of a simulated log.
@@ -50,9 +52,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 def trained(name: str, data: Prepared, folder: Path) -> Trained:
     recipe = recipes.default(name, "simulated")
-    run = runs.begin(folder, data, name, recipe, BRIEF, resume=False)
-    runs.train(folder, data, run)
-    return runs.read(folder)
+    run = run_folder.begin(folder, data, name, recipe, BRIEF, resume=False)
+    run_folder.train(folder, data, run)
+    return run_folder.read(folder)
 
 
 @asynccontextmanager
@@ -134,7 +136,7 @@ def offline(model: Trained, request: Request) -> Any:
 @pytest.mark.parametrize("name", zoo.MODELS)
 async def test_a_trained_model_answers_over_http_as_it_does_offline(name: str, data: Prepared, tmp_path: Path):
     model = trained(name, data, tmp_path / "run")
-    runs.export(model, tmp_path / "artifacts")
+    run_folder.export(model, tmp_path / "artifacts")
     answered: set[tuple[str, str, str]] = set()
     logits: list[float] = []
 

@@ -11,9 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import artifact, zoo
-from models.calibration import Calibration
-from models.requests import request_to_json
+from models import zoo
+from models.artifact import folder as artifact
+from models.artifact.calibration import Calibration
+from models.artifact.golden import request_to_json
 from tests.models.small import encoded, lively, raw_requests, with_history, without_history
 from training import export
 from training.export import ExportError

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.encoding import Event, history
-from models.values import Row
-from service.features import MAX_FEATURES_BYTES, Click, FeatureStore, MemoryStore, pack_row, unpack_row
-from service.redis_store import RedisStore
+from models.features.history import Event, history
+from models.features.values import Row
+from service.store.codec import MAX_FEATURES_BYTES, Click, pack_row, unpack_row
+from service.store.feature_store import FeatureStore
+from service.store.memory_store import MemoryStore
+from service.store.redis_store import RedisStore
 
 NOW = 2e9
 

@@ -14,15 +14,17 @@ from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import artifact
-from models.artifact import Artifact, ArtifactError
-from models.encoding import Arrays
-from models.schema import Input
-from service import backends
-from service.backends import BackendError, OnnxBackend, session_options
-from service.buckets import ALIGNMENT, Gate, Layout, parts
-from service.cuda import OnnxCudaBackend
-from service.torchscript import TorchScriptCudaBackend
+from models.artifact import folder as artifact
+from models.artifact.errors import ArtifactError
+from models.artifact.folder import Artifact
+from models.features.arrays import Arrays
+from models.features.field import Input
+from service.runtime import backends
+from service.runtime.backend import BackendError
+from service.runtime.onnx_cpu import OnnxBackend, session_options
+from service.runtime.onnx_cuda import OnnxCudaBackend
+from service.runtime.static_shapes import ALIGNMENT, Gate, Layout, parts
+from service.runtime.torchscript import TorchScriptCudaBackend
 from tests.models.small import lively, with_history
 from tests.service import tiny
 from training.export import example, to_onnx, to_torchscript, used_inputs

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import zoo
-from models.encoding import concat
+from models.features.arrays import concat
 from tests.models.small import encoded, lively, one_request, rows_of, tensors, with_history, without_history
 from training.export import example
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from service.redis_server import RedisServer
+from service.store.local_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 

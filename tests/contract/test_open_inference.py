@@ -12,7 +12,10 @@ import uvicorn
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
-from models.encoding import Arrays, Encoder, Event, Request
+from models.features.arrays import Arrays
+from models.features.encoder import Encoder
+from models.features.history import Event
+from models.features.request import Request
 from service.app import create_app
 from service.settings import Settings
 from tests.service import tiny

@@ -20,7 +20,7 @@ BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        yield importlib.import_module("subject"), importlib.import_module("bare")
+        yield importlib.import_module("workload"), importlib.import_module("bare")
 
 
 def test_the_row_form_scores_as_the_request_form_and_reads_the_user_for_every_candidate(modules):

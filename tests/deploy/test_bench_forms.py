@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.training.tiny import write_prepared
-from training.batches import Prepared
+from training.data.batches import Prepared
 
 BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 
@@ -20,7 +20,7 @@ BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 def forms() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        yield importlib.import_module("forms")
+        yield importlib.import_module("model_latency")
 
 
 @pytest.fixture(scope="module")

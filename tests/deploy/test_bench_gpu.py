@@ -12,10 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from models import artifact
-from models.artifact import Golden
-from models.calibration import Calibration
-from models.encoding import Encoder, concat
+from models.artifact import folder as artifact
+from models.artifact.calibration import Calibration
+from models.artifact.folder import Golden
+from models.features.arrays import concat
+from models.features.encoder import Encoder
 from tests.models.small import lively, raw_requests, with_history
 from training.export import to_onnx, to_torchscript, used_inputs
 

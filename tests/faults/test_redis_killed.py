@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service import redis_server
-from service.redis_server import RedisServer
+from service.store import local_server
+from service.store.local_server import RedisServer
 from tests.service.conftest import Running, Start
 
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
@@ -40,7 +40,7 @@ class Fault:
             self._server = self._start()
 
     def _start(self) -> RedisServer:
-        return self._servers.enter_context(redis_server.start(self._folder, durable=True))
+        return self._servers.enter_context(local_server.start(self._folder, durable=True))
 
 
 @contextmanager

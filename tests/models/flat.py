@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.blocks import CTRModel, FieldEmbeddings
+from models.layers.base import CTRModel
+from models.layers.embeddings import FieldEmbeddings
 
 Numbers: TypeAlias = Any  # NumPy's arithmetic is typed as Any
 Weights: TypeAlias = dict[str, Numbers]
@@ -50,7 +51,7 @@ def sigmoid(x: Numbers) -> Numbers:
 
 
 def mlp(p: Weights, name: str, x: Numbers, config: Any) -> float:
-    """The logit of `models.blocks.MLP` for one row."""
+    """The logit of `models.layers.base.MLP` for one row."""
     step = 3 + config.batch_norm  # batch norm if asked, ReLU, dropout, linear
     x = linear(p, f"{name}.first", x)
     for layer in range(len(config.hidden)):

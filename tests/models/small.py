@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from models import zoo
-from models.blocks import CTRModel
-from models.encoding import Arrays, Encoder, Event, Request, concat
-from models.schema import PAD, FieldSpec, Schema, SchemaSpec
-from models.values import Columns, Row
+from models.features.arrays import Arrays, concat
+from models.features.encoder import Encoder
+from models.features.field import PAD, FieldSpec
+from models.features.history import Event
+from models.features.request import Request
+from models.features.schema import Schema, SchemaSpec
+from models.features.values import Columns, Row
+from models.layers.base import CTRModel
 from training.export import example
 
 GENRES = ["drama", "comedy", "noir"]

@@ -13,15 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import blocks, zoo
-from models.blocks import CTRModel, FieldEmbeddings, masked_softmax
-from models.encoding import Arrays
+from models import zoo
+from models.features.arrays import Arrays
+from models.layers import base
+from models.layers.attention import masked_softmax
+from models.layers.base import CTRModel
+from models.layers.embeddings import FieldEmbeddings
 from tests.models.small import lively, one_request, rows_of, tensors, without_history
 from tests.models.traps import SCHEMA, assert_equal, caught, logits_of
-from training import optimizers
 from training.config import Run
 from training.export import example, used_inputs
-from training.optimizers import FTRL
+from training.fit import optimizers
+from training.fit.optimizers import FTRL
 
 READERS = [
     n for n in zoo.MODELS if "hist_mask" in [i.name for i in used_inputs(zoo.build(n, {}, SCHEMA).eval(), SCHEMA)]
@@ -79,7 +82,7 @@ def test_an_empty_history_is_a_history(name):
 
 @pytest.mark.parametrize("name", ["mian", "dien", "dmr"])
 def test_an_empty_history_under_a_softmax_of_minus_infinity_is_caught(name, monkeypatch):
-    monkeypatch.setattr(blocks, "_never", lambda mask, dtype: torch.where(mask, 0.0, -torch.inf).to(dtype))
+    monkeypatch.setattr(base, "_never", lambda mask, dtype: torch.where(mask, 0.0, -torch.inf).to(dtype))
 
     caught(check_empty_history, lively(name, SCHEMA))
 

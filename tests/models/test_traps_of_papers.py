@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from models import zoo
-from models.blocks import CTRModel, masked_softmax
-from models.dynint import DynInt
+from models.layers.attention import masked_softmax
+from models.layers.base import CTRModel
+from models.papers.dynint import DynInt
 from tests.models.small import lively, tensors
 from tests.models.traps import SCHEMA, assert_equal, caught
 from training.export import example

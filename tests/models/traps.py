@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.blocks import CTRModel
-from models.encoding import Arrays
+from models.features.arrays import Arrays
+from models.layers.base import CTRModel
 from tests.models.small import tensors, with_history
 
 SCHEMA = with_history()

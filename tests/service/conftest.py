@@ -10,8 +10,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import Api, Parts
 from service.app import create_app
+from service.http.routes import Api, Parts
 from service.settings import PREFIX, Settings
 from tests.service import tiny
 
@@ -35,7 +35,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's runs are timed once when it is loaded, not for a while: for tests that load many."""
-    monkeypatch.setattr("service.cost.ROUNDS_S", 0.0)
+    monkeypatch.setattr("service.runtime.latency_model.ROUNDS_S", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from models.encoding import Arrays, concat
-from service.backends import BackendError
-from service.batching import Batcher, Runner
-from service.cost import Cost
+from models.features.arrays import Arrays, concat
 from service.deadline import Deadline
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.runtime.backend import BackendError
+from service.runtime.batcher import Batcher, Runner
+from service.runtime.latency_model import Cost
 
 
 class Fake:

@@ -1,7 +1,8 @@
 """What the tests of the Redis store say to it."""
 
-from service.features import Click, StoreUnavailable
-from service.redis_store import RedisStore
+from service.store.codec import Click
+from service.store.feature_store import StoreUnavailable
+from service.store.redis_store import RedisStore
 
 
 def click(number: int, *, user: str = "u1", item: str = "ad1", **features: str) -> Click:

@@ -17,11 +17,13 @@ import httpx
 import pytest
 import yaml
 
-from models.artifact import ArtifactError
+from models.artifact.errors import ArtifactError
 from service.app import create_app
-from service.experiment import ExperimentError
-from service.features import MemoryStore, StoreUnavailable, unpack_row
+from service.experiments.assignment import ExperimentError
 from service.settings import Settings, SettingsError
+from service.store.codec import unpack_row
+from service.store.feature_store import StoreUnavailable
+from service.store.memory_store import MemoryStore
 from tests.service import tiny
 from tests.service.conftest import TWO_ARMS, Running, Start
 

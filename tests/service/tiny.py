@@ -6,12 +6,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from models import artifact
-from models.artifact import EXPLAINING, Golden
-from models.calibration import Calibration
-from models.encoding import Arrays, Encoder, Event, Request, concat
-from models.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
-from models.schema import FIRST, FieldSpec, Schema, SchemaSpec
+from models.artifact import folder as artifact
+from models.artifact.calibration import Calibration
+from models.artifact.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
+from models.artifact.folder import EXPLAINING, Golden
+from models.features.arrays import Arrays, concat
+from models.features.encoder import Encoder
+from models.features.field import FIRST, FieldSpec
+from models.features.history import Event
+from models.features.request import Request
+from models.features.schema import Schema, SchemaSpec
 
 T = 3
 POSITIONS = np.array([1.0, 2.0, 4.0], dtype=np.float32)  # so that the order of the history shows in the score

@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 
-from models import artifact
+from models.artifact import folder as artifact
 from tests.training.tiny import write_prepared
 from training.__main__ import MODELS, main
-from training.metrics import auc
+from training.evaluation.metrics import auc
 
 QUICK = ["--threads", "1", "--set", "max_epochs=2", "batch_size=100", "model.emb_dim=8"]
 
@@ -198,7 +198,7 @@ def test_more_than_the_memory_holds_is_one_clear_error(tmp_path, capsys, monkeyp
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr("training.simulate.simulate", no_memory)
+    monkeypatch.setattr("training.simulator.simulate.simulate", no_memory)
 
     words = ["simulate", "--out", "x", "--users", "5", "--items", "40", "--rows", "80", "--seed", "1"]
     assert "not enough memory" in refused(capsys, *words)
@@ -235,7 +235,7 @@ def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, capsys, monkeypatc
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.loop._step", interrupted)
+    monkeypatch.setattr("training.fit.loop._step", interrupted)
 
     assert main(["train", "lr", "--data", str(data), "--out", str(tmp_path / "my run")]) == 130
 

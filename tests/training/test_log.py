@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.schema import FieldSpec, SchemaSpec
-from training import spill
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
+from training.data import time_order
+from training.data.time_order import complete
 from training.errors import UserError
 from training.log import PARTS, Log, split_by_time
-from training.spill import complete
 
 
 @given(times=st.lists(st.integers(0, 30), min_size=1, max_size=100))
@@ -97,8 +98,8 @@ def test_blocks_and_buckets_of_any_size_give_the_same_rows(times, tmp_path_facto
     whole = complete(log_of(rows), folder / "whole").collect()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spill, "BLOCK", 3)
-        patch.setattr(spill, "BUCKET", 5)
+        patch.setattr(time_order, "BLOCK", 3)
+        patch.setattr(time_order, "BUCKET", 5)
         small = complete(log_of(rows), folder / "small").collect()
 
     assert small.equals(whole)

@@ -3,8 +3,9 @@
 import pytest
 
 from models import zoo
-from models.schema import FieldSpec, Schema, SchemaSpec
-from models.values import Columns
+from models.features.field import FieldSpec
+from models.features.schema import Schema, SchemaSpec
+from models.features.values import Columns
 from training import recipes
 
 ITEM = [FieldSpec(name=name, kind="categorical", group="item") for name in ("movie", "genre", "site")]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from models.encoding import Encoder
-from models.schema import FieldSpec, SchemaSpec
+from models.features.encoder import Encoder
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
 
 ITEMS, USERS, GENRES, LENGTH = 40, 60, 4, 5
 

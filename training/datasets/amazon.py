@@ -24,8 +24,9 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from models.schema import FieldSpec, SchemaSpec
-from training.datasets import delimited, lines
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
+from training.datasets import delimited, text_lines
 from training.datasets.delimited import Form
 from training.datasets.negatives import Sampling, with_negatives
 from training.errors import UserError
@@ -136,11 +137,11 @@ def _one(source: Path, pattern: str) -> Path | None:
 
 def _reviews(file: Path) -> pl.DataFrame:
     keys = {"user": "reviewerID", "item": "asin", "ts": "unixReviewTime"}
-    rows = lines.scan(file).with_columns(
+    rows = text_lines.scan(file).with_columns(
         **{name: pl.col("line").str.json_path_match(f"$.{key}") for name, key in keys.items()}
     )
     fine = (pl.col("user") != "") & (pl.col("item") != "") & pl.col("ts").str.contains(r"^[0-9]{1,18}$")
-    lines.check(file, rows, fine.fill_null(value=False), f"a JSON object with {', '.join(keys.values())}")
+    text_lines.check(file, rows, fine.fill_null(value=False), f"a JSON object with {', '.join(keys.values())}")
     bought = rows.select("user", "item", pl.col("ts").cast(pl.Float64))
     return _in_seconds(bought.collect(engine="streaming"), file)
 
@@ -149,9 +150,9 @@ def _categories(file: Path) -> pl.DataFrame:
     """The last category of each item. The 2014 files spell objects as Python does, which no JSON reader takes."""
     text = pl.col("line")
     last = text.str.extract(r"""['"]categories['"]: *(\[\[.*?\]\])""").str.extract_groups(QUOTED + r"\]\]$")
-    rows = lines.scan(file).with_columns(item=text.str.extract(r"""['"]asin['"]: *['"](\w+)['"]"""), last=last)
+    rows = text_lines.scan(file).with_columns(item=text.str.extract(r"""['"]asin['"]: *['"](\w+)['"]"""), last=last)
     fine = pl.col("item").is_not_null() & text.str.contains(r"^\{.*\}\s*$")
-    lines.check(file, rows, fine, "an object {...} with asin and categories")
+    text_lines.check(file, rows, fine, "an object {...} with asin and categories")
     category = pl.coalesce(pl.col("last").struct.unnest()).str.replace_all(r"\\(.)", "$1")
     return _once(rows.select("item", category=category).collect(engine="streaming"), file)
 

@@ -7,8 +7,8 @@ What a column means is not published, so all fields are the candidate's: nothing
 is no clock; a row's number stands in for its time, and is what the random split is made by.
 
     split      dynint: 70/10/20 %, as DynInt. x1: 72/18/10 %, the sizes of AFN's and STEC's Criteo_x1, not its very rows
-    discretise how an integer becomes a level (`models.schema.buckets`), in training and serving alike; none keeps it a
-               number, scaled to its range in training, as STEC has it
+    discretise how an integer becomes a level (`features.values.buckets`), in training and serving alike; none keeps it
+               a number, scaled to its range in training, as STEC has it
     min_count  rarer levels are unknown: 20 as DynInt; the x1 set has 10
 """
 
@@ -18,8 +18,9 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from models.schema import FieldSpec, SchemaSpec
-from models.values import Discretise
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
+from models.features.values import Discretise
 from training.datasets import delimited
 from training.datasets.delimited import LABEL, Form
 from training.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from training.datasets import lines
+from training.datasets import text_lines
 from training.errors import UserError
 
 
@@ -24,7 +24,7 @@ LABEL = Form("[01]", "0 or 1")
 
 def header(file: Path) -> str:
     """The first line, without what an editor may have put around it. Raises UserError where there is none."""
-    first: str = lines.scan(file).head(1).collect()["line"][0]
+    first: str = text_lines.scan(file).head(1).collect()["line"][0]
     return first.removeprefix("\ufeff").removesuffix("\r")
 
 
@@ -71,11 +71,11 @@ def read(file: Path, forms: Mapping[str, Form], *, separator: str, names: tuple[
 def check_times(file: Path, rows: pl.LazyFrame, column: str, time: pl.Expr) -> None:
     """Raises UserError that tells the first row of a file with a header whose `time` is null, as of 30 February."""
     told = rows.select(pl.col("row") + 2, line=pl.col(column), fine=time.is_not_null())
-    lines.check(file, told, pl.col("fine"), f"a time that there is in column {column}")
+    text_lines.check(file, told, pl.col("fine"), f"a time that there is in column {column}")
 
 
 def _first_wrong(file: Path, form: str, after: int) -> tuple[int, str] | None:
-    rows = lines.scan(file).filter(pl.col("row") > after)
+    rows = text_lines.scan(file).filter(pl.col("row") > after)
     try:
         wrong = rows.filter(~pl.col("line").str.contains(form)).head(1).collect(engine="streaming")
         is_empty = wrong.is_empty() and rows.head(1).collect(engine="streaming").is_empty()

@@ -27,7 +27,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.schema import FieldSpec, Group, SchemaSpec
+from models.features.field import FieldSpec, Group
+from models.features.schema import SchemaSpec
 from training.datasets import delimited
 from training.datasets.delimited import LABEL, Form
 from training.errors import UserError

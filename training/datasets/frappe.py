@@ -15,8 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from models.schema import FieldSpec, Group, SchemaSpec
-from training.datasets.table import Table
+from models.features.field import FieldSpec, Group
+from models.features.schema import SchemaSpec
+from training.datasets.checked_table import Table
 from training.errors import UserError
 from training.log import Log
 

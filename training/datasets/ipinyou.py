@@ -21,8 +21,9 @@ from pathlib import Path
 
 import polars as pl
 
-from models.schema import FieldSpec, Group, SchemaSpec
-from training.datasets import delimited, lines
+from models.features.field import FieldSpec, Group
+from models.features.schema import SchemaSpec
+from training.datasets import delimited, text_lines
 from training.datasets.delimited import LABEL, Form
 from training.errors import UserError
 from training.log import Log
@@ -122,9 +123,9 @@ def _price() -> pl.Expr:
 
 
 def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
-    rows = lines.scan(file)
+    rows = text_lines.scan(file)
     cells = pl.col("line").str.strip_chars_end().str.split(" ")
-    lines.check(file, rows, pl.col("line").str.contains(r"^[01](?: [0-9]+:1)" + f"{{{len(FIELDS)}}}" + r"\s*$"),
+    text_lines.check(file, rows, pl.col("line").str.contains(r"^[01](?: [0-9]+:1)" + f"{{{len(FIELDS)}}}" + r"\s*$"),
                 f"0 or 1 and {len(FIELDS)} times id:1")  # fmt: skip
     named = rows.with_columns(
         cells.list.get(number + 1)
@@ -134,16 +135,16 @@ def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
         for number, name in enumerate(FIELDS)
     )
     known = pl.all_horizontal(pl.col(name).is_not_null() for name in FIELDS)
-    lines.check(file, named, known, f"ids of {', '.join(FIELDS)}, in this order, as featindex.fm.txt has them")
+    text_lines.check(file, named, known, f"ids of {', '.join(FIELDS)}, in this order, as featindex.fm.txt has them")
     label = pl.col("line").str.slice(0, 1).cast(pl.Int8).alias("label")
     return named.select((pl.col("row") - 1).cast(pl.Float64).alias("ts"), label, *FIELDS)
 
 
 def _words(file: Path) -> dict[str, dict[str, str]]:
     """Each field's values by their id, as text."""
-    rows = lines.scan(file)
+    rows = text_lines.scan(file)
     form = r"^([A-Za-z]+):(.*)\t([0-9]+)\s*$"
-    lines.check(file, rows, pl.col("line").str.contains(form), "field:value, a TAB and an id")
+    text_lines.check(file, rows, pl.col("line").str.contains(form), "field:value, a TAB and an id")
     words: dict[str, dict[str, str]] = {name: {} for name in FIELDS}
     for name, value, number in rows.select(pl.col("line").str.extract_groups(form)).unnest("line").collect().rows():
         words.get(name, {})[number] = value

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from models.schema import FieldSpec, SchemaSpec
-from training.datasets import delimited, lines
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
+from training.datasets import delimited, text_lines
 from training.datasets.delimited import Form
 from training.datasets.negatives import with_negatives
 from training.errors import UserError
@@ -85,7 +86,7 @@ def _tagged(file: Path) -> pl.DataFrame:
         rows = delimited.read(file, {**TRIPLE, **dict.fromkeys(DATE, NUMBER)}, separator="\t")
         day = pl.concat_str(*DATE, separator="/")
         date = day.str.to_date("%d/%m/%Y", strict=False)
-        lines.check(
+        text_lines.check(
             file, rows.with_columns(pl.col("row") + 2, line=day), date.is_not_null(), "a day/month/year that there is"
         )
     else:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import polars as pl
 
-from models.schema import FieldSpec, SchemaSpec
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
 from training.errors import UserError
 from training.log import Log, check_ids, split_by_time
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import polars as pl
 
-from models.schema import FieldSpec, SchemaSpec
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
 from training.datasets import delimited
 from training.datasets.delimited import LABEL, Form
 from training.errors import UserError

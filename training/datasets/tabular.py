@@ -28,8 +28,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Setting
 
-from models.schema import FieldSpec, SchemaSpec
-from training.datasets.table import Table
+from models.features.field import FieldSpec
+from models.features.schema import SchemaSpec
+from training.datasets.checked_table import Table
 from training.errors import UserError
 from training.log import PARTS, RESERVED, Log, split_by_time
 

@@ -1,0 +1,1 @@
+"""What training hands to serving: folder, manifest, golden, calibration, explanation. No torch."""

@@ -1,0 +1,4 @@
+"""From raw values to arrays.
+
+values, field, schema, fitting, column_encoding, history, request, arrays, encoder. No torch.
+"""

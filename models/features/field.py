@@ -1,0 +1,126 @@
+"""One field of a schema: its kind, its group, what it learnt from the training part, and the arrays it becomes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field as Setting
+
+from models.features.values import Discretise
+
+PAD = 0  # absent, or a position that holds nothing: the zero vector, never trained
+
+
+OOV = 1  # present, but not seen (often enough) in training
+
+
+FIRST = 2  # the id of a vocabulary's first value
+
+
+Kind = Literal["categorical", "numeric", "multi", "time", "sequence"]
+
+
+Group = Literal["user", "context", "item", "behaviour"]
+
+
+Part = Literal["hour", "weekday", "day", "month"]
+
+
+PREFIX: Mapping[Group, str] = {"user": "user", "context": "ctx", "behaviour": "hist", "item": "item"}
+
+
+PARTS: Mapping[Part, int] = {"hour": 24, "weekday": 7, "day": 31, "month": 12}
+
+
+class FieldSpec(BaseModel):
+    """One field as a person declares it, before fitting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Setting(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    kind: Kind
+    group: Group
+    min_count: int = Setting(default=1, ge=1, description="rarer values are treated as never seen (OOV)")
+    max_values: int | None = Setting(default=None, ge=1, description="multi: values kept per row; default: most seen")
+    part: Part | None = Setting(default=None, description="time: what of the request's clock (UTC) it holds")
+    normalise: Literal["standard", "min_max"] = "standard"
+    of: str | None = Setting(default=None, description="sequence: the item or time field whose values it repeats")
+    discretise: Discretise | None = Setting(default=None, description="categorical: numbers, by `buckets`")
+
+    @model_validator(mode="after")
+    def _options_fit_the_kind(self) -> Self:
+        if (self.part is not None) != (self.kind == "time"):
+            raise ValueError(f"field {self.name}: 'part' ({', '.join(PARTS)}) goes with kind time, and only there")
+        if (self.of is not None) != (self.kind == "sequence"):
+            raise ValueError(f"field {self.name}: 'of' (an item or time field) goes with kind sequence, and only there")
+        if self.max_values is not None and self.kind != "multi":
+            raise ValueError(f"field {self.name}: 'max_values' is for kind multi, got kind {self.kind}")
+        if self.discretise is not None and self.kind != "categorical":
+            raise ValueError(f"field {self.name}: 'discretise' is for kind categorical, got kind {self.kind}")
+        if (self.kind == "sequence") != (self.group == "behaviour"):
+            raise ValueError(f"field {self.name}: kind sequence and group behaviour go together")
+        if self.kind == "time" and self.group != "context":
+            raise ValueError(f"field {self.name}: a time field belongs to the context, got group {self.group}")
+        return self
+
+
+class Field(FieldSpec):
+    """One field after fitting on the training part."""
+
+    vocabulary: tuple[str, ...] | None = Setting(default=None, description="categorical, multi: values in id order")
+    shift: float | None = Setting(default=None, allow_inf_nan=False)
+    scale: float | None = Setting(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_fitted(self) -> Self:
+        if (self.kind in ("categorical", "multi")) != (self.vocabulary is not None):
+            raise ValueError(f"field {self.name}: kinds categorical and multi need a vocabulary, others have none")
+        _check_values(self.name, self.vocabulary or ())
+        if self.kind == "multi" and self.max_values is None:
+            raise ValueError(f"field {self.name}: kind multi needs max_values")
+        if self.kind == "numeric" and (self.shift is None or self.scale is None):
+            raise ValueError(f"field {self.name}: kind numeric needs shift and scale")
+        return self
+
+    @property
+    def num_ids(self) -> int:
+        """Rows of this field's embedding table, PAD and OOV included; 0 for a numeric or sequence field."""
+        if self.kind == "time":
+            assert self.part is not None
+            return PARTS[self.part] + FIRST
+        return len(self.vocabulary) + FIRST if self.vocabulary is not None else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One array a model is fed: rows of "U" requests or "C" candidates, and then fixed numbers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a manifest lists them
+
+    name: str
+    dtype: Literal["int64", "float32", "bool"]
+    dims: tuple[str | int, ...]
+
+    def shape(self, *, users: int, candidates: int) -> tuple[int, ...]:
+        sizes = {"U": users, "C": candidates}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+
+def input_name(field: FieldSpec) -> str:
+    """The name of the array that holds a field: `user.age`, `ctx.hour`, `hist.movie_id`, `item.price`."""
+    return f"{PREFIX[field.group]}.{field.name}"
+
+
+def _check_values(field: str, vocabulary: Iterable[Any]) -> None:
+    # One set of a million values would stop every thread while it grows, and when it goes.
+    sets: list[set[str]] = [set() for _ in range(256)]
+    for value in vocabulary:
+        if not isinstance(value, str):
+            raise ValueError(f"field {field}: a vocabulary holds strings, got {value!r:.100}")  # noqa: TRY004 - pydantic's
+        seen = sets[hash(value) % len(sets)]
+        if not value or value in seen:
+            raise ValueError(f"field {field}: the values of a vocabulary are different, and none is empty")
+        seen.add(value)
+    while sets:
+        sets.pop()

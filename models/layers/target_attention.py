@@ -1,0 +1,58 @@
+"""DIN's local activation unit: how much a candidate attends to each past click."""
+
+# U requests, C candidates, T history length, E width of a click, A width of an attention layer
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.baselines.din import DINConfig
+from models.layers.attention import masked_softmax
+
+
+class TargetAttention(nn.Module):
+    """The weights a_t of a history's clicks for a candidate.
+
+    The first layer is linear in what it reads, W = [W_i W_t W_d W_p] of [e_i; e_t; e_i - e_t; e_i * e_t], so that
+    (W_t - W_d) e_t is computed once per request and (W_i + W_d) e_i once per candidate.
+    """
+
+    def __init__(self, config: DINConfig, width: int) -> None:
+        super().__init__()
+        self.softmax = config.attention_softmax
+        self.first = nn.Linear(4 * width, config.attention_hidden[0])
+        self.rest = nn.Sequential()
+        for this, following in pairwise((*config.attention_hidden, 1)):
+            self.rest.append(Dice(this) if config.attention_activation == "dice" else nn.ReLU())
+            self.rest.append(nn.Linear(this, following))
+
+    def read(self, clicks_UTE: Tensor) -> Tensor:
+        """What the clicks alone bring to the first layer, [U, T, A]."""
+        _, of_click, of_difference, _ = self.first.weight.chunk(4, dim=1)
+        return F.linear(clicks_UTE, of_click - of_difference)
+
+    def forward(self, target_CE: Tensor, clicks_CTE: Tensor, read_CTA: Tensor, mask_CT: Tensor) -> Tensor:
+        of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
+        target_C1A = F.linear(target_CE, of_target + of_difference, self.first.bias).unsqueeze(1)
+        product_CTA = F.linear(target_CE.unsqueeze(1) * clicks_CTE, of_product)
+        scores_CT: Tensor = self.rest(read_CTA + target_C1A + product_CTA).squeeze(-1)
+        return masked_softmax(scores_CT, mask_CT) if self.softmax else scores_CT * mask_CT
+
+
+class Dice(nn.Module):
+    """p x + (1 - p) alpha x with p = sigmoid(x batch-normalised), eq. (3), over the last axis of [C, T, A].
+
+    The statistics of training count padded places too, as FuxiCTR's do, whose epsilon and momentum these are.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-9, momentum=0.01, affine=False)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_CTA: Tensor) -> Tensor:
+        # Channels last: over the [C, A, T] that BatchNorm1d documents, its backward pass takes ten times as long.
+        p_CTA = torch.sigmoid(self.norm(x_CTA.flatten(0, 1)).unflatten(0, x_CTA.shape[:2]))
+        return x_CTA * (self.alpha + (1 - self.alpha) * p_CTA)

@@ -1,0 +1,1 @@
+"""One paper a file: mian, stec, deepmr, dynint, feseq."""

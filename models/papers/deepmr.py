@@ -1,0 +1,350 @@
+"""DeepMR: S. Elsayed and L. Schmidt-Thieme, "Deep Multi-Representation Model for Click-Through Rate Prediction".
+
+arXiv 2210.10664. R1..R14 are the ambiguities listed in models.md section 6.3, "the code" is the authors'.
+"""
+
+# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), H heads
+# D width, E = 2 * D; X fields that attend, Y fields attended to
+# U requests, C candidates; F flat fields (R of the request first, G of the item); D width
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.artifact.explanation import BIAS, CANDIDATE, LOOKS, Axis, Explanation, numbered, of_fields
+from models.features.schema import Schema
+from models.layers.attention import masked_softmax, merge_heads, split_heads
+from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.config import Config, Count, Share, Weight
+from models.layers.embeddings import FieldEmbeddings
+from models.layers.initialisation import start_linears
+from models.layers.intermediates import is_recording, record
+
+
+class Deep(nn.Module):
+    """The MLP: l_0 = ReLU(W_0 x + b_0), x all fields, then l_j = l_{j-1} + alpha_j ReLU(W_j l_{j-1} + b_j).
+
+    mult: l_j = l_{j-1} * alpha_j ReLU(..). none: l_j = ReLU(..).
+    """
+
+    def __init__(self, config: "DeepMRConfig", num_fields: int) -> None:
+        super().__init__()
+        width, num = config.emb_dim, config.dnn_layers - 1
+        self.kind = config.dnn_rezero
+        self.first = nn.Linear(num_fields * width, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num))
+        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, num)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def read(self, x_nFD: Tensor, fields: slice) -> Tensor:
+        """These fields' part in W_0 x."""
+        weight_DFD = torch.unflatten(self.first.weight, 1, (-1, self.first.out_features))
+        return F.linear(x_nFD.flatten(1), weight_DFD[:, fields].flatten(1))
+
+    def forward(self, z_CD: Tensor) -> Tensor:
+        """O_DNN, given W_0 x."""
+        l_CD: Tensor = self.dropout(F.relu(z_CD + self.first.bias))
+        for n, layer in enumerate(self.layers):
+            next_CD = F.relu(layer(l_CD))
+            if self.kind == "add":
+                l_CD = l_CD + self.dropout(self.alphas[n] * next_CD)
+            elif self.kind == "mult":
+                l_CD = l_CD * self.dropout(self.alphas[n] * next_CD)
+            else:
+                l_CD = self.dropout(next_CD)
+        return l_CD
+
+
+class FieldAttention(nn.Module):
+    """The self-attention branch: blocks over the fields, summed over them to O_SA (R2), of which one direction is read.
+
+    So the last block's W_2 is only ever read in that direction (R14), and one vector is made of the matrix.
+    """
+
+    mask: Tensor
+
+    def __init__(self, config: "DeepMRConfig", num_request: int, num_fields: int) -> None:
+        super().__init__()
+        self.num_request, self.num_fields = num_request, num_fields
+        self.field_mask, self.mean = config.field_mask, config.sa_readout == "mean"
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.sa_blocks))
+        self.final_norm = nn.LayerNorm(config.emb_dim) if config.sa_final_ln else nn.Identity()
+        self.register_buffer("mask", torch.ones(num_fields, num_fields, dtype=torch.bool).tril(), persistent=False)
+
+    def read_request(self, x_URD: Tensor, direction_D: Tensor) -> UserState:
+        """What the request's fields bring to every candidate: their first block's Q, K, V, or their whole branch."""
+        state: UserState = {}
+        if self.field_mask == "none":
+            state["asking"], state["shown.0"] = self._block(0).read(x_URD)
+            return state
+        mask_RR = self.mask[: self.num_request, : self.num_request] if self.field_mask == "causal" else None
+        for n in range(len(self.blocks)):
+            if n > 0:
+                x_URD = self._block(n - 1).feed(x_URD)
+            asking_URE, shown_URE = self._block(n).read(x_URD)
+            state[f"shown.{n}"] = shown_URE
+            x_URD, weights_UHRR = self._block(n)(asking_URE, shown_URE, mask_RR)
+            if is_recording():
+                state[f"weights.{n}"] = weights_UHRR
+        state["sum"] = self._read_out(x_URD, direction_D)
+        return state
+
+    def forward(self, state: UserState, x_CGD: Tensor, direction_D: Tensor) -> Tensor:
+        """O_SA in that direction [C], given each candidate's own request's part."""
+        mask_GF = self.mask[self.num_request :] if self.field_mask == "causal" else None
+        x_CXD = x_CGD
+        for n in range(len(self.blocks)):
+            if n > 0:
+                x_CXD = self._block(n - 1).feed(x_CXD)
+            asking_CXE, shown_CYE = self._block(n).read(x_CXD)
+            if n == 0 and "asking" in state:
+                asking_CXE = torch.cat([state["asking"], asking_CXE], dim=1)
+            if f"shown.{n}" in state:
+                shown_CYE = torch.cat([state[f"shown.{n}"], shown_CYE], dim=1)
+            x_CXD, weights_CHXY = self._block(n)(asking_CXE, shown_CYE, mask_GF)
+            if f"weights.{n}" in state:  # the request's fields do not attend to the item's
+                of_request_CHRF = F.pad(state[f"weights.{n}"], (0, x_CGD.shape[1]))
+                weights_CHXY = torch.cat([of_request_CHRF, weights_CHXY], dim=2)
+            record("field_attn", weights_CHXY)
+        out_C = self._read_out(x_CXD, direction_D)
+        if "sum" in state:
+            out_C = out_C + state["sum"]
+        return out_C / self.num_fields if self.mean else out_C
+
+    def _read_out(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
+        """The fields' sum in that direction [n], given what the last block's feed-forward layer reads."""
+        last = self._block(len(self.blocks) - 1)
+        if not isinstance(self.final_norm, nn.Identity):
+            out_nXD: Tensor = self.final_norm(last.feed(z_nXD))
+            return out_nXD.sum(dim=1) @ direction_D
+        return last.feed_summed(z_nXD, direction_D)
+
+    def _block(self, n: int) -> "Block":
+        block = self.blocks[n]
+        assert isinstance(block, Block)
+        return block
+
+
+class Block(nn.Module):
+    """Attention S of the fields over each other, joined to its input X by alpha, then a feed-forward layer per field.
+
+    mult: Z = alpha S * X, which has no identity path; add: X + alpha S; mult_res: X * (1 + alpha S); none: X + S (R5).
+    """
+
+    def __init__(self, config: "DeepMRConfig") -> None:
+        super().__init__()
+        width = config.emb_dim
+        self.kind, self.relu, self.heads = config.sa_rezero, config.qkv_act == "relu", config.heads
+        self.scale = math.sqrt(width / self.heads)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.ffn = nn.Sequential(
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),  # TensorFlow's slope
+            nn.Dropout(config.dropout),
+            nn.Linear(width, width),
+        )
+        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, 1)
+        self.query_norm = nn.LayerNorm(width) if config.query_ln else nn.Identity()
+        self.ffn_norm = nn.LayerNorm(width) if config.ffn_ln else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def read(self, x_nFD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each field, what it attends with (itself and its query) and what it shows (its key and value)."""
+        asking_nFD = self.query_norm(x_nFD)
+        query_nFD, key_nFD, value_nFD = self.query(asking_nFD), self.key(x_nFD), self.value(x_nFD)
+        if self.relu:
+            query_nFD, key_nFD, value_nFD = F.relu(query_nFD), F.relu(key_nFD), F.relu(value_nFD)
+        return torch.cat([asking_nFD, query_nFD], dim=-1), torch.cat([key_nFD, value_nFD], dim=-1)
+
+    def forward(self, asking_nXE: Tensor, shown_nYE: Tensor, mask_XY: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attending fields before the feed-forward layer, and their attention [n, H, X, Y]."""
+        x_nXD, query_nXD = asking_nXE.chunk(2, dim=-1)
+        key_nHYW, value_nHYW = (split_heads(part, self.heads) for part in shown_nYE.chunk(2, dim=-1))
+        query_nHXW = split_heads(query_nXD / self.scale, self.heads)
+        weights_nHXY = masked_softmax(query_nHXW @ key_nHYW.transpose(-1, -2), mask_XY)
+        z_nXD: Tensor = self.ffn_norm(self._join(x_nXD, merge_heads(self.dropout(weights_nHXY) @ value_nHYW)))
+        return z_nXD, weights_nHXY
+
+    def feed(self, z_nXD: Tensor) -> Tensor:
+        """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2 + z."""
+        out_nXD: Tensor = self.ffn(z_nXD) + z_nXD
+        return out_nXD
+
+    def feed_summed(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
+        """The same, summed over the fields and read in one direction [n]."""
+        *inner, last = self.ffn
+        assert isinstance(last, nn.Linear)
+        hidden_nXD = z_nXD
+        for layer in inner:
+            hidden_nXD = layer(hidden_nXD)
+        read_n = hidden_nXD.sum(dim=1) @ (direction_D @ last.weight) + z_nXD.sum(dim=1) @ direction_D
+        return read_n + z_nXD.shape[1] * (direction_D @ last.bias)
+
+    def _join(self, x_nXD: Tensor, s_nXD: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x_nXD + s_nXD
+        s_nXD = self.alphas[0] * s_nXD
+        if self.kind == "add":
+            return x_nXD + s_nXD
+        return x_nXD * (s_nXD if self.kind == "mult" else 1 + s_nXD)
+
+
+def _alphas(config: "DeepMRConfig", num: int) -> nn.ParameterList:
+    return nn.ParameterList(torch.full((1,), float(config.alpha_init)) for _ in range(num))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepMRConfig(Config):
+    """The paper's model; options named R.. settle what the paper leaves open (models.md section 6.3)."""
+
+    emb_dim: Count = 16  # R3: one width everywhere
+    branches: Literal["both", "dnn", "sa"] = "both"
+    beta: Share = 0.6  # O = beta O_SA + (1 - beta) O_DNN
+    beta_learned: bool = False  # R10: then it starts there, unconstrained
+    dnn_layers: Count = 3  # the first, which changes the width, included
+    dnn_rezero: Literal["add", "mult", "none"] = "add"  # none: a plain MLP
+    sa_blocks: Count = 1
+    heads: Count = 2
+    sa_rezero: Literal["mult", "add", "mult_res", "none"] = "mult"  # R5
+    use_rezero: bool = True  # false: the paper's ablation, sa_rezero and dnn_rezero none whatever they say
+    alpha_init: float = 0.0
+    qkv_act: Literal["relu", "none"] = "relu"  # R11
+    field_mask: Literal["none", "causal", "user_first"] = "none"  # R7: causal is the code's
+    query_ln: bool = False  # the code's
+    ffn_ln: bool = False  # R6: the code's
+    sa_final_ln: bool = False  # R6: the code's, and with alpha_init 0 nothing before it learns
+    sa_readout: Literal["sum", "mean"] = "sum"  # R2
+    readout: Literal["sum", "linear"] = "sum"  # R14
+    dropout: Share = 0.0
+    l2_emb: Weight = 0.0  # R8: (weight / 2) * sum of squares of the tables
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.emb_dim % self.heads:  # R9
+            raise ValueError(f"option heads: {self.heads} do not divide emb_dim {self.emb_dim}")
+        if not self.use_rezero:
+            object.__setattr__(self, "sa_rezero", "none")
+            object.__setattr__(self, "dnn_rezero", "none")
+        # A product with alpha = 0 is zero, and so is the gradient of all that a second such product reads (R5).
+        products = {"sa_rezero": self.sa_blocks, "dnn_rezero": self.dnn_layers - 1}
+        for option, num in products.items():
+            if getattr(self, option) == "mult" and num > 1 and self.alpha_init == 0:
+                raise ValueError(
+                    f"option {option}: with {num} mult in a row and alpha_init 0 nothing is learned;"
+                    f" set alpha_init, or take another {option}"
+                )
+
+
+class DeepMR(CTRModel):
+    """An MLP and self-attention over the same fields, side by side, whose outputs are mixed and summed to the logit.
+
+    Flat fields only: the history is not read. A request's fields enter the MLP's first layer and the first block's
+    queries, keys and values once for all candidates. With `field_mask` causal or user_first they never attend to the
+    item, and then all their blocks run once; a candidate computes only its own fields (models.md section 8.5).
+    """
+
+    def __init__(self, config: DeepMRConfig, schema: Schema) -> None:
+        super().__init__()
+        if not schema.group("item"):
+            raise ValueError("DeepMR needs an item field; the schema has none")
+        self.config = config
+        self.num_request = len(schema.group("user")) + len(schema.group("context"))
+        self.num_fields = num_fields = self.num_request + len(schema.group("item"))
+        width = config.emb_dim
+        self.fields = FieldEmbeddings(schema, width, init=_glorot)
+        self.positions = nn.Parameter(torch.empty(num_fields, width))
+        _glorot(self.positions.data)
+        self.attention = FieldAttention(config, self.num_request, num_fields) if config.branches != "dnn" else None
+        self.deep = Deep(config, num_fields) if config.branches != "sa" else None
+        mixed = config.branches == "both"
+        self.beta = nn.Parameter(torch.full((1,), float(config.beta))) if mixed and config.beta_learned else config.beta
+        self.readout = nn.Linear(width, 1) if config.readout == "linear" else None
+        start_linears(self, nn.init.xavier_uniform_)
+        if self.deep is not None:
+            start_linears(self.deep, _normal)
+
+    def encode_user(self, inputs: Inputs) -> UserState:
+        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
+        if not fields:
+            return {}
+        x_URD = self._place(fields, self.positions[: self.num_request])
+        state = self.attention.read_request(x_URD, self._direction()) if self.attention is not None else {}
+        if self.deep is not None:
+            state["deep"] = self.deep.read(x_URD, slice(0, self.num_request))
+        return state
+
+    def score(self, state: UserState, inputs: Inputs) -> Tensor:
+        own = {name: value.index_select(0, inputs["user_index"]) for name, value in state.items()}
+        x_CGD = self._place(self.fields.group("item", inputs), self.positions[self.num_request :])
+        outputs = []
+        if self.attention is not None:
+            outputs.append(self.attention(own, x_CGD, self._direction()))
+        if self.deep is not None:
+            z_CD = self.deep.read(x_CGD, slice(self.num_request, self.num_fields))
+            outputs.append(self.deep(z_CD + own["deep"] if "deep" in own else z_CD) @ self._direction())
+        if len(outputs) == 2:
+            outputs = [self.beta * outputs[0], (1 - self.beta) * outputs[1]]
+        if is_recording():
+            self._show(outputs)
+        logit_C: Tensor = reduce(torch.add, outputs)
+        return logit_C if self.readout is None else logit_C + self.readout.bias
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        config, schema, shown = self.config, self.fields.schema, []
+        if self.attention is not None:
+            layers = [numbered("block", config.sa_blocks)] if config.sa_blocks > 1 else []
+            layers.append(numbered("head", config.heads))
+            fields = (of_fields(schema), of_fields(schema, name="attended_field"))
+            shown.append(Explanation(name="field_attn", axes=(CANDIDATE, *layers, *fields), meaning=LOOKS))
+        branches = {"both": ("attention", "mlp"), "sa": ("attention",), "dnn": ("mlp",)}[config.branches]
+        meaning = "What each branch, weighed by beta, adds to the logit: exactly all of it, but for a `bias` if shown."
+        axis = Axis(name="branch", labels=branches)
+        shown.append(Explanation(name="branch_logit", axes=(CANDIDATE, axis), meaning=meaning))
+        if self.readout is not None:
+            shown.append(BIAS)
+        if len(branches) == 2:
+            shown.append(Explanation(name="beta", axes=(), meaning="The attention's part in the mix, of any row."))
+        if alphas := self._alphas():
+            axis = Axis(name="layer", labels=tuple(alphas))
+            shown.append(Explanation(name="alpha", axes=(axis,), meaning="What each layer is weighed by, in any row."))
+        return tuple(shown)
+
+    def penalty(self) -> Tensor:
+        return self.fields.penalty(self.config.l2_emb)
+
+    def _direction(self) -> Tensor:
+        """What the logit takes of the branches' mixed output O: its sum, or its product with a learned direction."""
+        return torch.ones_like(self.positions[0]) if self.readout is None else self.readout.weight[0]
+
+    def _show(self, outputs: list[Tensor]) -> None:
+        record("branch_logit", torch.stack(outputs, dim=1))
+        if self.readout is not None:
+            record("bias", self.readout.bias.squeeze())
+        if self._alphas():
+            record("alpha", torch.cat(list(self._alphas().values())))
+        record("beta", torch.as_tensor(self.beta).squeeze())
+
+    def _alphas(self) -> dict[str, Tensor]:
+        """Every alpha, [1], by the layer it weighs."""
+        attention = [] if self.attention is None else [b.alphas for b in self.attention.blocks if isinstance(b, Block)]
+        layers = {f"attention {n + 1}": alphas[0] for n, alphas in enumerate(attention) if len(alphas)}
+        return layers | {f"mlp {n + 2}": alpha for n, alpha in enumerate(self.deep.alphas if self.deep else [])}
+
+    def _place(self, fields: list[Tensor], positions_FD: Tensor) -> Tensor:
+        """sqrt(D) Emb + Pos; the factor is the code's."""
+        return torch.stack(fields, dim=1) * math.sqrt(self.config.emb_dim) + positions_FD
+
+
+def _normal(tensor: Tensor) -> None:
+    """The code's rule for the MLP."""
+    nn.init.normal_(tensor, std=0.01)
+
+
+def _glorot(tensor: Tensor) -> None:
+    """The code's rule for everything else; a number's direction counts as a table of one row."""
+    nn.init.xavier_uniform_(tensor.view(-1, tensor.shape[-1]))

@@ -1,0 +1,1 @@
+"""Who gets which arm, and which arm is better: assignment, analysis."""

@@ -1,0 +1,198 @@
+"""The JSON shapes of /predict, /explain and /events: what comes in, what goes out, and how /docs shows them."""
+
+from operator import attrgetter
+from typing import Annotated, Any, cast
+
+import msgspec
+from msgspec import Meta, Struct
+
+from models.features.history import Event
+from service.errors import FieldError, invalid, pointer, shown
+from service.http.decoding import Decoder
+from service.ids import MAX_ID_LENGTH, Id, Time, is_id, spelled
+from service.ingest.events import MAX_EVENTS
+from service.scoring.explainer import Explained
+from service.scoring.feature_merge import Candidates, Given
+from service.scoring.scorer import Scored
+
+Features = dict[str, Any]  # what a value may be, the arm's schema says
+
+
+class User(Struct, frozen=True, forbid_unknown_fields=True):
+    id: Id | None = None
+    features: Features | None = None
+
+
+# An object or null, read when its candidate is not known yet: see items.py. `Decoder` tells the same when it refuses.
+Unread = Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Features | None))]
+
+
+class Candidate(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    id: Id
+    features: Unread | msgspec.UnsetType = msgspec.UNSET
+
+
+class Behaviour(Struct, frozen=True, forbid_unknown_fields=True):
+    item: Id
+    ts: Time
+    features: Features | None = None
+
+
+class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The candidates are a list of objects, or columns of one length of which `id` is one."""
+
+    candidates: list[Candidate] | dict[str, list[Any]]
+    request_id: Id | None = None
+    ts: Time | None = None
+    user: User | None = None
+    context: Features | None = None
+    behaviours: list[Behaviour] | None = None
+    timeout_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
+    explain: bool | None = None
+
+
+class Prediction(Struct, frozen=True):
+    id: str | int
+    ctr: float
+
+
+class Columns(Struct, frozen=True):
+    id: list[str | int]
+    ctr: list[float]
+
+
+class PredictAnswer(Struct, frozen=True):
+    request_id: str | int
+    experiment: str
+    arm: str
+    model: str
+    version: str
+    predictions: list[Prediction] | Columns
+    degraded: list[str]
+
+
+class Axis(Struct, frozen=True):
+    """One axis of `values`: a label for every place along it."""
+
+    name: str
+    labels: list[str]
+
+
+class Explanation(Struct, frozen=True):
+    """`values` are lists nested as deep as there are axes, the first axis outermost; without axes, a number."""
+
+    meaning: str
+    axes: list[Axis]
+    values: list[Any] | float
+
+
+class ExplainAnswer(PredictAnswer, frozen=True):
+    explanations: dict[str, Explanation]
+
+
+class EventsDecoder:
+    """A list of events, which are then judged one by one: see events.py."""
+
+    def __init__(self) -> None:
+        self._decoder: Decoder[list[Any]] = Decoder(list[Any])
+
+    def decode(self, body: bytes) -> list[Any]:
+        events = self._decoder.decode(body)
+        if len(events) > MAX_EVENTS:
+            raise invalid([FieldError(pointer="", expected=f"at most {MAX_EVENTS} events", got=str(len(events)))])
+        return events
+
+
+def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
+    """The request in the scorer's words. Raises Problem (422) for candidates that are none, too many or ragged."""
+    user = request.user or User()
+    return Given(
+        user=None if user.id is None else spelled(user.id),
+        user_features=user.features or {},
+        context=request.context or {},
+        ts=now if request.ts is None else request.ts,
+        behaviours=None if request.behaviours is None else [_event(b) for b in request.behaviours],
+        candidates=_candidates(request.candidates, max_candidates),
+    )
+
+
+def answer(request: PredictRequest, scored: Scored) -> bytes:
+    """The answer in the candidates' own form, with their ids as they were sent."""
+    return _ENCODER.encode(_answer(request, scored))
+
+
+def explained(request: PredictRequest, explained: Explained) -> bytes:
+    """The same, with the explanations, which are JSON already."""
+    told = msgspec.structs.asdict(_answer(request, explained.scored))
+    return msgspec.json.encode({**told, "explanations": explained.explanations})
+
+
+_ENCODER = msgspec.json.Encoder()
+_ID, _FEATURES = attrgetter("id"), attrgetter("features")
+
+
+def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
+    ctr: list[float] = scored.ctr.tolist()
+    sent = request.candidates
+    predictions: list[Prediction] | Columns
+    if isinstance(sent, dict):
+        predictions = Columns(id=sent["id"], ctr=ctr)
+    else:
+        predictions = list(map(Prediction, map(_ID, sent), ctr))
+    return PredictAnswer(
+        request_id=scored.request_id,
+        experiment=scored.experiment,
+        arm=scored.arm,
+        model=scored.model,
+        version=scored.version,
+        predictions=predictions,
+        degraded=scored.degraded,
+    )
+
+
+def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Candidates:
+    ids = sent.get("id") if isinstance(sent, dict) else list(map(_ID, sent))
+    if ids is None:
+        raise invalid([FieldError(pointer="/candidates/id", expected="a list of ids", got="nothing")])
+    if not 0 < len(ids) <= limit:
+        raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
+    if isinstance(sent, dict):
+        _check_columns(sent, len(ids))
+        return Candidates(ids=_all_spelled(ids), features=None, columns=sent)
+    return Candidates(ids=_all_spelled(ids), features=list(map(_FEATURES, sent)), columns=None)
+
+
+def _all_spelled(ids: list[str | int]) -> list[str]:
+    if set(map(type, ids)) == {str}:  # nearly always, and a call for each costs what all else here does
+        return cast("list[str]", ids)
+    return list(map(spelled, ids))
+
+
+def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
+    errors = [
+        FieldError(pointer=pointer("candidates", name), expected=f"{num_rows} values, as of id", got=str(len(column)))
+        for name, column in columns.items()
+        if len(column) != num_rows
+    ]
+    if not errors and _are_good_strings(columns["id"]):
+        return
+    expected = f"a string of 1 to {MAX_ID_LENGTH} characters or an integer"
+    errors += [
+        FieldError(pointer=pointer("candidates", "id", row), expected=expected, got=shown(value))
+        for row, value in enumerate(columns["id"])
+        if not is_id(value)
+    ]
+    if errors:
+        raise invalid(errors)
+
+
+def _are_good_strings(ids: list[Any]) -> bool:
+    """Told without a step of Python for each; ids of other types are looked at one by one."""
+    if set(map(type, ids)) != {str}:
+        return False
+    lengths = set(map(len, ids))
+    return min(lengths) > 0 and max(lengths) <= MAX_ID_LENGTH
+
+
+def _event(behaviour: Behaviour) -> Event:
+    return Event(item=spelled(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})

@@ -1,0 +1,1 @@
+"""What comes in beside requests: events over HTTP, bulk_load from Parquet."""

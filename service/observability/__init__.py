@@ -1,0 +1,1 @@
+"""What operators see: metrics, multiprocess, json_log."""

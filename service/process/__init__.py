@@ -1,0 +1,1 @@
+"""One host: supervisor, server, sockets, cpu_count."""

@@ -1,0 +1,1 @@
+"""Which model versions serve: registry, loader, warmup, changes, coordination, background_thread."""

@@ -1,0 +1,191 @@
+"""Layout of stored values: keys, and the binary form of features and click histories."""
+
+import hashlib
+import logging
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import msgspec
+
+from models.features.history import Event
+from models.features.values import Row
+
+log = logging.getLogger(__name__)
+
+
+MAX_FEATURES_BYTES = 8192  # of one row, packed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Click:
+    """One click as it is stored. What its features lack are those stored for its item at the time it is appended."""
+
+    event_id: str
+    user: str
+    item: str
+    ts: float
+    features: Row = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ts < math.inf:
+            raise ValueError(f"ts is Unix seconds, finite and not negative, got {self.ts}")
+
+
+class Past(Sequence[Event]):
+    """A user's clicks in the order of history, each with its features as they were packed: most are never unpacked."""
+
+    __slots__ = ("features", "items", "ts")
+
+    def __init__(self, items: Sequence[str], ts: Sequence[float], features: Sequence[bytes]) -> None:
+        self.items, self.ts, self.features = items, ts, features
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Past": ...
+    def __getitem__(self, index: int | slice) -> "Event | Past":
+        if isinstance(index, slice):
+            return Past(self.items[index], self.ts[index], self.features[index])
+        row = unpack_row(self.features[index])
+        return Event(item=self.items[index], ts=self.ts[index], features=row or {})
+
+
+NO_CLICKS = Past((), (), ())
+
+
+def enriched(click: Click, item: Row | None) -> Click:
+    """The click with its item's stored features, but for those that it brought itself."""
+    if not item:
+        return click
+    own = {name: value for name, value in click.features.items() if value is not None}
+    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **own})
+
+
+def order(click: Click) -> tuple[float, str, bytes]:
+    """Where a click stands in its user's past."""
+    return click.ts, click.item, event_tag(click.event_id)
+
+
+def user_key(user: str) -> str:
+    return f"cs1:{{{_tag(user)}}}:p"
+
+
+def behaviours_key(user: str) -> str:
+    return f"cs1:{{{_tag(user)}}}:b"
+
+
+def mark_key(owner: str, event_id: str) -> str:
+    return f"cs1:{{{_tag(owner)}}}:e:{event_tag(event_id).hex()}"
+
+
+def item_key(item: str) -> str:
+    return f"cs1:i:{item}"
+
+
+def event_tag(event_id: str) -> bytes:
+    """Eight bytes that stand for an event among those of one user."""
+    return hashlib.blake2b(event_id.encode(), digest_size=8).digest()
+
+
+def _tag(owner: str) -> str:
+    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest()
+
+
+NO_PAST = b"\x01\x00\x00"
+
+
+_FRONT = struct.Struct(">HHd")
+
+
+_SIZE = struct.Struct(">H")
+
+
+_TAG_BYTES = 8
+
+
+_FRAME_BYTES = _FRONT.size + _TAG_BYTES + _SIZE.size
+
+
+_FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(
+    dict[str, str | int | float | bool | list[str | int | float | bool | None] | None]
+)
+
+
+def pack_row(row: Row) -> bytes:
+    """Raises ValueError for a row that is too large or holds what is no raw value."""
+    packed = _packed(row)
+    if len(packed) > MAX_FEATURES_BYTES:
+        raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
+    return packed
+
+
+def _packed(row: Row) -> bytes:
+    try:
+        packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
+        _FEATURES.decode(packed)
+    except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
+        raise ValueError(f"features are strings, numbers of 64 bits, booleans and lists of them ({err})") from err
+    return packed
+
+
+def unpack_row(packed: bytes | None) -> Row | None:
+    """None where nothing is stored, or nothing that can be read: that is logged, and scored without."""
+    if packed is None:
+        return None
+    try:
+        return _FEATURES.decode(packed)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        log.warning("unreadable features", extra={"error": str(err), "bytes": len(packed)})
+        return None
+
+
+def pack_click(click: Click) -> bytes:
+    """Its own features and its item's together may take twice what a row may."""
+    item, features = click.item.encode(), _packed(click.features)
+    size = _FRAME_BYTES + len(item) + len(features)
+    # -0.0 would sort after every other time.
+    front = _FRONT.pack(size, len(item), click.ts + 0.0)
+    return b"".join((front, item, event_tag(click.event_id), features, _SIZE.pack(size)))
+
+
+def unpack_past(packed: bytes | None, *, before: float, limit: int) -> Past:
+    """The last `limit` clicks strictly earlier than `before`, oldest first; none where the value cannot be read."""
+    if packed is None:
+        return NO_CLICKS
+    try:
+        return _unpack_past(packed, before, limit)
+    except (ValueError, struct.error) as err:
+        log.warning("unreadable behaviours", extra={"error": str(err), "bytes": len(packed)})
+        return NO_CLICKS
+
+
+def _unpack_past(packed: bytes, before: float, limit: int) -> Past:
+    if packed[:1] != NO_PAST[:1]:
+        raise ValueError(f"layout {packed[:1]!r}, expected {NO_PAST[:1]!r}")
+    items: list[str] = []
+    times: list[float] = []
+    features: list[bytes] = []
+    front_of, size_of = _FRONT.unpack_from, _SIZE.unpack_from
+    end, header, size_bytes, front_bytes = len(packed), len(NO_PAST), _SIZE.size, _FRONT.size
+    while end > header and len(items) < limit:
+        (size,) = size_of(packed, end - size_bytes)
+        start = end - size
+        if start < header:
+            raise ValueError(f"a record of {size} bytes that ends at {end}")
+        front_size, item_len, ts = front_of(packed, start)
+        if front_size != size:
+            raise ValueError(f"a record of {front_size} or {size} bytes that ends at {end}")
+        if ts < before:
+            item_from = start + front_bytes
+            item_to = item_from + item_len
+            items.append(packed[item_from:item_to].decode())
+            times.append(ts)
+            features.append(packed[item_to + _TAG_BYTES : end - size_bytes])
+        end = start
+    return Past(items[::-1], times[::-1], features[::-1])

@@ -1,0 +1,69 @@
+"""What is remembered of users and items: past clicks and raw features, their keys and packing, the in-memory store."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from models.features.values import Row
+from service.store.codec import Click, Past
+
+log = logging.getLogger(__name__)
+
+# How long a repeated event is recognised; a click still in the past is recognised as long as it is there.
+MARK_TTL_S = 86_400
+
+
+class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, not of the program
+    """The store gave no answer: down, frozen, loading, read-only or full. Nothing can be said about what it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetched:
+    """What is known for one request. None where nothing is stored; `items` stand in the order they were asked for.
+
+    They are as they were packed, for `unpack_row`: most of those that are asked for again have not changed.
+    """
+
+    user: Row | None
+    behaviours: Past
+    items: Sequence[bytes | None]
+
+
+class FeatureStore(Protocol):
+    """Raw values only: ids exist after `encode`. Every method may raise StoreUnavailable."""
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        """One round trip: the user's features, their last `limit` clicks strictly before `before`, the items' features.
+
+        An anonymous request (no user) has neither features nor clicks. A caller may give up (be cancelled): that costs
+        the store nothing but the answer.
+        """
+
+    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+        """Add clicks to their users' pasts, False for a click already known by its user and event id.
+
+        The past of a user is the same for any order, repetition and grouping of appends: the newest clicks by
+        (ts, item). So after an error, which may have stored a part, the whole call is simply made again.
+        """
+
+    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
+        """Remember events that leave no other trace, as (owner, event id); False for one already known."""
+
+    async def put_users(self, rows: Mapping[str, Row]) -> None: ...
+
+    async def put_items(self, rows: Mapping[str, Row]) -> None: ...
+
+    async def ping(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+# --- keys. One user's keys share a hash tag, and so a slot of a cluster; ids of any length and spelling are safe. ---
+
+
+# --- values. Features: a msgpack map. A user's past: a header and one framed record per click, oldest first. ---
+# header  version 1 (u8), number of records (u16)
+# record  size of all of it (u16), length of the item (u16), ts (big-endian double), item (UTF-8), event tag (8 bytes),
+#         features (msgpack), size again (u16), so that it can be walked from either end
+# The bytes from ts to the tag order as (ts, item, tag) do: append.lua compares them and reads nothing else.

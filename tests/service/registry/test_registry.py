@@ -1,0 +1,143 @@
+"""What may serve: verified artifacts only, each loaded once."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.artifact.errors import ArtifactError
+from models.artifact.folder import make_current
+from service.experiments.assignment import Arm
+from service.observability.metrics import Metrics
+from service.registry.loader import Loader
+from service.registry.registry import Catalog
+from service.runtime.batcher import Runner
+from tests.service import tiny
+
+pytestmark = pytest.mark.usefixtures("measured_once")
+
+Load = Callable[[list[Arm]], Catalog]
+
+
+def arm(name: str = "one", **changes: object) -> Arm:
+    return Arm.model_validate({"name": name, "model": "tiny", "share": 1, **changes})
+
+
+@pytest.fixture
+async def load(tmp_path: Path) -> AsyncIterator[Load]:
+    runner = Runner(Metrics(), max_queued_candidates=1000)
+    yield partial(Catalog.load, Loader(root=tmp_path, runner=runner, max_candidates=1000, keep_behaviours=200))
+    await runner.aclose()
+
+
+async def test_every_arm_has_its_model(load: Load, tmp_path: Path) -> None:
+    tiny.write(tmp_path, "tiny", seed=1)
+    tiny.write(tmp_path, "other", seed=2)
+
+    catalog = load([arm(), arm("two", model="other")])
+
+    arrays = catalog.models["one"].artifact.golden.arrays
+    for name, seed in (("one", 1), ("two", 2)):
+        assert np.allclose(catalog.models[name].backend.run(arrays), tiny.score(arrays, seed=seed), atol=1e-6)
+    await catalog.aclose()
+
+
+async def test_arms_of_one_artifact_share_it(load: Load, tmp_path: Path) -> None:
+    version = tiny.write(tmp_path).name
+    tiny.write(tmp_path, seed=2)
+
+    catalog = load([arm(version=version), arm("same", version=version), arm("newer")])
+
+    assert catalog.models["one"] is catalog.models["same"]
+    assert catalog.models["one"] is not catalog.models["newer"]
+    await catalog.aclose()
+
+
+def lies(root: Path) -> None:
+    tiny.write(root, offset=0.01)
+
+
+def is_damaged(root: Path) -> None:
+    graph = tiny.write(root) / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+
+
+def is_no_graph(root: Path) -> None:
+    tiny.write(root, files={"model.onnx": b"not a graph"})
+
+
+def has_no_graph(root: Path) -> None:
+    tiny.write(root, files={"model.ts": b""})
+
+
+def has_another_schema(root: Path) -> None:
+    file = tiny.write(root) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_fingerprint": "0" * 64}))
+
+
+def scores_nan(root: Path) -> None:
+    tiny.write(root, files={"model.onnx": tiny.to_onnx(1, poisoned="a1")})
+
+
+def is_another_model(root: Path) -> None:
+    (root / "tiny").mkdir()
+    tiny.write(root, "other").rename(root / "tiny" / "20260101-1")
+    make_current(root, "tiny", "20260101-1")
+
+
+def has_another_name(root: Path) -> None:
+    version = tiny.write(root)
+    version.rename(version.with_name("20260101-1"))
+    make_current(root, "tiny", "20260101-1")
+
+
+def is_absent(root: Path) -> None:
+    (root / "tiny").mkdir()
+
+
+BAD: tuple[tuple[Callable[[Path], None], str], ...] = (
+    (lies, "golden row 0 scores"),
+    (is_damaged, "damaged file"),
+    (is_no_graph, "cannot load"),
+    (has_no_graph, "lists no model.onnx"),
+    (has_another_schema, "does not match"),
+    (scores_nan, "golden row 0 scores nan"),
+    (is_another_model, "holds other .*, not tiny 20260101-1"),
+    (has_another_name, "holds tiny .*, not tiny 20260101-1"),
+    (is_absent, "no such file"),
+)
+
+
+@pytest.mark.parametrize(("spoil", "told"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
+def test_no_model_serves_that(spoil: Callable[[Path], None], told: str, load: Load, tmp_path: Path) -> None:
+    spoil(tmp_path)
+
+    with pytest.raises(ArtifactError, match=told) as refused:
+        load([arm()])
+
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_reads_more_clicks_than_the_store_keeps_is_refused(load: Load, tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+
+    bound: Any = load
+    few = replace(bound.args[0], keep_behaviours=tiny.T - 1)
+
+    with pytest.raises(ArtifactError, match=f"reads the last {tiny.T} clicks of a user and the store keeps"):
+        Catalog.load(few, [arm()])
+
+
+def test_an_unknown_version_is_refused_by_its_path(load: Load, tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+
+    with pytest.raises(ArtifactError, match="20200101-1: no such artifact folder"):
+        load([arm(version="20200101-1")])

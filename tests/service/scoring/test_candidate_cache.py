@@ -1,0 +1,393 @@
+"""What is kept of items and clicks changes no answer: kept, not kept and merged by hand all give the same arrays."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.features.arrays import Arrays
+from models.features.column_encoding import EncodingError
+from models.features.encoder import Encoder
+from models.features.history import Event
+from models.features.request import Request
+from models.features.schema import Schema
+from models.features.values import Row
+from service.deadline import Deadline
+from service.errors import Problem
+from service.http import schemas
+from service.http.decoding import Decoder
+from service.observability.metrics import Metrics
+from service.scoring.candidate_cache import MAX_KEY_BYTES, Items
+from service.scoring.feature_merge import Unreadable
+from service.scoring.model_inputs import Inputs
+from service.store.codec import Click, pack_row, unpack_row
+from service.store.feature_store import Fetched, StoreUnavailable
+from service.store.memory_store import MemoryStore
+from tests.service import tiny
+
+NOW = 1000.0
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """As much of a loaded model as reading needs."""
+
+    encoder: Encoder
+
+
+class Store(MemoryStore):
+    """Counts what it is asked, and can be down."""
+
+    down = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Sequence[str]] = []
+        self.open = asyncio.Event()  # clear: an answer takes until it is set
+        self.open.set()
+        self.waits = asyncio.Event()  # set whenever one is waited for
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        self.asked.append(list(items))
+        if self.down:
+            raise StoreUnavailable("down")
+        self.waits.set()
+        await self.open.wait()
+        return await super().fetch(user, items, before=before, limit=limit)
+
+
+class Reader:
+    """Reads requests as the service does, with what it keeps in between."""
+
+    def __init__(self, *, rows: int = 100, fresh_s: float = 10, schema: Schema = tiny.SCHEMA) -> None:
+        self.store = Store()
+        self.model: Any = Model(Encoder(schema))
+        self.inputs = Inputs(store=self.store, metrics=Metrics(), item_rows=rows, fresh_s=fresh_s)
+        self._decoder = Decoder(schemas.PredictRequest)
+
+    def given(self, body: dict[str, Any]) -> Any:
+        return schemas.given(self._decoder.decode(json.dumps(body).encode()), now=NOW, max_candidates=100)
+
+    async def read(self, **body: Any) -> Any:
+        in_time = Deadline.after(30_000, since=time.monotonic())
+        return await self.inputs.read(self.model, self.given({"ts": NOW, **body}), in_time)
+
+
+async def by_hand(store: MemoryStore, body: dict[str, Any], encoder: Encoder) -> tuple[Arrays, bool]:
+    """The merge written out value by value, and whether stored values had to be left out."""
+    user = body["user"]["id"]
+    past = list((await store.fetch(user, [], before=NOW, limit=tiny.T)).behaviours)
+    sent = body["candidates"]
+    if isinstance(sent, dict):
+        rows = [{n: column[i] for n, column in sent.items() if n != "id"} for i in range(len(sent["id"]))]
+        ids = sent["id"]
+    else:
+        rows, ids = [c.get("features") or {} for c in sent], [c["id"] for c in sent]
+    invalid = False
+    items: dict[str, list[Any]] = {"item_id": ids, "price": [], "genres": []}
+    stored = map(unpack_row, (await store.fetch(None, ids, before=NOW, limit=0)).items)
+    for own, known in zip(rows, stored, strict=True):
+        for name, good in (("price", (int, float)), ("genres", list)):
+            value = own.get(name)
+            if value is None and known is not None and known.get(name) is not None:
+                value = known[name]
+                if not isinstance(value, good):
+                    value, invalid = None, True
+            items[name].append(value)
+    clicked = [Event(item=e.item, ts=e.ts, features=e.features) for e in past]
+    request = Request(user={"user_id": user}, context={}, ts=NOW, behaviours=clicked, items=items, num_items=len(ids))
+    return encoder.encode(request), invalid
+
+
+def same(one: Arrays, other: Arrays) -> None:
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype, name
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+ids = st.sampled_from(["a1", "a2", "a3", "a4", "new", "newer"])
+prices = st.one_of(st.none(), st.integers(-3, 5), st.floats(-1e3, 1e3))
+genres = st.one_of(st.none(), st.lists(st.sampled_from(["x", "y", "z", "?", 7, "", None]), max_size=4))
+own_rows = st.fixed_dictionaries({}, optional={"price": prices, "genres": genres, "smell": st.just(1)})
+stored_rows = st.dictionaries(
+    ids,
+    st.fixed_dictionaries({}, optional={"price": st.one_of(prices, st.just("cheap")), "genres": genres}),
+    max_size=5,
+)
+lists = st.lists(
+    st.fixed_dictionaries({"id": ids}, optional={"features": st.none() | own_rows}), min_size=1, max_size=7
+)
+
+
+@st.composite
+def columns(draw: Any) -> dict[str, Any]:
+    named = draw(st.lists(ids, min_size=1, max_size=7))
+    made: dict[str, Any] = {"id": named}
+    for name, values in (("price", prices), ("genres", genres)):
+        if draw(st.booleans()):
+            made[name] = draw(st.lists(values, min_size=len(named), max_size=len(named)))
+    return made
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    stored=stored_rows,
+    asked=st.lists(st.one_of(lists, columns()), min_size=1, max_size=5),
+    clicks=st.lists(st.tuples(ids, st.integers(1, 9), genres), max_size=5),
+    rows=st.integers(1, 6),
+    fresh_s=st.sampled_from([0.0, 1e-9, 10.0]),
+)
+def test_what_is_kept_changes_no_array(
+    stored: dict[str, Row],
+    asked: list[Any],
+    clicks: list[tuple[str, int, Any]],
+    rows: int,
+    fresh_s: float,
+) -> None:
+    async def check() -> None:
+        keeping, forgetting = Reader(rows=rows, fresh_s=fresh_s), Reader(rows=1, fresh_s=0)
+        past = [
+            Click(event_id=str(n), user="u1", item=item, ts=float(ts), features={"genres": own} if own else {})
+            for n, (item, ts, own) in enumerate(clicks)
+        ]
+        for reader in (keeping, forgetting):
+            await reader.store.append(past)
+            await reader.store.put_items(stored)
+        for candidates in [*asked, *asked]:
+            body = {"user": {"id": "u1"}, "candidates": candidates}
+            kept, fresh = await keeping.read(**body), await forgetting.read(**body)
+            expected, invalid = await by_hand(keeping.store, body, keeping.model.encoder)
+            same(kept.arrays, fresh.arrays)
+            same(kept.arrays, expected)
+            assert kept.degraded == fresh.degraded == (["stored_values_invalid"] if invalid else [])
+            assert kept.unnamed == fresh.unnamed
+
+    asyncio.run(check())
+
+
+async def test_a_known_item_is_not_asked_for_again() -> None:
+    reader = Reader()
+    await reader.store.put_items({"a1": {"price": 2.0}})
+
+    for _ in range(2):
+        await reader.read(user={"id": "u1"}, candidates=[{"id": "a1"}, {"id": "a1"}, {"id": "new"}])
+        await reader.read(user={"id": "u1"}, candidates={"id": ["new", "a1"]})
+
+    assert reader.store.asked == [["a1", "new"], [], [], []]
+
+
+async def test_a_row_that_the_client_gives_whole_is_never_asked_for() -> None:
+    reader = Reader()
+    whole = {"price": 1, "genres": []}
+
+    await reader.read(candidates=[{"id": "a1", "features": whole}])
+    await reader.read(candidates={"id": ["a2"], "price": [1], "genres": [["x"]]})
+    await reader.read(candidates={"id": ["a2", "a3"], "price": [1, None], "genres": [["x"], []]})
+
+    assert reader.store.asked == [["a2", "a3"]]
+
+
+async def test_a_row_whose_place_another_takes_while_the_store_is_asked_stays_the_row() -> None:
+    reader = Reader(rows=2)
+    await reader.store.put_items({name: {"price": price} for name, price in (("a1", 1.0), ("a2", 2.0), ("a3", 3.0))})
+    alone = (await reader.read(candidates=[{"id": "a1"}])).arrays
+    reader.store.open.clear()
+    reader.store.waits.clear()
+
+    waiting = asyncio.create_task(reader.read(candidates=[{"id": "a1"}, {"id": "a3"}]))
+    await reader.store.waits.wait()
+    whole = {"price": 9, "genres": ["x"]}
+    await reader.read(candidates=[{"id": "a1", "features": whole}, {"id": "a2", "features": whole}])
+    reader.store.open.set()
+    read = (await waiting).arrays
+
+    for name in ("item.item_id", "item.price", "item.genres"):
+        np.testing.assert_array_equal(read[name][0], alone[name][0])
+
+
+async def test_other_features_of_the_same_item_are_another_row() -> None:
+    reader = Reader()
+    await reader.store.put_items({"a1": {"price": 2.0}})
+
+    prices = [
+        (await reader.read(candidates=[{"id": "a1", "features": features}])).arrays["item.price"].item()
+        for features in ({"price": 9}, None, {"price": 3}, {"price": 9}, {})
+    ]
+
+    assert prices[0] == prices[3] != prices[2]
+    assert prices[1] == prices[4] not in (prices[0], prices[2])
+
+
+async def test_a_row_whose_time_is_over_is_read_again() -> None:
+    now = 0.0
+    items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
+    candidates = Reader().given({"candidates": [{"id": "a1"}]}).candidates
+
+    def price(stored: Row | None) -> float:
+        wanted = items.find(candidates)
+        assert wanted.asked == ([] if stored is None else ["a1"])
+        known = None if stored is None else {"a1": pack_row(stored)}
+        return float(items.encode(candidates, wanted, known).arrays["item.price"].item())
+
+    first = price({"price": 1.0})
+    now = 9.9
+    assert price(None) == first
+    now = 10.1
+    second = price({"price": 4.0})
+
+    assert second != first
+    now = 20.0
+    assert price(None) == second
+
+
+async def test_a_row_that_the_store_still_has_is_kept_for_another_time_and_not_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
+    candidates = Reader().given({"candidates": [{"id": "a1"}, {"id": "a2", "features": {"price": 7}}]}).candidates
+    stored = {"a1": pack_row({"price": 1.0, "genres": ["x"]}), "a2": None}
+    first = items.encode(candidates, items.find(candidates), stored).arrays
+    encoded: list[int] = []
+    encode = Encoder.encode_items
+
+    def counting(encoder: Encoder, columns: Any, num_rows: int) -> Arrays:
+        encoded.append(num_rows)
+        return encode(encoder, columns, num_rows)
+
+    monkeypatch.setattr(Encoder, "encode_items", counting)
+
+    now = 10.1
+    wanted = items.find(candidates)
+    again = items.encode(candidates, wanted, stored).arrays
+    now = 20.0
+    assert wanted.asked == ["a1", "a2"]
+    assert items.find(candidates).asked == []
+    assert encoded == []
+    same(again, first)
+
+    now = 20.2
+    stored["a2"] = pack_row({"genres": ["y"]})
+    items.encode(candidates, items.find(candidates), stored)
+    assert encoded == [1]
+
+
+async def test_while_the_store_is_down_behaviours_that_lack_features_are_named() -> None:
+    reader = Reader()
+    reader.store.down = True
+    whole = {"price": 1, "genres": ["x"]}
+    asked: dict[str, Any] = {"candidates": [{"id": "a1", "features": whole}]}
+
+    read = [
+        (await reader.read(**asked, behaviours=behaviours)).degraded
+        for behaviours in ([{"item": "a2", "ts": 5}], [{"item": "a2", "ts": 5, "features": whole}], [])
+    ]
+
+    assert read == [["item_features_unavailable"], [], []]
+
+
+async def test_while_the_store_is_down_old_rows_stand_in_and_are_named() -> None:
+    reader = Reader(fresh_s=1e-9)
+    await reader.store.put_items({"a1": {"price": 2.0, "genres": ["x"]}})
+    up = await reader.read(candidates=[{"id": "a1"}])
+    reader.store.down = True
+
+    old = await reader.read(candidates=[{"id": "a1"}])
+    both = await reader.read(candidates=[{"id": "a1"}, {"id": "a2"}])
+    never = await reader.read(candidates=[{"id": "a2"}])
+    reader.store.down = False
+    await reader.store.put_items({"a2": {"price": 4.0}})
+    healed = await reader.read(candidates=[{"id": "a2"}])
+
+    same(old.arrays, up.arrays)
+    assert old.degraded == ["item_features_stale"]
+    assert both.degraded == ["item_features_unavailable", "item_features_stale"]
+    assert never.degraded == ["item_features_unavailable"]
+    assert healed.degraded == []
+    assert healed.arrays["item.price"].item() != never.arrays["item.price"].item()
+
+
+async def test_rows_within_their_time_need_no_store() -> None:
+    reader = Reader()
+    await reader.read(candidates=[{"id": "a1"}])
+    reader.store.down = True
+
+    assert (await reader.read(candidates=[{"id": "a1"}])).degraded == []
+
+
+async def test_a_bad_value_is_told_however_often_it_comes_and_beside_known_rows() -> None:
+    reader = Reader()
+    good = {"id": "a1", "features": {"price": 1}}
+    await reader.read(candidates=[good])
+
+    for _ in range(2):
+        with pytest.raises(Problem) as refused:
+            await reader.read(candidates=[good, {"id": "a1", "features": {"price": "x"}}])
+        assert [e.pointer for e in refused.value.errors] == ["/candidates/1/features/price"]
+        with pytest.raises(Unreadable):
+            await reader.read(candidates=[good, {"id": "a1", "features": [1]}])
+    assert (await reader.read(candidates=[good])).degraded == []
+
+
+async def test_features_without_end_are_not_kept() -> None:
+    reader = Reader()
+    large = {"id": "a1", "features": {"smell": "x" * MAX_KEY_BYTES}}
+
+    for _ in range(2):
+        assert (await reader.read(candidates=[large])).unnamed == 1
+
+    assert reader.store.asked == [["a1"], ["a1"]]
+
+
+async def test_ids_without_end_are_not_kept() -> None:
+    reader = Reader()
+
+    for _ in range(2):
+        await reader.read(candidates=[{"id": 10**MAX_KEY_BYTES}, {"id": "a1"}])
+
+    assert reader.store.asked == [[str(10**MAX_KEY_BYTES), "a1"], [str(10**MAX_KEY_BYTES)]]
+
+
+async def test_a_stored_click_that_cannot_be_encoded_is_named_every_time() -> None:
+    reader = Reader()
+    click = Click(event_id="1", user="u1", item="a3", ts=1.0, features={"genres": "x"})
+    await reader.store.append([click])
+
+    told = [(await reader.read(user={"id": "u1"}, candidates=[{"id": "a1"}])).degraded for _ in range(2)]
+
+    assert told == [["stored_values_invalid"]] * 2
+
+
+async def test_a_model_that_is_gone_takes_its_rows_with_it() -> None:
+    reader = Reader()
+    await reader.read(candidates=[{"id": "a1"}])
+    assert len(reader.inputs._kept) == 1
+
+    reader.model = None
+
+    assert len(reader.inputs._kept) == 0
+
+
+def test_features_are_left_unread_by_the_decoder_and_refused_with_their_place() -> None:
+    decoder = Decoder(schemas.PredictRequest)
+    body = b'{"candidates": [{"id": 1}, {"id": 2, "features": 7}]}'
+
+    asked = decoder.decode(body)
+
+    assert isinstance(asked.candidates, list)
+    assert isinstance(asked.candidates[1].features, msgspec.Raw)
+    assert [e.pointer for e in decoder.refusal(body, "").errors] == ["/candidates/1/features"]
+
+
+def test_a_values_field_is_told_where_one_request_cannot_be_encoded() -> None:
+    with pytest.raises(EncodingError, match="field gender, row 0: expected a string or a number"):
+        Encoder(tiny.SCHEMA).encode_request({"gender": ["F"]}, {}, 0.0)

@@ -1,0 +1,50 @@
+"""When a store that fails is asked again."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from service.store.circuit_breaker import Breaker
+from service.store.feature_store import StoreUnavailable
+
+Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
+
+
+async def test_a_breaker_opens_on_failures_in_a_row_only(eventually: Eventually):
+    healthy = asyncio.Event()
+    probes = 0
+
+    async def probe() -> None:
+        nonlocal probes
+        probes += 1
+        if not healthy.is_set():
+            raise StoreUnavailable("still down")
+
+    breaker = Breaker(probe, threshold=3, every_s=0)
+
+    for tell in (breaker.failed, breaker.failed, breaker.succeeded, breaker.failed, breaker.failed):
+        tell()
+    assert not breaker.is_open
+    breaker.failed()
+    assert breaker.is_open
+    await eventually(lambda: _is(lambda: probes > 3))
+    assert breaker.is_open
+    healthy.set()
+    await eventually(lambda: _is(lambda: not breaker.is_open))
+    breaker.failed()
+    assert not breaker.is_open
+
+
+async def test_a_breaker_closed_for_good_probes_no_more():
+    async def probe() -> None:
+        raise StoreUnavailable("down")
+
+    breaker = Breaker(probe, threshold=1, every_s=0)
+    breaker.failed()
+
+    await breaker.aclose()
+
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def _is(condition: Callable[[], bool]) -> bool:
+    return condition()

@@ -1,0 +1,1 @@
+"""Several models judged together: compare, leaderboard, tables, published."""

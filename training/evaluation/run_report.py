@@ -1,0 +1,131 @@
+"""What a run came to: the figures of metrics.json, a table for the terminal, two plots."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from models.artifact.calibration import Calibration
+from training.data.batches import Rows
+from training.evaluation import metrics
+
+RAW, CALIBRATED, MUTED = "#b35900", "#1f5fbf", "#8b949e"
+
+
+def measure(rows: Rows, logits: NDArray[np.float32], calibration: Calibration) -> dict[str, Any]:
+    """The figures of one part: those of the raw model, and under `calibrated` those of what the service answers.
+
+    Calibrating changes no ranking, so AUC and gAUC stand once. A figure that the part does not define is None.
+    """
+    known = rows.group >= 0  # rows without a user are not one user
+    by_user = metrics.gauc(rows.label[known], logits[known], rows.group[known])
+    by_request = metrics.gauc(rows.label, logits, rows.request)
+    figures = {
+        "rows": len(rows),
+        "click_rate": float(np.mean(rows.label, dtype=np.float64)),
+        "auc": metrics.auc(rows.label, logits),
+        "gauc": by_user.value,
+        "gauc_users": by_user.num_groups,
+        "gauc_users_left_out": by_user.num_left_out,
+        "gauc_by_request": by_request.value,
+        "gauc_requests": by_request.num_groups,
+        **_of_probabilities(rows.label, Calibration()(logits)),
+    }
+    calibrated = _of_probabilities(rows.label, calibration(logits))
+    return {**_without_nan(figures), "calibrated": _without_nan(calibrated)}
+
+
+def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of each part side by side, for the terminal."""
+    lines = [
+        ("rows", "rows", ",d"),
+        ("click rate", "click_rate", ".4f"),
+        ("AUC", "auc", ".4f"),
+        ("  best possible", "bayes_auc", ".4f"),
+        ("  position unknown", "bayes_auc_blind", ".4f"),
+        ("gAUC by user", "gauc", ".4f"),
+        ("gAUC by request", "gauc_by_request", ".4f"),
+        ("logloss", "logloss", ".4f"),
+        ("  calibrated", "calibrated.logloss", ".4f"),
+        ("normalised entropy", "ne", ".4f"),
+        ("  calibrated", "calibrated.ne", ".4f"),
+        ("calibration error", "calibration_error", ".4f"),
+        ("  calibrated", "calibrated.calibration_error", ".4f"),
+        ("predicted / clicked", "calibration_ratio", ".3f"),
+        ("  calibrated", "calibrated.calibration_ratio", ".3f"),
+    ]
+    text = " " * 20 + "".join(f"{part:>10}" for part in parts)
+    for name, key, form in lines:
+        values = [_value(figures, key) for figures in parts.values()]
+        if any(value is not None for value in values):
+            text += f"\n{name:<20}" + "".join(f"{'-' if v is None else format(v, form):>10}" for v in values)
+    return text
+
+
+def plot_epochs(log: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
+    """Loss and validation AUC by epoch, the kept epoch marked."""
+    epochs = [line["epoch"] for line in log]
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [line["loss"] for line in log], "o-", color=MUTED, ms=3, label="training")
+    left.plot(epochs, [line["valid_logloss"] for line in log], "o-", color=CALIBRATED, ms=3, label="validation")
+    left.set_title("Logloss", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    right.plot(epochs, [line["valid_auc"] for line in log], "o-", color=CALIBRATED, ms=3)
+    kept = log[best_epoch - 1]
+    right.set_title(f"Validation AUC (kept: epoch {best_epoch}, {kept['valid_auc']:.4f})", fontsize=10)
+    for axes in (left, right):
+        axes.axvline(best_epoch, color=MUTED, lw=0.8, ls=":")
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.2)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)
+
+
+def plot_reliability(rows: Rows, logits: NDArray[np.float32], calibration: Calibration, part: str, file: Path) -> None:
+    """What was predicted against what came, raw and calibrated, and how many rows each prediction got."""
+    figure = Figure(figsize=(5, 5.6), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    for name, color, prob in (("raw", RAW, Calibration()(logits)), ("calibrated", CALIBRATED, calibration(logits))):
+        bins = metrics.reliability(rows.label, prob)
+        upper.plot(
+            bins.predicted, bins.observed, "o-", color=color, ms=4, lw=1, label=f"{name}: error {bins.error:.4f}"
+        )
+        lower.hist(prob, bins=40, histtype="step", color=color)
+    low, high = 0.0, max(*upper.get_xlim(), *upper.get_ylim())
+    upper.plot([low, high], [low, high], color=MUTED, lw=0.8, ls=":", zorder=0)
+    upper.set_ylabel("share clicked", fontsize=9)
+    upper.set_title(f"Reliability on {part}, {len(rows):,} rows in {metrics.NUM_BINS} bins", fontsize=10)
+    upper.legend(frameon=False, fontsize=8, loc="upper left")
+    lower.set_ylabel("rows", fontsize=9)
+    lower.set_xlabel("predicted click probability", fontsize=9)
+    for axes in (upper, lower):
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)
+
+
+def _of_probabilities(label: NDArray[np.float32], prob: NDArray[np.float64]) -> dict[str, Any]:
+    return {
+        "logloss": metrics.logloss(label, prob),
+        "ne": metrics.normalised_entropy(label, prob),
+        "calibration_error": metrics.reliability(label, prob).error,
+        "calibration_ratio": metrics.calibration_ratio(label, prob),
+    }
+
+
+def _without_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
+
+
+def _value(figures: Mapping[str, Any], key: str) -> Any:
+    outer, _, inner = key.partition(".")
+    value = figures.get(outer)
+    return value.get(inner) if inner and value is not None else value

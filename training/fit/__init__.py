@@ -1,0 +1,1 @@
+"""One training run: loop, optimizers, checkpoint, calibration, run_folder."""

@@ -1,0 +1,167 @@
+"""The training loop, whole and visible: batches in, the best weights out."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from models.layers.base import CTRModel
+from training.config import Run
+from training.data.batches import Batch, Rows, in_order, num_batches, shuffled
+from training.errors import UserError
+from training.evaluation import metrics
+from training.fit import checkpoint, optimizers
+from training.fit.checkpoint import State
+from training.progress import bar
+
+EVAL_BATCH = 8192
+MIN_GAIN = 1e-6  # a smaller gain on the validation part counts as none (FuxiCTR's rule)
+
+
+def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, report: Callable[[str], None]) -> State:
+    """Train until the validation part stops improving; leaves the best epoch's weights, or averages, in `model`.
+
+    Goes on from `folder`'s checkpoint where there is one: killed at any moment and started again, the run ends with the
+    same weights, bit by bit, on the same number of threads. Each epoch adds a line to `folder`/log.jsonl.
+    Raises UserError when the loss is no longer a number.
+    """
+    if not 0 < valid.label.mean() < 1:
+        raise UserError(f"the valid part's {len(valid)} rows need both clicks and non-clicks, to tell when to stop")
+    batch_size = len(train) / num_batches(len(train), run.batch_size)
+    optimizer, averaged = optimizers.build(model, run, batch_size=batch_size), optimizers.averaged(model, run)
+    judged = model if averaged is None else cast("CTRModel", averaged.module)
+    state, saved = State(), folder / "checkpoint.pt"
+    if saved.exists():
+        state = checkpoint.load(saved, model, optimizer, averaged=averaged)
+        report(f"resuming in epoch {state.epoch + 1} after {state.step} steps")
+
+    while state.epoch < run.max_epochs and state.bad_epochs < run.patience:
+        began = time.monotonic()
+        _train_epoch(model, averaged, optimizer, train, run, state=state, saved=saved)
+        trained = time.monotonic()
+        logits = predict(judged, valid, "valid")
+        figures = {
+            "auc": metrics.auc(valid.label, logits),
+            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64))),
+        }
+        line = {
+            "epoch": state.epoch + 1,
+            "loss": state.loss_sum / state.step,
+            **{f"valid_{name}": value for name, value in figures.items()},
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
+            "valid_s": round(time.monotonic() - trained, 3),
+        }
+        _finish_epoch(judged, optimizer, run, state, figure=figures[run.monitor], line=line)
+        # The log first: killed in between, the epoch is done again and writes the same line.
+        checkpoint.write_atomically(folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in state.log).encode())
+        checkpoint.save(saved, model, optimizer, state, averaged=averaged)
+        report(_sentence(line, run, best=state.best_epoch == state.epoch, took_s=time.monotonic() - began))
+
+    model.load_state_dict(state.best_weights)
+    return state
+
+
+def predict(model: CTRModel, rows: Rows, part: str) -> NDArray[np.float32]:
+    """The logit of every row of a part, in order. Raises UserError where one is not a number."""
+    logits = np.empty(len(rows), dtype=np.float32)
+    model.eval()
+    with torch.inference_mode(), bar(f"scoring {part}", len(rows)) as advance:
+        done = 0
+        for batch in in_order(rows, EVAL_BATCH):
+            logits[done : done + len(batch.label_B)] = model(batch.inputs).numpy()
+            done += len(batch.label_B)
+            advance(len(batch.label_B))
+    if not np.isfinite(logits).all():
+        raise UserError(f"the model's score of row {int(np.argmin(np.isfinite(logits)))} is not a number")
+    return logits
+
+
+def _train_epoch(
+    model: CTRModel,
+    averaged: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    train: Rows,
+    run: Run,
+    *,
+    state: State,
+    saved: Path,
+) -> None:
+    """The rest of the current epoch, a checkpoint every `run.checkpoint_s`."""
+    model.train()
+    steps = num_batches(len(train), run.batch_size)
+    title = f"epoch {state.epoch + 1}/{run.max_epochs}"
+    loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64)
+    started = checkpointed = time.monotonic()
+    already_s = state.train_s
+    with bar(title, len(train), done=len(train) * state.step // steps) as advance:
+        for batch in shuffled(train, run.batch_size, seed=run.seed, epoch=state.epoch, skip=state.step):
+            loss_sum.add_(_step(model, optimizer, batch, run, state))
+            if averaged is not None:
+                averaged.update_parameters(model)
+            state.step += 1
+            now = time.monotonic()
+            state.train_s = already_s + now - started
+            if now - checkpointed >= run.checkpoint_s:
+                state.loss_sum = loss_sum.item()
+                checkpoint.save(saved, model, optimizer, state, averaged=averaged)
+                checkpointed = time.monotonic()
+            advance(len(batch.label_B), lambda: f"loss {loss_sum.item() / state.step:.4f}")
+    state.loss_sum = loss_sum.item()
+
+
+def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: Run, state: State) -> torch.Tensor:
+    """One update; returns the log loss of the batch before it, without what the model is fined for or learns beside."""
+    optimizer.zero_grad(set_to_none=True)
+    of_users = model.encode_user(batch.inputs)
+    click_loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
+    loss = click_loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+    norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
+    # The one value read per step, and before it: a weight that is not a number never comes back.
+    if not torch.isfinite(loss.detach() + norm):
+        raise UserError(
+            f"the loss is {loss.item():g} (gradient norm {norm.item():g}) in epoch {state.epoch + 1},"
+            f" step {state.step + 1}; try a smaller learning rate, such as --set lr={run.lr / 10:g}"
+        )
+    optimizer.step()
+    return click_loss.detach()
+
+
+def _finish_epoch(
+    model: CTRModel,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    state: State,
+    *,
+    figure: float,
+    line: dict[str, Any],
+) -> None:
+    """Keep the weights when they are the best so far, else count towards a smaller step and the end."""
+    state.epoch += 1
+    state.step, state.loss_sum = 0, 0.0
+    state.log.append(line)
+    sign = 1 if run.monitor == "auc" else -1
+    if state.best is None or sign * (figure - state.best) > MIN_GAIN:
+        state.best, state.best_epoch, state.bad_epochs = figure, state.epoch, 0
+        state.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+        return
+    state.bad_epochs += 1
+    if state.bad_epochs % (run.plateau_patience + 1) == 0:
+        optimizers.slow_down(optimizer, run.plateau_factor, least=run.min_lr)
+
+
+def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> str:
+    return (
+        f"epoch {line['epoch']:>2}/{run.max_epochs}  loss {line['loss']:.4f}  valid AUC {line['valid_auc']:.4f}"
+        f"  logloss {line['valid_logloss']:.4f}  lr {line['lr']:g}  {took_s:.1f} s{'  best' if best else ''}"
+    )

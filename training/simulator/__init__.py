@@ -1,0 +1,1 @@
+"""An ad log with known click probabilities: simulate, population, bayes_optimal."""
