@@ -34,7 +34,12 @@ class DIN(SequenceModel):
 
     def __init__(self, config: DINConfig, schema: Schema) -> None:
         super().__init__(config, schema, found=len(schema.group("behaviour")) * config.emb_dim, paper="DIN")
-        self.attention = TargetAttention(config, self.event_width)
+        self.attention = TargetAttention(
+            self.event_width,
+            config.attention_hidden,
+            activation=config.attention_activation,
+            softmax=config.attention_softmax,
+        )
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:

@@ -2,13 +2,14 @@
 
 # U requests, C candidates, T history length, E width of a click, A width of an attention layer
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.din import DINConfig
 from models.layers.attention import masked_softmax
 
 
@@ -19,13 +20,15 @@ class TargetAttention(nn.Module):
     (W_t - W_d) e_t is computed once per request and (W_i + W_d) e_i once per candidate.
     """
 
-    def __init__(self, config: DINConfig, width: int) -> None:
+    def __init__(
+        self, width: int, hidden: Sequence[int], *, activation: Literal["dice", "relu"] = "dice", softmax: bool
+    ) -> None:
         super().__init__()
-        self.softmax = config.attention_softmax
-        self.first = nn.Linear(4 * width, config.attention_hidden[0])
+        self.softmax = softmax
+        self.first = nn.Linear(4 * width, hidden[0])
         self.rest = nn.Sequential()
-        for this, following in pairwise((*config.attention_hidden, 1)):
-            self.rest.append(Dice(this) if config.attention_activation == "dice" else nn.ReLU())
+        for this, following in pairwise((*hidden, 1)):
+            self.rest.append(Dice(this) if activation == "dice" else nn.ReLU())
             self.rest.append(nn.Linear(this, following))
 
     def read(self, clicks_UTE: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ from models.artifact.explanation import (
     Explanation,
     numbered,
 )
-from models.baselines.din import DINConfig
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax, merge_heads, split_heads
 from models.layers.base import CTRModel, Inputs, UserState
@@ -281,8 +280,7 @@ class AttentionPooling(nn.Module):
         self.out = nn.Linear(inner, width)
         self.activation = nn.PReLU(init=0.1)  # one slope for all of them: the code's
         self.kernel = nn.Parameter(torch.eye(inner)) if scorer == "bilinear" else None
-        din = DINConfig(attention_hidden=(512, 256, 128), attention_softmax=softmax)
-        self.meeting = TargetAttention(din, inner) if scorer == "din" else None
+        self.meeting = TargetAttention(inner, (512, 256, 128), softmax=softmax) if scorer == "din" else None
         self.softmax, self.scale = softmax, math.sqrt(inner) if scale else 1.0
         self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
 
