@@ -69,13 +69,13 @@ class PackedGroup:
         return any(f.field.kind in ("numeric", "multi") for f in self.fields)
 
     @cached_property
-    def oov_rows_K(self) -> NDArray[np.int64]:
+    def oov_rows(self) -> NDArray[np.int64]:
         """The row of OOV for each column; -1 for a number, which has none."""
         rows = [(-1 if f.field.kind == "numeric" else f.offset + OOV, f.stop - f.start) for f in self.fields]
         return np.array([row for row, width in rows for _ in range(width)], dtype=np.int64)
 
     @cached_property
-    def pad_rows_K(self) -> NDArray[np.int64]:
+    def pad_rows(self) -> NDArray[np.int64]:
         """The row of PAD for each column, which is what padding holds; of a number its direction, with weight 0."""
         rows = [(f.offset + (0 if f.field.kind == "numeric" else PAD), f.stop - f.start) for f in self.fields]
         return np.array([row for row, width in rows for _ in range(width)], dtype=np.int64)
@@ -134,7 +134,7 @@ class PackedLayout:
         if self.history.fields:
             mask_UT = arrays["hist_mask"]
             packed |= self.history.pack(arrays, mask_UT.shape)
-            packed["history_ids"] = np.where(mask_UT[..., None], packed["history_ids"], self.history.pad_rows_K)
+            packed["history_ids"] = np.where(mask_UT[..., None], packed["history_ids"], self.history.pad_rows)
             if "history_weights" in packed:
                 packed["history_weights"] = packed["history_weights"] * mask_UT[..., None]
             packed |= {"history_mask": mask_UT, "history_age": arrays["hist_age"]}
