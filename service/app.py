@@ -10,13 +10,14 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service.errors import Problem
+from service.errors import Refusal
 from service.experiments import assignment
 from service.experiments.assignment import Running
 from service.http import openapi
-from service.http.middleware import App, Recorder, Straight, answer_error
-from service.http.routes import Api, Parts
-from service.ingest.events import Events
+from service.http.middleware import ErrorHandler, MetricsMiddleware, RefusalLog
+from service.http.protocol import protocol_class
+from service.http.routes import Api, OpenService
+from service.ingest.events import EventRecorder
 from service.observability.metrics import Metrics
 from service.registry import coordination
 from service.registry.changes import Changes
@@ -24,9 +25,8 @@ from service.registry.coordination import Peers
 from service.registry.loader import Loader
 from service.registry.registry import Catalog
 from service.registry.warmup import Swap
-from service.runtime.batcher import Runner
+from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
-from service.scoring.model_inputs import Inputs
 from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store import redis_store
@@ -37,24 +37,28 @@ from service.worker import Place
 log = logging.getLogger(__name__)
 
 GPU_THREADS = 2  # one feeds the GPU while the other waits for it
+KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first
 
 
 def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
-    """The service as an ASGI app. It opens in its lifespan, which raises what is wrong with settings or artifacts."""
+    """The service as an ASGI app. It opens in its lifespan, which raises what is wrong with settings or artifacts.
+
+    `app.state.connection` is the class of its HTTP connections, which answer POST /predict without the framework.
+    """
     metrics = Metrics(place)
     api = Api(settings, metrics)
     router = api.router()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with open_parts(settings, metrics, place or Place.alone()) as parts:
-            api.parts = parts
+        async with open_service(settings, metrics, place or Place.alone()) as service:
+            api.service = service
             try:
                 yield
             finally:
-                api.parts = None
+                api.service = None
 
-    app = App(
+    app = FastAPI(
         title="Clickserve",
         description=openapi.DESCRIPTION,
         version=importlib.metadata.version("clickserve"),
@@ -62,19 +66,27 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
     )
-    app.state.api = api
     app.include_router(router)
     routes = frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
-    app.add_middleware(Recorder, metrics=metrics, routes=routes)
-    app.predict = Recorder(Straight(api.predicted), metrics=metrics, routes=routes)
+    refusals = RefusalLog()
+    app.add_middleware(MetricsMiddleware, metrics=metrics, routes=routes)
     openapi.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
-    for kind in (Problem, HTTPException, RecursionError):
-        app.add_exception_handler(kind, answer_error)
+    for kind in (Refusal, HTTPException, RecursionError):
+        app.add_exception_handler(kind, ErrorHandler(refusals))
+    app.state.api = api
+    app.state.connection = protocol_class(
+        api.endpoint,
+        metrics,
+        refusals,
+        max_age_s=settings.max_connection_s,
+        keep_alive_s=KEEP_ALIVE_S,
+        max_body_bytes=settings.max_body_bytes,
+    )
     return app
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[Parts]:
+async def open_service(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[OpenService]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
         running = Running(assignment.given(settings.experiment))
@@ -87,15 +99,18 @@ async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> Asyn
         except StoreUnavailable as err:
             log.warning("starting without the store", extra={"error": str(err)})
         on_gpu = any(arm.device == "cuda" for arm in running.now.served)
-        runner = Runner(
-            metrics, max_queued_candidates=settings.max_queued_candidates, threads=GPU_THREADS if on_gpu else 1
+        scheduler = Scheduler(
+            max_queued_candidates=settings.max_queued_candidates,
+            max_candidates=settings.max_batch_candidates,
+            threads=GPU_THREADS if on_gpu else 1,
         )
-        stack.push_async_callback(runner.aclose)
+        stack.push_async_callback(scheduler.aclose)
         loader = Loader(
             root=settings.artifacts_dir,
-            runner=runner,
             max_candidates=settings.max_batch_candidates,
             keep_behaviours=settings.keep_behaviours,
+            item_rows=settings.item_cache_rows,
+            fresh_s=settings.item_cache_s,
         )
         catalog = await asyncio.to_thread(
             Catalog.load,
@@ -105,22 +120,28 @@ async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> Asyn
             versions=None if served is None else served.state.versions,
         )
         stack.push_async_callback(catalog.aclose)
-        stack.push_async_callback(runner.aclose)  # before it: a model is closed when nothing runs on it
+        stack.push_async_callback(scheduler.aclose)  # before it: a model is closed when nothing runs on it
         for arm, model in catalog.models.items():
-            manifest = model.artifact.manifest
-            metrics.model_serves(arm=arm, model=manifest.model, version=manifest.version)
-        inputs = Inputs(store=store, metrics=metrics, item_rows=settings.item_cache_rows, fresh_s=settings.item_cache_s)
-        scorer = Scorer(running=running, catalog=catalog, inputs=inputs, metrics=metrics, fallback=settings.fallback)
-        stack.push_async_callback(scorer.aclose)
+            metrics.model_serves(arm=arm, model=model.name, version=model.version)
+        scorer = Scorer(
+            running=running,
+            models=catalog,
+            store=store,
+            scheduler=scheduler,
+            metrics=metrics,
+            fallback=settings.fallback,
+            inline_run_ms=settings.inline_run_ms,
+        )
         explainer = Explainer(scorer)
         stack.callback(explainer.close)
-        swap = Swap(catalog=catalog, inputs=inputs, recent=scorer.recent)
+        swap = Swap(catalog=catalog, scorer=scorer)
         among = Peers(place, Changes(running=running, catalog=catalog, swap=swap, metrics=metrics))
         await stack.enter_async_context(among.joined())
-        yield Parts(
+        yield OpenService(
             scorer=scorer,
+            scheduler=scheduler,
             explainer=explainer,
-            events=Events(store=writing, running=running, metrics=metrics),
+            events=EventRecorder(store=writing, running=running, metrics=metrics),
             running=running,
             peers=among,
             catalog=catalog,

@@ -1,15 +1,15 @@
-"""The time a request has."""
+"""Deadline of a request: when its answer stops being of use."""
 
 import time
 from dataclasses import dataclass
 from typing import Self
 
-from service.errors import too_late
+from service.errors import DeadlinePassed
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """When an answer stops being of use; `at` is on the monotonic clock."""
+    """`at` is on the monotonic clock."""
 
     at: float
     timeout_ms: float
@@ -24,6 +24,6 @@ class Deadline:
         return self.at - time.monotonic()
 
     def check(self) -> None:
-        """Raises Problem (504) once it has passed."""
+        """Raises DeadlinePassed once it has."""
         if self.left_s < 0:
-            raise too_late(self.timeout_ms)
+            raise DeadlinePassed(self.timeout_ms)

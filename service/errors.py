@@ -1,16 +1,61 @@
-"""What a client is told when there is no answer: RFC 9457 problems, each with its status code."""
+"""What the service refuses, and what an answer had to do without: exceptions and reasons, free of HTTP.
 
-import http
+Status codes, headers and media types of these stand in `service/http/problems.py`.
+"""
+
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar
 
 import msgspec
 
-MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
+
+
+class Reason(StrEnum):
+    """Why a request is refused: the `reason` label of clickserve_rejected_total and of the log."""
+
+    ARTIFACT_REFUSED = "artifact_refused"
+    BUSY_CHANGING = "busy_changing"
+    COMPRESSED = "compressed"
+    DEADLINE = "deadline"
+    INTERNAL = "internal"
+    INVALID = "invalid"
+    MODEL_FAILED = "model_failed"
+    NO_SUCH_METHOD = "no_such_method"
+    NO_SUCH_MODEL = "no_such_model"
+    NO_SUCH_PATH = "no_such_path"
+    NO_SUCH_VERSION = "no_such_version"
+    NOT_ALLOWED = "not_allowed"
+    NOT_EXPLAINED = "not_explained"
+    NOT_FOUND = "not_found"
+    NOT_JSON = "not_json"
+    NOT_OPEN = "not_open"
+    OTHER = "other"
+    OVERLOADED = "overloaded"
+    PREDICTED_LATE = "predicted_late"
+    SHADOW_DROPPED = "shadow_dropped"
+    STORE_UNAVAILABLE = "store_unavailable"
+    TOO_LARGE = "too_large"
+    TOO_SLOW = "too_slow"
+    UNAUTHORIZED = "unauthorized"
+    UPGRADING = "upgrading"
+    VERSION_CONFLICT = "version_conflict"
+
+
+class Degraded(StrEnum):
+    """What an answered request had to do without: the strings of `degraded`, and the label of the metric."""
+
+    BEHAVIOURS_UNAVAILABLE = "behaviours_unavailable"
+    ITEM_FEATURES_UNAVAILABLE = "item_features_unavailable"
+    USER_FEATURES_UNAVAILABLE = "user_features_unavailable"
+    ITEM_FEATURES_STALE = "item_features_stale"
+    STORED_VALUES_INVALID = "stored_values_invalid"
+    DEADLINE = "deadline"
+    OVERLOADED = "overloaded"
+    PRIOR = "prior"
+    PREVIOUS_VERSION = "previous_version"
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,175 +66,124 @@ class FieldError(msgspec.Struct, frozen=True, kw_only=True):
     got: str
 
 
-class Problem(Exception):  # noqa: N818 - the name RFC 9457 gives it
-    """A refusal with a reason. `reason` is its short name in metrics and logs."""
+class Refusal(Exception):  # noqa: N818 - a refused request is no error of the program
+    """A request that gets no score: `reason` in short, the message in a sentence, `arm` once one was assigned."""
 
-    def __init__(
-        self,
-        status: int,
-        detail: str,
-        *,
-        reason: str,
-        errors: Sequence[FieldError] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+    reason: ClassVar[Reason] = Reason.INTERNAL
+
+    def __init__(self, detail: str) -> None:
         super().__init__(detail)
-        self.status = status
         self.detail = detail
-        self.reason = reason
-        self.errors = errors
-        self.headers = dict(headers or {})
-        self.arm: str | None = None  # that the request was drawn for, once it was
-
-    def to_json(self) -> bytes:
-        document: dict[str, Any] = {
-            "type": "about:blank",  # the status code says it all; its title is then the code's own phrase
-            "title": http.HTTPStatus(self.status).phrase,
-            "status": self.status,
-            "detail": self.detail,
-        }
-        if self.errors:
-            document["errors"] = self.errors
-        return msgspec.json.encode(document)
+        self.arm: str | None = None
 
 
-@contextmanager
-def of_arm(name: str) -> Iterator[None]:
-    """Every refusal inside is of a request that was drawn for this arm."""
-    try:
-        yield
-    except Problem as problem:
-        problem.arm = name
-        raise
+class InvalidValue(Refusal):
+    """Values that the client sent and that cannot be used, each with its place."""
+
+    reason = Reason.INVALID
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        super().__init__(sentence(errors, body="the body"))
+        self.errors = errors[:MAX_ERRORS]
 
 
-def not_json(detail: str) -> Problem:
-    return Problem(400, detail, reason="not_json")
+class NoSuchVersion(Refusal):
+    reason = Reason.NO_SUCH_VERSION
 
 
-def too_slow(limit_s: float) -> Problem:
-    # What is still to come of the body would be read as the next request.
-    detail = f"the body did not arrive within {limit_s:g} s"
-    return Problem(408, detail, reason="too_slow", headers={"Connection": "close"})
+class NotFound(Refusal):
+    reason = Reason.NOT_FOUND
 
 
-def head_too_slow(limit_s: float) -> Problem:
-    return Problem(408, f"the request's headers did not arrive within {limit_s:g} s", reason="too_slow")
+class Conflict(Refusal):
+    """What is asked for does not go with the state of the service."""
+
+    reason = Reason.BUSY_CHANGING
 
 
-def head_too_large(limit: int) -> Problem:
-    return Problem(431, f"the request's headers are larger than {limit} bytes", reason="too_large")
+class ArtifactRefused(Conflict):
+    """An artifact that exists and must not serve."""
+
+    reason = Reason.ARTIFACT_REFUSED
 
 
-def bad_http(detail: str) -> Problem:
-    return Problem(400, detail, reason="invalid")
+class NotExplained(Conflict):
+    reason = Reason.NOT_EXPLAINED
+
+    def __init__(self, model: str, version: str) -> None:
+        super().__init__(
+            f"{model} {version}, which answers this user, explains nothing: the model has nothing to show,"
+            " or was exported before it had"
+        )
 
 
-def answer_to(problem: Problem) -> bytes:
-    """The whole answer as bytes, where no framework stands between; the connection ends with it."""
-    body = problem.to_json()
-    head = f"HTTP/1.1 {problem.status} {http.HTTPStatus(problem.status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n"
-    return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+class VersionConflict(Conflict):
+    """A change of a document that somebody else has changed meanwhile."""
+
+    reason = Reason.VERSION_CONFLICT
 
 
-def compressed(coding: str) -> Problem:
-    detail = f"the body is sent as {shown(coding)}; send it as it is, without a Content-Encoding"
-    return Problem(415, detail, reason="compressed", headers={"Accept-Encoding": "identity"})
+class Unavailable(Refusal):
+    """Nothing is wrong with the request: the same one may be answered in `retry_after_s` seconds."""
+
+    def __init__(self, detail: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
-def upgrading() -> Problem:
-    # What is still to come of the body would be read as the next request.
-    detail = "the connection asks to become another protocol, by which the body is lost; ask without `Upgrade`"
-    return Problem(400, detail, reason="upgrading", headers={"Connection": "close"})
+class Overloaded(Unavailable):
+    reason = Reason.OVERLOADED
 
 
-def too_large(limit: int) -> Problem:
-    return Problem(413, f"the body is larger than {limit} bytes", reason="too_large")
+class WouldBeLate(Unavailable):
+    """Refused on arrival: the work already admitted makes it miss its deadline."""
+
+    reason = Reason.PREDICTED_LATE
+
+    def __init__(self, wait_s: float) -> None:
+        detail = f"{wait_s * 1000:.1f} ms of work is waiting already: this would be scored after its deadline"
+        super().__init__(detail, retry_after_s=wait_s)
 
 
-def invalid(errors: Sequence[FieldError]) -> Problem:
-    return Problem(422, sentence(errors, whole="the body"), reason="invalid", errors=errors[:MAX_ERRORS])
+class ShadowDropped(Unavailable):
+    """Shadow work that live requests leave no room for."""
+
+    reason = Reason.SHADOW_DROPPED
+
+    def __init__(self) -> None:
+        super().__init__("live requests need the model")
 
 
-def too_deep() -> Problem:
-    return invalid([FieldError(pointer="", expected="less nesting", got="lists or objects too deep")])
+class ModelFailed(Unavailable):
+    reason = Reason.MODEL_FAILED
 
 
-def overloaded(waiting: int) -> Problem:
-    detail = f"{waiting} candidates are waiting already; try again"
-    return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
+class StoreDown(Unavailable):
+    reason = Reason.STORE_UNAVAILABLE
+
+    def __init__(self) -> None:
+        super().__init__("the store does not answer; nothing is lost by sending the same call again")
 
 
-def predicted_late(wait_s: float) -> Problem:
-    detail = f"{wait_s * 1000:.1f} ms of work is waiting already: this would be scored after its deadline"
-    return Problem(503, detail, reason="predicted_late", headers={"Retry-After": str(max(math.ceil(wait_s), 1))})
+class NotOpen(Unavailable):
+    reason = Reason.NOT_OPEN
+
+    def __init__(self) -> None:
+        super().__init__("the service is starting or stopping")
 
 
-def shadow_dropped() -> Problem:
-    return Problem(503, "live requests need the model", reason="shadow_dropped", headers={"Retry-After": "1"})
+class DeadlinePassed(Refusal):
+    reason = Reason.DEADLINE
+
+    def __init__(self, timeout_ms: float) -> None:
+        super().__init__(f"no score within {timeout_ms:g} ms")
 
 
-def explaining_enough(under_way: int) -> Problem:
-    detail = f"{under_way} explanations are under way already; try again"
-    return Problem(503, detail, reason="overloaded", headers={"Retry-After": "1"})
-
-
-def not_explained(model: str, version: str) -> Problem:
-    detail = (
-        f"{model} {version}, which answers this user, explains nothing: the model has nothing to show,"
-        " or was exported before it had"
-    )
-    return Problem(409, detail, reason="not_explained")
-
-
-def no_such_version(detail: str) -> Problem:
-    return Problem(422, detail, reason="no_such_version")
-
-
-def artifact_refused(detail: str) -> Problem:
-    return Problem(409, detail, reason="artifact_refused")
-
-
-def busy_changing(detail: str) -> Problem:
-    return Problem(409, detail, reason="busy_changing", headers={"Retry-After": "1"})
-
-
-def not_found(detail: str) -> Problem:
-    return Problem(404, detail, reason="not_found")
-
-
-def not_allowed() -> Problem:
-    detail = "no admin_token is set (CLICKSERVE_ADMIN_TOKEN), so nothing can be changed while the service runs"
-    return Problem(403, detail, reason="not_allowed")
-
-
-def unauthorized(detail: str) -> Problem:
-    challenge = {"WWW-Authenticate": 'Bearer realm="clickserve"'}
-    return Problem(401, detail, reason="unauthorized", headers=challenge)
-
-
-def model_failed(detail: str) -> Problem:
-    return Problem(503, detail, reason="model_failed", headers={"Retry-After": "1"})
-
-
-def store_down() -> Problem:
-    detail = "the store does not answer; nothing is lost by sending the same call again"
-    return Problem(503, detail, reason="store_unavailable", headers={"Retry-After": "1"})
-
-
-def not_open() -> Problem:
-    return Problem(503, "the service is starting or stopping", reason="not_open", headers={"Retry-After": "1"})
-
-
-def too_late(timeout_ms: float) -> Problem:
-    return Problem(504, f"no score within {timeout_ms:g} ms", reason="deadline")
-
-
-def sentence(errors: Sequence[FieldError], *, whole: str) -> str:
-    """The first error in words, and how many follow. `whole` is what an empty pointer points at."""
+def sentence(errors: Sequence[FieldError], *, body: str) -> str:
+    """The first error in words, and how many follow. `body` is what an empty pointer points at."""
     first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{first.pointer or whole}: expected {first.expected}, got {first.got}{more}"
+    return f"{first.pointer or body}: expected {first.expected}, got {first.got}{more}"
 
 
 def pointer(*parts: str | int) -> str:

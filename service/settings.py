@@ -31,6 +31,13 @@ class Settings(BaseSettings):
     max_explained: int = Field(default=20, ge=1, le=1000, description="candidates of one request for explanations")
     max_queued_candidates: int = Field(default=10_000, ge=1, description="that wait for the model; beyond it 503")
     max_batch_candidates: int = Field(default=1000, ge=1, le=10_000, description="of one run: what is larger is cut")
+    inline_run_ms: float = Field(
+        default=5,
+        ge=0,
+        le=1000,
+        description="Requests that are expected to take at most this are scored by the event loop itself; longer ones"
+        " go to the model thread. 0: all of them.",
+    )
     # A thousand candidates with twenty features each take about half a megabyte.
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
     timeout_ms: float = Field(default=1000, gt=0, le=60_000, description="of a request that names none")

@@ -69,7 +69,7 @@ def _lists(field: Field, lookup: Lookup, values: Sequence[Any]) -> NDArray[np.in
     return encoded
 
 
-class Single:
+class ScalarEncoder:
     """One user or context field of one request: a look-up where numpy would take longer to begin."""
 
     def __init__(self, field: Field, lookup: Lookup) -> None:

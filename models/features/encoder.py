@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.features.arrays import Arrays
-from models.features.column_encoding import LATEST_S, Single, clock, encode, lookup_of
+from models.features.column_encoding import LATEST_S, ScalarEncoder, clock, encode, lookup_of
 from models.features.field import PAD, Field, input_name
 from models.features.history import Event, history
+from models.features.packing import PackedLayout
 from models.features.request import Request
 from models.features.schema import Schema
 from models.features.values import Column, Columns, Row
@@ -21,12 +22,14 @@ class Encoder:
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
         self._lookups = {f.name: lookup_of(f.vocabulary or ()) for f in schema.fields if f.kind != "sequence"}
+        self.layout = PackedLayout(schema)
         length = schema.history_length
         self._masks = np.arange(length) >= length - np.arange(length + 1)[:, None]  # by the number of past clicks
-        singles = [Single(f, self._lookups[f.name]) for f in (*schema.group("user"), *schema.group("context"))]
+        singles = [ScalarEncoder(f, self._lookups[f.name]) for f in (*schema.group("user"), *schema.group("context"))]
         self._single_ids = [s for s in singles if s.field.kind in ("categorical", "time")]
         self._other_singles = [s for s in singles if s.field.kind in ("numeric", "multi")]
         self._single_names = [s.input_name for s in self._single_ids]
+        self._request_offsets = np.array([f.offset for f in self.layout.request.fields], dtype=np.int64)
         sources = [(input_name(s), schema.field(s.of)) for s in schema.group("behaviour") if s.of is not None]
         self._clocks = [(name, source) for name, source in sources if source.kind == "time"]
 
@@ -50,6 +53,13 @@ class Encoder:
         for s in self._other_singles:
             arrays[s.input_name] = s.array_of((user if s.is_users else context).get(s.name))
         return arrays
+
+    def pack_request(self, user: Row, context: Row, ts: float) -> Arrays:
+        """The packed `request_*` tensors of one request: what `layout.request.pack` makes of `encode_request`."""
+        if self.layout.request.is_weighted:
+            return self.layout.request.pack(self.encode_request(user, context, ts), (1,))
+        ids = [s.id_of((user if s.is_users else context).get(s.name), ts) for s in self._single_ids]
+        return {"request_ids": np.array([ids], dtype=np.int64) + self._request_offsets}
 
     def encode_requests(self, columns: Columns, ts: NDArray[np.float64]) -> Arrays:
         """The `user.*` and `ctx.*` inputs of many requests; `ts` is each request's own time."""

@@ -46,6 +46,15 @@ class PackedField:
         """Rows of the group's table: the ids of the field, or the one direction of a number."""
         return 1 if self.field.kind == "numeric" else self.field.num_ids
 
+    def pack(self, values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Table rows and weights, one column each for what the encoder made of a value: [..., stop - start]."""
+        if self.field.kind == "numeric":
+            return np.full((*values.shape, 1), self.offset, dtype=np.int64), values[..., None]
+        if self.field.kind == "multi":
+            count = np.maximum((values != PAD).sum(axis=-1, keepdims=True), 1)
+            return values + self.offset, np.broadcast_to(np.float32(1) / count, values.shape).astype(np.float32)
+        return values[..., None] + self.offset, np.ones((*values.shape, 1), dtype=np.float32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedGroup:
@@ -91,22 +100,12 @@ class PackedGroup:
         `shape` is (U,), (C,) or (U, T).
         """
         ids = np.empty((*shape, self.num_columns), dtype=np.int64)
-        weights = np.ones((*shape, self.num_columns), dtype=np.float32) if self.is_weighted else None
+        weights = np.empty((*shape, self.num_columns), dtype=np.float32)
         for field in self.fields:
-            values = arrays[field.name]
             columns = slice(field.start, field.stop)
-            if field.field.kind == "numeric":
-                assert weights is not None
-                ids[..., field.start] = field.offset
-                weights[..., field.start] = values
-            elif field.field.kind == "multi":
-                assert weights is not None
-                ids[..., columns] = values + field.offset
-                weights[..., columns] = 1 / np.maximum((values != PAD).sum(axis=-1, keepdims=True), 1)
-            else:
-                ids[..., field.start] = values + field.offset
+            ids[..., columns], weights[..., columns] = field.pack(arrays[field.name])
         packed: Arrays = {f"{self.name}_ids": ids}
-        if weights is not None:
+        if self.is_weighted:
             packed[f"{self.name}_weights"] = weights
         return packed
 
@@ -132,15 +131,19 @@ class PackedLayout:
         if self.request.fields:
             packed |= self.request.pack(arrays, (len(arrays[self.request.fields[0].name]),))
         if self.history.fields:
-            mask_UT = arrays["hist_mask"]
-            packed |= self.history.pack(arrays, mask_UT.shape)
-            packed["history_ids"] = np.where(mask_UT[..., None], packed["history_ids"], self.history.pad_rows)
-            if "history_weights" in packed:
-                packed["history_weights"] = packed["history_weights"] * mask_UT[..., None]
-            packed |= {"history_mask": mask_UT, "history_age": arrays["hist_age"]}
+            packed |= self.pack_history(arrays)
         if self.item.fields:
             packed |= self.item.pack(arrays, (len(arrays["user_index"]),))
         return packed
+
+    def pack_history(self, arrays: Arrays) -> Arrays:
+        """The `history_*` tensors of the encoder's `hist*` arrays."""
+        mask_UT = arrays["hist_mask"]
+        packed = self.history.pack(arrays, mask_UT.shape)
+        packed["history_ids"] = np.where(mask_UT[..., None], packed["history_ids"], self.history.pad_rows)
+        if "history_weights" in packed:
+            packed["history_weights"] = packed["history_weights"] * mask_UT[..., None]
+        return {**packed, "history_mask": mask_UT, "history_age": arrays["hist_age"]}
 
     def inputs(self, names: Sequence[str]) -> tuple[Input, ...]:
         """Dtype and dimensions of these packed tensors, in the order of the layout."""
@@ -163,6 +166,26 @@ def slice_candidates(packed: Mapping[str, NDArray[Any]], rows: slice | NDArray[n
     """The same request with these of its candidates: tensors by candidate are cut, those by request stay."""
     by_candidate = ("items", "user_index", "item_ids", "item_weights")
     return {name: values[rows] if name in by_candidate else values for name, values in packed.items()}
+
+
+def join(parts: Sequence[Arrays]) -> Arrays:
+    """Several requests' packed tensors as one batch; `user_index` names each candidate's request."""
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "user_index"}
+    sizes = [num_candidates(part) for part in parts]
+    joined["user_index"] = np.repeat(np.arange(len(parts)), sizes)
+    return joined
+
+
+def num_requests(packed: Mapping[str, NDArray[Any]]) -> int:
+    """U of packed tensors; of a model that reads only candidates, as far as `user_index` tells."""
+    for name, values in packed.items():
+        if name.startswith(("request_", "history_")):
+            return len(values)
+    return int(packed["user_index"].max(initial=0)) + 1 if "user_index" in packed else 1
+
+
+def num_candidates(packed: Mapping[str, NDArray[Any]]) -> int:
+    return len(packed["items"] if "items" in packed else packed["item_ids"])
 
 
 def _group(name: PackedName, sources: Sequence[tuple[str, Field]]) -> PackedGroup:

@@ -11,10 +11,11 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope
 
 from models.artifact.folder import CURRENT
-from service.errors import FieldError, invalid, not_allowed, not_found, pointer, shown, unauthorized
+from service.errors import FieldError, InvalidValue, NotFound, pointer, shown
 from service.experiments.assignment import MAX_SHARE, Running
 from service.http import openapi
 from service.http.decoding import Decoder
+from service.http.problems import NotAllowed, Unauthorized
 from service.registry.changes import Load, Reshare, Rollback
 from service.registry.coordination import Peers
 from service.registry.registry import Catalog
@@ -78,13 +79,13 @@ class Admin:
         asked = self._shares_decoder.decode(await self._body(request.scope, request.receive))
         now = parts.running.now
         if name != now.name:
-            raise not_found(f"there is no experiment {shown(name)}; {now.name} runs")
+            raise NotFound(f"there is no experiment {shown(name)}; {now.name} runs")
         shares, shadow = dict(asked.shares), dict(asked.shadow)
         arms, shadows = {arm.name for arm in now.arms}, {arm.name for arm in now.shadow}
         for position, killed in enumerate(asked.kill):
             if killed not in arms | shadows:
                 known = f"one of {', '.join(sorted(arms | shadows))}"
-                raise invalid([FieldError(pointer=pointer("kill", position), expected=known, got=shown(killed))])
+                raise InvalidValue([FieldError(pointer=pointer("kill", position), expected=known, got=shown(killed))])
             (shares if killed in arms else shadow)[killed] = 0.0
         await parts.peers.make(Reshare(experiment=name, shares=shares, shadow=shadow))
         return _json(parts.running.now.describe())
@@ -92,12 +93,12 @@ class Admin:
     def _allowed(self, request: Request) -> Changeable:
         """Raises Problem: 403 where nobody may, 401 without the token. Before the body is read."""
         if self._token is None:
-            raise not_allowed()
+            raise NotAllowed()
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            raise unauthorized("send the admin token as `Authorization: Bearer ...`")
+            raise Unauthorized("send the admin token as `Authorization: Bearer ...`")
         if not hmac.compare_digest(given.strip().encode(), self._token.get_secret_value().encode()):
-            raise unauthorized("that is not the admin token")
+            raise Unauthorized("that is not the admin token")
         return self._parts()
 
 

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from msgspec import inspect
 
-from service.errors import MAX_ERRORS, FieldError, Problem, invalid, not_json, pointer, shown
+from service.errors import MAX_ERRORS, FieldError, InvalidValue, Refusal, pointer, shown
+from service.http.problems import NotJSON
 
 T = TypeVar("T")
 _Path = tuple[str | int, ...]
@@ -20,7 +21,7 @@ _READ_LATER = inspect.type_info(dict[str, Any] | None)
 class Decoder(Generic[T]):
     """Decodes JSON as one type, strictly: no conversion, no unknown field, no NaN.
 
-    Raises Problem (400 or 422), and RecursionError for lists and objects nested too deep.
+    Raises Refusal (400 or 422), and RecursionError for lists and objects nested too deep.
     """
 
     def __init__(self, wanted: type[T]) -> None:
@@ -33,11 +34,11 @@ class Decoder(Generic[T]):
         except (msgspec.MsgspecError, UnicodeDecodeError) as err:
             raise self.refusal(body, str(err)) from None
 
-    def refusal(self, body: bytes, reason: str) -> Problem:
+    def refusal(self, body: bytes, reason: str) -> Refusal:
         """What is wrong with a body that could not be decoded, or not what it left to be read later (`msgspec.Raw`)."""
         errors = Misfits().of(_parse(body), self._wanted)
         # The last resort keeps the promise that whatever the decoder refuses is a client's error.
-        return invalid(errors or [FieldError(pointer="", expected="a valid body", got=reason)])
+        return InvalidValue(errors or [FieldError(pointer="", expected="a valid body", got=reason)])
 
 
 class Misfits:
@@ -117,10 +118,10 @@ def _parse(body: bytes) -> object:
     try:
         return json.loads(body.decode(), parse_constant=_NotANumber, parse_float=_finite, parse_int=_whole)
     except UnicodeDecodeError as err:
-        raise not_json(f"the body is not UTF-8: byte {err.start} is {body[err.start]:#04x}") from None
+        raise NotJSON(f"the body is not UTF-8: byte {err.start} is {body[err.start]:#04x}") from None
     except json.JSONDecodeError as err:
         detail = "it is empty" if not body.strip() else f"{err.msg} at line {err.lineno}, column {err.colno}"
-        raise not_json(f"the body is not JSON: {detail}") from None
+        raise NotJSON(f"the body is not JSON: {detail}") from None
 
 
 def _finite(text: str) -> float | _NotANumber:

@@ -1,97 +1,77 @@
-"""What every request passes first and last: /predict by the straight way, each counted once, each error an answer."""
+"""ASGI middleware: each request counted once, each error an answer, work ended for clients that have gone."""
 
 import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import MEDIA_TYPE, Problem, too_deep
+from service.errors import InvalidValue, Reason, Refusal
+from service.http.problems import (
+    MEDIA_TYPE,
+    FrameworkError,
+    Internal,
+    body_of,
+    headers_of,
+    nested_too_deep,
+    rule_of,
+)
 from service.observability.metrics import NO_ARM, Metrics
 
 log = logging.getLogger(__name__)
 
-CAME_AT = "came_at"  # in a request's state: when it came, on the monotonic clock, if the server has noted it
-FLOODS = frozenset(("deadline", "overloaded", "predicted_late"))  # refusals that come by the thousand when they come
+ARRIVED_AT = "arrived_at"  # in a request's state: when it came, on the monotonic clock, if the server has noted it
+SAMPLED = frozenset((Reason.DEADLINE, Reason.OVERLOADED, Reason.PREDICTED_LATE))  # they come by the thousand
 LOG_EVERY_S = 1.0  # each of them
 WATCH_AFTER_S = 0.01  # a request that is answered sooner is not worth looking whether its client still waits
-PREDICT = "/predict"
-
-Answer = Callable[[Scope, Receive], Coroutine[Any, Any, bytes]]
-"""The body of a 200. Raises Problem."""
 
 
-class App(FastAPI):
-    """FastAPI, past whose routing a prediction goes."""
-
-    predict: ASGIApp  # set by whoever makes the app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
-            await self.predict(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
-
-
-class Straight:
-    """One route with nothing between the server and what answers it. A client that leaves ends the work for it."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._floods = _Floods()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, media_type, headers = 200, b"application/json", []
-        try:
-            body = await self._answer(scope, receive)
-        except (Problem, RecursionError) as err:
-            problem = err if isinstance(err, Problem) else too_deep()
-            _note(scope, problem, times=self._floods.due(problem.reason))
-            status, media_type, body = problem.status, MEDIA_TYPE.encode(), problem.to_json()
-            headers = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-        headers += [(b"content-type", media_type), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-
-class _Floods:
-    """Under overload there is no time to log every refusal: one a second of each kind, and how many it stands for."""
+class RefusalLog:
+    """Log of refusals. Under overload there is no time to log each: one a second of each kind, with their number."""
 
     def __init__(self) -> None:
-        self._unsaid: Counter[str] = Counter()
-        self._next: dict[str, float] = {}
+        self._unlogged: Counter[Reason] = Counter()
+        self._next: dict[Reason, float] = {}
 
-    def due(self, reason: str) -> int:
-        """How many to tell of now; 0 for none yet."""
-        if reason not in FLOODS:
+    def note(self, route: str, refusal: Refusal) -> None:
+        times = self._due(refusal.reason)
+        if not times:
+            return
+        entry = {"route": route, "status": rule_of(refusal).status, "reason": refusal.reason, "detail": refusal.detail}
+        if refusal.__cause__ is not None:
+            entry["cause"] = str(refusal.__cause__)
+        if times > 1:
+            entry["times"] = times
+        log.log(logging.ERROR if refusal.reason is Reason.MODEL_FAILED else logging.INFO, "refused", extra=entry)
+
+    def _due(self, reason: Reason) -> int:
+        """How many to log now; 0 for none yet."""
+        if reason not in SAMPLED:
             return 1
-        self._unsaid[reason] += 1
+        self._unlogged[reason] += 1
         now = time.monotonic()
         if now < self._next.get(reason, 0.0):
             return 0
         self._next[reason] = now + LOG_EVERY_S
-        return self._unsaid.pop(reason)
+        return self._unlogged.pop(reason)
 
 
-class Departure:
+class CancelOnDisconnect:
     """Cancels the task it was made in when the client leaves, which then sees ClientDisconnect.
 
     `receive` must have given the whole body. Enter it after that, around what takes time.
     """
 
-    __slots__ = ("_gone", "_receive", "_task", "_timer", "_watcher")
+    __slots__ = ("_has_gone", "_receive", "_task", "_timer", "_watcher")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._gone = False
+        self._has_gone = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
@@ -104,7 +84,7 @@ class Departure:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._gone and kind is asyncio.CancelledError and not self._task.uncancel():
+        if self._has_gone and kind is asyncio.CancelledError and not self._task.uncancel():
             raise ClientDisconnect
 
     def _begin(self) -> None:
@@ -112,11 +92,11 @@ class Departure:
 
     async def _watch(self) -> None:
         if (await self._receive())["type"] == "http.disconnect":
-            self._gone = True
+            self._has_gone = True
             self._task.cancel()
 
 
-class Recorder:
+class MetricsMiddleware:
     """The outermost layer: every request is counted once, and what nobody foresaw becomes a 500 without internals."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str]) -> None:
@@ -132,7 +112,7 @@ class Recorder:
         state = scope.setdefault("state", {})
         status = 0
 
-        async def noting(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -142,16 +122,16 @@ class Recorder:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, counting_send)
         except ClientDisconnect:
             status = 499  # nginx's code for a client that left
         except Exception:
             log.exception("unforeseen error", extra={"route": scope["path"]})
             if status:
                 raise  # half an answer is out: only closing the connection can tell
-            problem = Problem(500, "an error of the service; it has been logged", reason="internal")
-            state["reason"] = problem.reason
-            await _response(problem, scope["path"])(scope, receive, noting)
+            refusal = Internal()
+            state["reason"] = refusal.reason
+            await _response(refusal, scope["path"])(scope, receive, counting_send)
         finally:
             route = getattr(scope.get("route"), "path", scope["path"])  # with its parameters' names, not their values
             route = route if route in self._routes else "other"
@@ -160,34 +140,28 @@ class Recorder:
             self._metrics.request_seconds(route, arm).observe(time.perf_counter() - started)
 
 
-def answer_error(request: Request, error: Exception) -> Response:
+class ErrorHandler:
     """Every refusal as an answer: ours, the framework's (no such path, no such method), and Python's own limit."""
-    if isinstance(error, HTTPException):
-        reason = {404: "no_such_path", 405: "no_such_method"}.get(error.status_code, "other")
-        error = Problem(error.status_code, error.detail, reason=reason, headers=error.headers)
-    if isinstance(error, RecursionError):
-        error = too_deep()  # nothing here nests deeply but what a client sends
-    assert isinstance(error, Problem)
-    _note(request.scope, error)
-    return _response(error, request.url.path)
+
+    def __init__(self, refusals: RefusalLog) -> None:
+        self._refusals = refusals
+
+    def __call__(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = FrameworkError(error.status_code, error.detail, error.headers)
+        if isinstance(error, RecursionError):
+            error = nested_too_deep()  # nothing here nests deeply but what a client sends
+        assert isinstance(error, Refusal)
+        request.scope["state"].update(reason=error.reason, arm=error.arm or NO_ARM)
+        self._refusals.note(request.url.path, error)
+        return _response(error, request.url.path)
 
 
-def _note(scope: Scope, problem: Problem, *, times: int = 1) -> None:
-    """For the metrics, and in the log if it is to be told of so many times."""
-    scope["state"].update(reason=problem.reason, arm=problem.arm or NO_ARM)
-    if not times:
-        return
-    told = {"route": scope["path"], "status": problem.status, "reason": problem.reason, "detail": problem.detail}
-    if problem.__cause__ is not None:
-        told["cause"] = str(problem.__cause__)
-    if times > 1:
-        told["times"] = times
-    log.log(logging.ERROR if problem.reason == "model_failed" else logging.INFO, "refused", extra=told)
-
-
-def _response(problem: Problem, path: str) -> Response:
+def _response(refusal: Refusal, path: str) -> Response:
     """As problem+json; under /v2 as the Open Inference Protocol has it, which knows no 422."""
+    status, headers = rule_of(refusal).status, headers_of(refusal)
     if path.startswith("/v2"):
-        body, status = msgspec.json.encode({"error": problem.detail}), 400 if problem.status == 422 else problem.status
-        return Response(body, status_code=status, headers=problem.headers, media_type="application/json")
-    return Response(problem.to_json(), status_code=problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+        status = 400 if isinstance(refusal, InvalidValue) else status
+        body = msgspec.json.encode({"error": refusal.detail})
+        return Response(body, status_code=status, headers=headers, media_type="application/json")
+    return Response(body_of(refusal), status_code=status, headers=headers, media_type=MEDIA_TYPE)

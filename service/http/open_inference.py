@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope
 
 from service.deadline import Deadline
-from service.errors import Problem, of_arm
+from service.errors import Refusal
 from service.http import openapi, tensors
-from service.http.middleware import Departure
+from service.http.middleware import CancelOnDisconnect
+from service.http.problems import NoSuchModel
 from service.http.tensors import DATATYPES, OUTPUTS, Contract, KnownTensor, ModelTensors
 from service.registry.registry import Catalog
-from service.scoring.loaded_model import Model
+from service.runtime.scheduler import Scheduler
+from service.scoring.loaded_model import LoadedModel
+from service.scoring.tensor_scoring import score_tensors
 from service.settings import Settings
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -29,21 +32,23 @@ PLATFORMS = {"onnx": "onnx_onnxv1", "torchscript": "pytorch_torchscript"}
 
 
 class OpenInference:
-    """A model's name is its arm's. `catalog` raises Problem while the service is not open."""
+    """A model's name is its arm's. `models` and `scheduler` raise NotOpen while the service is not open."""
 
     def __init__(
         self,
         settings: Settings,
         *,
-        catalog: Callable[[], Catalog],
+        models: Callable[[], Catalog],
+        scheduler: Callable[[], Scheduler],
         body: Callable[[Scope, Receive], Awaitable[bytes]],
         ready: Callable[[], Awaitable[Response]],
     ) -> None:
         self._settings = settings
-        self._catalog = catalog
+        self._models = models
+        self._scheduler = scheduler
         self._body = body
         self._ready = ready
-        self._contracts: WeakKeyDictionary[Model, Contract] = WeakKeyDictionary()
+        self._contracts: WeakKeyDictionary[LoadedModel, Contract] = WeakKeyDictionary()
 
     def add_routes(self, add: Callable[..., None]) -> None:
         add("/v2", self.server, **openapi.V2_SERVER)
@@ -83,14 +88,17 @@ class OpenInference:
         deadline = Deadline.after(self._settings.timeout_ms, since=time.monotonic())
         body = await self._body(request.scope, request.receive)
         name, model = self._model(request)  # from here to its line nothing is awaited in which it could be swapped
-        with of_arm(name):
+        try:
             sent = tensors.decode(body, request.headers.get(HEADER_LENGTH))
             tensors.check_outputs(sent.request)
             if model not in self._contracts:
                 self._contracts[model] = Contract(model.artifact)
             arrays = self._contracts[model].arrays(sent, max_candidates=self._settings.max_candidates)
-            with Departure(request.receive):
-                logits = await model.batcher.submit(arrays, deadline)
+            with CancelOnDisconnect(request.receive):
+                logits = await score_tensors(model, arrays, deadline, self._scheduler())
+        except Refusal as refusal:
+            refusal.arm = name
+            raise
         request.state.arm = name
         outputs: dict[str, NDArray[Any]] = {"logit": logits, "prob": model.artifact.calibration(logits)}
         content, header = tensors.encode(sent.request, outputs, model=name, version=model.artifact.manifest.version)
@@ -98,15 +106,15 @@ class OpenInference:
             return Response(content, media_type="application/json")
         return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(header)})
 
-    def _model(self, request: Request) -> tuple[str, Model]:
-        """Raises Problem: 404 for a model that no arm serves, or in another version than asked for."""
+    def _model(self, request: Request) -> tuple[str, LoadedModel]:
+        """Raises NoSuchModel for a model that no arm serves, or in another version than asked for."""
         name, version = request.path_params["model"], request.path_params.get("version")
-        models = self._catalog().models
+        models = self._models().models
         if name not in models:
-            raise Problem(404, f"no arm is called {name:.64}; there are {', '.join(models)}", reason="no_such_model")
+            raise NoSuchModel(f"no arm is called {name:.64}; there are {', '.join(models)}")
         serving = models[name].artifact.manifest.version
         if version is not None and version != serving:
-            raise Problem(404, f"{name} serves version {serving}, not {version:.64}", reason="no_such_model")
+            raise NoSuchModel(f"{name} serves version {serving}, not {version:.64}")
         return name, models[name]
 
 

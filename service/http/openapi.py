@@ -8,11 +8,12 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service.errors import MEDIA_TYPE, FieldError
+from service.errors import FieldError
+from service.http.event_schemas import MAX_EVENTS, Receipt, SentEvent
+from service.http.problems import MEDIA_TYPE
 from service.http.schemas import ExplainAnswer, PredictAnswer, PredictRequest
 from service.http.tensors import SHAPES as TENSOR_SHAPES
 from service.ids import Id
-from service.ingest.events import MAX_EVENTS, Receipt, SentEvent
 
 Json = dict[str, Any]
 

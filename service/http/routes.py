@@ -12,58 +12,82 @@ from fastapi.responses import RedirectResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from service.deadline import Deadline
-from service.errors import compressed, not_open, store_down, too_large, too_slow, upgrading
+from service.errors import NotOpen, StoreDown
 from service.experiments.assignment import Running
-from service.http import openapi, schemas
+from service.http import openapi
 from service.http.admin import Admin
-from service.http.decoding import Decoder
-from service.http.middleware import CAME_AT, Departure
+from service.http.event_schemas import EventsDecoder, Receipt
+from service.http.middleware import ARRIVED_AT, CancelOnDisconnect
 from service.http.open_inference import OpenInference
-from service.http.schemas import EventsDecoder, PredictRequest
-from service.ingest.events import Events
+from service.http.predict import PredictEndpoint
+from service.http.problems import BodyTooLarge, BodyTooSlow, Compressed, Upgrading
+from service.http.protocol import BODY_S
+from service.ingest.events import EventRecorder
 from service.observability.metrics import Metrics
 from service.registry.coordination import Peers
 from service.registry.registry import Catalog
+from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
-from service.scoring.feature_merge import Unreadable
 from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store.feature_store import FeatureStore, StoreUnavailable
 
-BODY_S = 10.0  # for a client to send a body
-
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class OpenService:
     """What an open service is made of; app.py puts it together."""
 
     scorer: Scorer
+    scheduler: Scheduler
     explainer: Explainer
-    events: Events
+    events: EventRecorder
     running: Running
     peers: Peers
     catalog: Catalog
     store: FeatureStore
 
 
+class _Waiting:
+    """A reply that a coroutine waits for."""
+
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
+
+    def answer(self, body: bytes, arm: str) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result((body, arm))
+
+    def refuse(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
 class Api:
-    """`parts` is None while the service is not open; `stopping` takes readiness away before that."""
+    """`stopping` takes readiness away before the service closes."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.parts: Parts | None = None
+        self.endpoint = PredictEndpoint(settings, metrics)
         self.stopping = False
+        self._service: OpenService | None = None
         self._settings = settings
         self._metrics = metrics
-        self._predict_decoder = Decoder(PredictRequest)
         self._events_decoder = EventsDecoder()
+
+    @property
+    def service(self) -> OpenService | None:
+        """None while the service is not open."""
+        return self._service
+
+    @service.setter
+    def service(self, service: OpenService | None) -> None:
+        self._service = self.endpoint.service = service
 
     def router(self) -> APIRouter:
         router = APIRouter(default_response_class=Response)
 
-        def add(path: str, answer: Callable[..., Any], **told: Any) -> None:
-            router.add_api_route(path, answer, **told)
-            if "methods" not in told:  # it is read with GET, and then HTTP wants HEAD too: load balancers probe with it
+        def add(path: str, answer: Callable[..., Any], **options: Any) -> None:
+            router.add_api_route(path, answer, **options)
+            if "methods" not in options:  # what is read with GET has HEAD too: load balancers probe with it
                 router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
         add("/predict", self.predict, methods=["POST"], **openapi.PREDICT)
@@ -74,7 +98,11 @@ class Api:
         add("/models", self.models, **openapi.MODELS)
         add("/experiments", self.experiments, **openapi.EXPERIMENTS)
         OpenInference(
-            self._settings, catalog=lambda: self._open().catalog, body=self._body, ready=self.readyz
+            self._settings,
+            models=lambda: self._open().catalog,
+            scheduler=lambda: self._open().scheduler,
+            body=self._body,
+            ready=self.readyz,
         ).add_routes(add)
         Admin(self._settings.admin_token, parts=self._open, body=self._body).add_routes(add)
         add("/metrics", self.metrics, include_in_schema=False)
@@ -82,61 +110,35 @@ class Api:
         return router
 
     async def predict(self, request: Request) -> Response:
-        """Where the path is only found by routing, as behind a prefix; see front.py for the straight way."""
-        return _json(await self.predicted(request.scope, request.receive))
-
-    async def predicted(self, scope: Scope, receive: Receive) -> bytes:
-        """The answer to a prediction. Raises Problem, and ClientDisconnect when nobody waits for it any more."""
-        arrived = scope["state"].get(CAME_AT) or time.monotonic()
-        body = await self._body(scope, receive)
-        with Departure(receive):
-            return await self._predicted(scope, body, arrived)
-
-    async def _predicted(self, scope: Scope, body: bytes, arrived: float) -> bytes:
-        started = time.perf_counter()
-        asked = self._predict_decoder.decode(body)
-        if asked.explain:
-            return await self._explained(scope, body, asked, arrived)
-        deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
-        scorer = self._open().scorer
-        scorer.check(deadline)
-        given = schemas.given(asked, now=time.time(), max_candidates=self._settings.max_candidates)
-        self._metrics.stages["parse"].observe(time.perf_counter() - started)
-
-        try:
-            scored = await scorer.score(given, request_id=asked.request_id, deadline=deadline)
-        except Unreadable as err:
-            raise self._predict_decoder.refusal(body, str(err)) from None
-
-        started = time.perf_counter()
-        scope["state"]["arm"] = scored.arm
-        answer = schemas.answer(asked, scored)
-        self._metrics.stages["respond"].observe(time.perf_counter() - started)
-        return answer
+        """What the protocol leaves to the framework: bodies in chunks, pipelined requests, paths behind a prefix."""
+        arrived_at = request.scope["state"].get(ARRIVED_AT) or time.monotonic()
+        body = await self._body(request.scope, request.receive)
+        with CancelOnDisconnect(request.receive):
+            waiting = _Waiting()
+            cancel = self.endpoint.start(body, waiting, arrived_at=arrived_at)
+            try:
+                answer, arm = await waiting.outcome
+            except asyncio.CancelledError:
+                if cancel is not None:
+                    cancel()
+                raise
+        request.state.arm = arm
+        return _json(answer)
 
     async def explain(self, request: Request) -> Response:
-        arrived = time.monotonic()
+        arrived_at = time.monotonic()
         body = await self._body(request.scope, request.receive)
-        with Departure(request.receive):
-            return _json(await self._explained(request.scope, body, self._predict_decoder.decode(body), arrived))
-
-    async def _explained(self, scope: Scope, body: bytes, asked: PredictRequest, arrived: float) -> bytes:
-        limit = min(self._settings.max_explained, self._settings.max_candidates)
-        given = schemas.given(asked, now=time.time(), max_candidates=limit)
-        deadline = Deadline.after(asked.timeout_ms or self._settings.timeout_ms, since=arrived)
-        try:
-            explained = await self._open().explainer.explain(given, request_id=asked.request_id, deadline=deadline)
-        except Unreadable as err:
-            raise self._predict_decoder.refusal(body, str(err)) from None
-        scope["state"]["arm"] = explained.scored.arm
-        return schemas.explained(asked, explained)
+        with CancelOnDisconnect(request.receive):
+            answer, request.state.arm = await self.endpoint.explain(body, arrived_at=arrived_at)
+        return _json(answer)
 
     async def events(self, request: Request) -> Response:
-        sent = self._events_decoder.decode(await self._body(request.scope, request.receive))
+        events, rejected = self._events_decoder.decode(await self._body(request.scope, request.receive))
         try:
-            receipt = await self._open().events.record(sent)
+            accepted = await self._open().events.record(events)
         except StoreUnavailable as err:
-            raise store_down() from err
+            raise StoreDown from err
+        receipt = Receipt(accepted=accepted, duplicates=len(events) - accepted, rejected=rejected)
         return _json(msgspec.json.encode(receipt), status=202)
 
     async def healthz(self) -> Response:
@@ -144,13 +146,13 @@ class Api:
 
     async def readyz(self) -> Response:
         """Ready without a store, unless the settings say otherwise: an ad server must keep getting answers."""
-        if self.parts is None:
+        if self._service is None:
             return _json(b'{"status":"starting"}', status=503)
-        failure = await self._store_failure(self.parts.store)
+        failure = await self._store_failure(self._service.store)
         refusing = self.stopping or (failure is not None and self._settings.require_store)
         status = "stopping" if self.stopping else "ready" if failure is None else "degraded"
         store = {"ok": True} if failure is None else {"ok": False, "detail": failure}
-        arms = {name: model.artifact.manifest.version for name, model in self.parts.catalog.models.items()}
+        arms = {name: model.artifact.manifest.version for name, model in self._service.catalog.models.items()}
         body = msgspec.json.encode({"status": status, "store": store, "arms": arms})
         return _json(body, status=503 if refusing else 200)
 
@@ -168,19 +170,19 @@ class Api:
     async def index(self) -> Response:
         return RedirectResponse("/docs")
 
-    def _open(self) -> Parts:
-        if self.parts is None:
-            raise not_open()
-        return self.parts
+    def _open(self) -> OpenService:
+        if self._service is None:
+            raise NotOpen
+        return self._service
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. Raises Problem: 415 for a compressed one, 413 as soon as it is too large, 408 if late."""
         limit = self._settings.max_body_bytes
         for name, value in scope["headers"]:
             if name == b"content-encoding" and value.lower() != b"identity":
-                raise compressed(value.decode("latin-1"))
+                raise Compressed(value.decode("latin-1"))
             if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise too_large(limit)
+                raise BodyTooLarge(limit)
         body = b""
         chunk: bytes
         try:
@@ -192,13 +194,13 @@ class Api:
                     chunk = message.get("body", b"")
                     body = body + chunk if body else chunk
                     if len(body) > limit:
-                        raise too_large(limit)
+                        raise BodyTooLarge(limit)
                     if not message.get("more_body", False):
                         if not body and _upgrading(scope):
-                            raise upgrading()
+                            raise Upgrading
                         return body
         except TimeoutError:
-            raise too_slow(BODY_S) from None
+            raise BodyTooSlow(BODY_S) from None
 
     async def _store_failure(self, store: FeatureStore) -> str | None:
         try:

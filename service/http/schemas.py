@@ -1,5 +1,6 @@
-"""The JSON shapes of /predict, /explain and /events: what comes in, what goes out, and how /docs shows them."""
+"""The JSON shapes of /predict and /explain: what comes in, what goes out, and how /docs shows them."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Annotated, Any, cast
 
@@ -7,12 +8,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from models.features.history import Event
-from service.errors import FieldError, invalid, pointer, shown
-from service.http.decoding import Decoder
+from service.errors import FieldError, InvalidValue, pointer, shown
 from service.ids import MAX_ID_LENGTH, Id, Time, is_id, spelled
-from service.ingest.events import MAX_EVENTS
 from service.scoring.explainer import Explained
-from service.scoring.feature_merge import Candidates, Given
+from service.scoring.request import Candidates, ScoringRequest
 from service.scoring.scorer import Scored
 
 Features = dict[str, Any]  # what a value may be, the arm's schema says
@@ -23,7 +22,7 @@ class User(Struct, frozen=True, forbid_unknown_fields=True):
     features: Features | None = None
 
 
-# An object or null, read when its candidate is not known yet: see items.py. `Decoder` tells the same when it refuses.
+# An object or null, decoded only where its candidate is not cached (scoring/candidate_cache.py).
 Unread = Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Features | None))]
 
 
@@ -68,7 +67,7 @@ class PredictAnswer(Struct, frozen=True):
     model: str
     version: str
     predictions: list[Prediction] | Columns
-    degraded: list[str]
+    degraded: Sequence[str]
 
 
 class Axis(Struct, frozen=True):
@@ -90,23 +89,10 @@ class ExplainAnswer(PredictAnswer, frozen=True):
     explanations: dict[str, Explanation]
 
 
-class EventsDecoder:
-    """A list of events, which are then judged one by one: see events.py."""
-
-    def __init__(self) -> None:
-        self._decoder: Decoder[list[Any]] = Decoder(list[Any])
-
-    def decode(self, body: bytes) -> list[Any]:
-        events = self._decoder.decode(body)
-        if len(events) > MAX_EVENTS:
-            raise invalid([FieldError(pointer="", expected=f"at most {MAX_EVENTS} events", got=str(len(events)))])
-        return events
-
-
-def given(request: PredictRequest, *, now: float, max_candidates: int) -> Given:
-    """The request in the scorer's words. Raises Problem (422) for candidates that are none, too many or ragged."""
+def scoring_request(request: PredictRequest, *, now: float, max_candidates: int) -> ScoringRequest:
+    """The request without its HTTP form. Raises InvalidValue for candidates that are none, too many or ragged."""
     user = request.user or User()
-    return Given(
+    return ScoringRequest(
         user=None if user.id is None else spelled(user.id),
         user_features=user.features or {},
         context=request.context or {},
@@ -123,8 +109,8 @@ def answer(request: PredictRequest, scored: Scored) -> bytes:
 
 def explained(request: PredictRequest, explained: Explained) -> bytes:
     """The same, with the explanations, which are JSON already."""
-    told = msgspec.structs.asdict(_answer(request, explained.scored))
-    return msgspec.json.encode({**told, "explanations": explained.explanations})
+    fields = msgspec.structs.asdict(_answer(request, explained.scored))
+    return msgspec.json.encode({**fields, "explanations": explained.explanations})
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -153,9 +139,9 @@ def _answer(request: PredictRequest, scored: Scored) -> PredictAnswer:
 def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Candidates:
     ids = sent.get("id") if isinstance(sent, dict) else list(map(_ID, sent))
     if ids is None:
-        raise invalid([FieldError(pointer="/candidates/id", expected="a list of ids", got="nothing")])
+        raise InvalidValue([FieldError(pointer="/candidates/id", expected="a list of ids", got="nothing")])
     if not 0 < len(ids) <= limit:
-        raise invalid([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
+        raise InvalidValue([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
     if isinstance(sent, dict):
         _check_columns(sent, len(ids))
         return Candidates(ids=_all_spelled(ids), features=None, columns=sent)
@@ -183,7 +169,7 @@ def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
         if not is_id(value)
     ]
     if errors:
-        raise invalid(errors)
+        raise InvalidValue(errors)
 
 
 def _are_good_strings(ids: list[Any]) -> bool:

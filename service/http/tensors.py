@@ -18,7 +18,8 @@ from models.artifact.folder import Artifact
 from models.features.arrays import Arrays
 from models.features.column_encoding import NUMERIC_LIMIT
 from models.features.field import input_name
-from service.errors import Problem, not_json, shown
+from service.errors import shown
+from service.http.problems import InvalidTensors, NotJSON
 
 DATATYPES = {"int64": "INT64", "float32": "FP32", "bool": "BOOL"}
 _NUMPY: dict[str, Any] = {told: np.dtype(dtype) for dtype, told in DATATYPES.items()}
@@ -106,7 +107,7 @@ _decoder = msgspec.json.Decoder(InferRequest)
 
 
 def decode(body: bytes, header_length: str | None) -> Sent:
-    """`header_length` is how many bytes are JSON, where not all are. Raises Problem (400)."""
+    """`header_length` is how many bytes are JSON, where not all are. Raises InvalidTensors."""
     length = len(body)
     if header_length is not None:
         if not header_length.isascii() or not header_length.isdecimal() or int(header_length[:12]) > length:
@@ -117,12 +118,12 @@ def decode(body: bytes, header_length: str | None) -> Sent:
     except msgspec.ValidationError as err:
         raise refused(f"the request: {err}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as err:
-        raise not_json(f"the body is not JSON: {err}") from None
+        raise NotJSON(f"the body is not JSON: {err}") from None
     return Sent(request=request, tail=memoryview(body)[length:])
 
 
-def refused(detail: str) -> Problem:
-    return Problem(400, detail, reason="invalid")
+def refused(detail: str) -> InvalidTensors:
+    return InvalidTensors(detail)
 
 
 class Contract:
@@ -136,7 +137,7 @@ class Contract:
         self._unread = [i for i in schema.inputs if i not in self.inputs]
 
     def arrays(self, sent: Sent, *, max_candidates: int) -> Arrays:
-        """The request's arrays, as the encoder makes them. Raises Problem (400) with the first thing that is wrong."""
+        """The request's arrays, as the encoder makes them. Raises InvalidTensors with the first thing that is wrong."""
         by_name = {tensor.name: tensor for tensor in sent.request.inputs}
         names = [i.name for i in self.inputs]
         if len(by_name) < len(sent.request.inputs):
@@ -263,7 +264,7 @@ def encode(
 
 
 def check_outputs(request: InferRequest) -> None:
-    """Raises Problem (400) where the model has no such output, or one is named twice: a body could hold 100,000."""
+    """Raises InvalidTensors where the model has no such output, or one is named twice: a body could hold 100,000."""
     for wanted in request.outputs or ():
         if wanted.name not in OUTPUTS:
             raise refused(f"outputs: expected {' or '.join(OUTPUTS)}, got {shown(wanted.name)}")

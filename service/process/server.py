@@ -12,8 +12,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
-from service.http.protocol import connections_of
+from service.app import KEEP_ALIVE_S, create_app
 from service.http.routes import Api
 from service.process import sockets
 from service.settings import Settings
@@ -21,7 +20,6 @@ from service.worker import Place
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first
 IN_FLIGHT_S = 10  # for requests under way once no new one is taken
 
 
@@ -55,7 +53,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http=connections_of(settings.max_connection_s, keep_alive_s=KEEP_ALIVE_S),
+                http=app.state.connection,
                 lifespan="off",
                 ws="none",
                 log_config=None,

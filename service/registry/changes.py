@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import msgspec
 
 from models.artifact.folder import CURRENT
-from service.errors import FieldError, invalid, no_such_version, not_found, pointer, shown
+from service.errors import FieldError, InvalidValue, NoSuchVersion, NotFound, pointer, shown
 from service.experiments.assignment import ExperimentError, Running
 from service.observability.metrics import Metrics
 from service.registry.registry import Catalog
 from service.registry.warmup import Swap
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Changes:
         before = [(until, own.with_shares(shares=shares, shadow={})) for until, shares in state.before]
         self._running.take_over(own.with_shares(shares=state.shares, shadow=state.shadow), before)
 
-    def _flip(self, arm: str, model: Model) -> Prepared:
+    def _flip(self, arm: str, model: LoadedModel) -> Prepared:
         def commit() -> None:
             before = self._catalog.models[arm]
             self._catalog.flip(arm, model)
@@ -114,10 +114,10 @@ class Changes:
         self._check_arm(change.arm)
         previous = self._catalog.previous(change.arm)
         if previous is None:
-            raise no_such_version(f"{change.arm} has no previous version that is still loaded")
+            raise NoSuchVersion(f"{change.arm} has no previous version that is still loaded")
         if change.version not in (None, previous.version):  # a process that started later may lack one
             told = f"one process would go back to {previous.version}, not to {change.version}: load one of them"
-            raise no_such_version(f"{change.arm}: {told}")
+            raise NoSuchVersion(f"{change.arm}: {told}")
 
         def commit() -> None:
             before = self._catalog.models[change.arm]
@@ -126,7 +126,7 @@ class Changes:
 
         return Prepared(change=Rollback(arm=change.arm, version=previous.version), commit=commit)
 
-    def _tell(self, arm: str, before: Model) -> None:
+    def _tell(self, arm: str, before: LoadedModel) -> None:
         """Logs and metrics of a swap: the new one's series comes before the old one's goes."""
         now = self._catalog.models[arm]
         if now is before:
@@ -140,7 +140,7 @@ class Changes:
     def _reshare(self, change: Reshare) -> Prepared:
         now = self._running.now
         if change.experiment != now.name:
-            raise not_found(f"there is no experiment {shown(change.experiment)}; {now.name} runs")
+            raise NotFound(f"there is no experiment {shown(change.experiment)}; {now.name} runs")
         for part, names, given in (
             ("shares", {arm.name for arm in now.arms}, change.shares),
             ("shadow", {arm.name for arm in now.shadow}, change.shadow),
@@ -149,7 +149,7 @@ class Changes:
         try:
             after = now.with_shares(shares=change.shares, shadow=change.shadow)
         except ExperimentError as err:
-            raise invalid([FieldError(pointer="", expected="shares that fit together", got=str(err))]) from None
+            raise InvalidValue([FieldError(pointer="", expected="shares that fit together", got=str(err))]) from None
 
         def commit() -> None:
             self._running.change(after)
@@ -160,7 +160,7 @@ class Changes:
 
     def _check_arm(self, arm: str) -> None:
         if arm not in self._catalog.arms:
-            raise not_found(f"there is no arm {shown(arm)}; there are {', '.join(self._catalog.arms)}")
+            raise NotFound(f"there is no arm {shown(arm)}; there are {', '.join(self._catalog.arms)}")
 
 
 def _check_names(part: str, names: set[str], given: Mapping[str, Share]) -> None:
@@ -169,4 +169,4 @@ def _check_names(part: str, names: set[str], given: Mapping[str, Share]) -> None
         FieldError(pointer=pointer(part, name), expected=known, got=shown(name)) for name in given if name not in names
     ]
     if errors:
-        raise invalid(errors)
+        raise InvalidValue(errors)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from service.errors import Problem, busy_changing
+from service.errors import Conflict, Refusal
 from service.registry.changes import Change, Changes, Prepared, State
 from service.worker import Place
 
@@ -91,12 +91,12 @@ class Peers:
     async def make(self, change: Change) -> None:
         """The change, in every process or in none.
 
-        Raises Problem: what any of them has against it, and 409 while another change is under way anywhere.
+        Raises Refusal: what any of them has against it, and 409 while another change is under way anywhere.
         """
         folder = self._place.folder
         with self._own_turn(), _lock(folder) as got:
             if not got:
-                raise busy_changing("another change is under way, or a process starts; try again")
+                raise Conflict("another change is under way, or a process starts; try again")
             prepared = await self._changes.prepare(change)
             if folder is None:
                 prepared.commit()
@@ -127,7 +127,7 @@ class Peers:
             try:
                 with self._own_turn():  # one that was given up may still be read here
                     await self._prepare_and_end(asked, reader, writer)
-            except Problem as problem:
+            except Refusal as problem:
                 refusal = Refusal(status=problem.status, detail=problem.detail, reason=problem.reason)
                 await _say(writer, Answer(refusal=refusal))
                 return
@@ -138,14 +138,14 @@ class Peers:
             writer.close()
 
     async def _prepare_and_end(self, asked: Asked, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Raises Problem where it cannot be: silence would be taken for that of a process that has died."""
+        """Raises Refusal where it cannot be: silence would be taken for that of a process that has died."""
         try:
             prepared = await self._changes.prepare(asked.change)
-        except Problem:
+        except Refusal:
             raise
         except Exception:  # whatever it is, the change is refused with it
             log.exception("unforeseen error")
-            raise Problem(500, "a process failed to get ready; it has logged why", reason="internal") from None
+            raise Refusal(500, "a process failed to get ready; it has logged why", reason="internal") from None
         decided = False
         try:
             await _say(writer, Answer())
@@ -163,7 +163,7 @@ class Peers:
     @contextmanager
     def _own_turn(self) -> Iterator[None]:
         if self._busy:
-            raise busy_changing("another change is under way; try again")
+            raise Conflict("another change is under way; try again")
         self._busy = True
         try:
             yield
@@ -193,7 +193,7 @@ class _Line:
                 await _say(self._writer, asked)
                 told = await self._reader.readline()
         except TimeoutError:
-            raise busy_changing(f"a process did not get ready within {PREPARE_S:g} s") from None
+            raise Conflict(f"a process did not get ready within {PREPARE_S:g} s") from None
         except ConnectionError:
             return Answer()
         return msgspec.json.decode(told, type=Answer) if told else Answer()
@@ -210,7 +210,7 @@ class _Line:
 def _raise_first(answers: Sequence[Answer]) -> None:
     for answer in answers:
         if answer.refusal is not None:
-            raise Problem(answer.refusal.status, answer.refusal.detail, reason=answer.refusal.reason)
+            raise Refusal(answer.refusal.status, answer.refusal.detail, reason=answer.refusal.reason)
 
 
 async def _say(writer: asyncio.StreamWriter, told: msgspec.Struct) -> None:

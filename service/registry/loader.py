@@ -12,27 +12,31 @@ from models.artifact.folder import Artifact
 from service.experiments.assignment import Arm
 from service.runtime import backends
 from service.runtime.backend import BackendError
-from service.runtime.batcher import Batcher, Runner
-from service.runtime.latency_model import Cost
-from service.scoring.loaded_model import Model
+from service.runtime.latency_model import LatencyModel
+from service.runtime.scheduler import ServedModel
+from service.scoring.loaded_model import LoadedModel
+from service.scoring.model_inputs import ModelInputBuilder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """How an artifact becomes a model. Its runs go through the `runner`, each of at most `max_candidates`.
+    """How an artifact becomes a model, whose runs are of at most `max_candidates`.
+
+    Of each model `item_rows` candidates and as many clicks are kept encoded, candidates for `fresh_s` seconds.
 
     The store keeps `keep_behaviours` clicks of a user: a model that reads more would be served another history than it
     was trained on.
     """
 
     root: Path
-    runner: Runner
     max_candidates: int
     keep_behaviours: int
+    item_rows: int
+    fresh_s: float
 
-    def load(self, arm: Arm, version: str, *, loaded: Iterable[Model] = ()) -> Model:
+    def load(self, arm: Arm, version: str, *, loaded: Iterable[LoadedModel] = ()) -> LoadedModel:
         """That version of the arm's model, verified: hashes, schema, golden rows, finite scores. Takes seconds.
 
         Every load reads the whole folder. If one of the `loaded` models was made of the very same files, it is that
@@ -61,24 +65,27 @@ class Loader:
         log.info("model loaded", extra=told)
         return model
 
-    def _made(self, verified: Artifact, arm: Arm) -> Model:
-        backend = backends.load(verified, arm.backend, arm.device)
+    def _made(self, verified: Artifact, arm: Arm) -> LoadedModel:
+        backend, item_graph = backends.load(verified, arm.backend, arm.device), backends.load_item_graph(verified)
         try:
-            artifact.check_scores(verified, backend.run(verified.golden.arrays))
-            request = verified.encoder.encode(verified.golden.requests[0])
-            cost = Cost.measured(backend, request, max_candidates=self.max_candidates)  # at every size: it warms too
+            layout, golden = verified.encoder.layout, verified.golden
+            artifact.check_scores(verified, backends.score(backend, item_graph, layout.pack(golden.arrays)))
+            request = layout.pack(verified.encoder.encode(golden.requests[0]))
+            request["items"] = item_graph.run(request)
+            latency = LatencyModel.measured(backend, request, max_candidates=self.max_candidates)
         except BackendError as err:
             backend.close()
-            told = f"its graph does not run on its own golden rows: {err}"
-            raise ArtifactError(f"{verified.path}: {told}") from err
+            item_graph.close()
+            raise ArtifactError(f"{verified.path}: its graph does not run on its own golden rows: {err}") from err
         except BaseException:
             backend.close()
+            item_graph.close()
             raise
-        return Model(
+        return LoadedModel(
             artifact=verified,
-            encoder=verified.encoder,
-            backend=backend,
             kind=arm.backend,
             device=arm.device,
-            batcher=Batcher(backend, cost, self.runner),
+            served=ServedModel(backend=backend, latency=latency),
+            item_graph=item_graph,
+            inputs=ModelInputBuilder(verified, item_graph.run, item_rows=self.item_rows, fresh_s=self.fresh_s),
         )

@@ -9,7 +9,7 @@ from typing import Any, Self
 from models.artifact.errors import ArtifactError
 from service.experiments.assignment import Arm
 from service.registry.loader import Loader
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +22,12 @@ class Catalog:
     """
 
     def __init__(self, loader: Loader, arms: Sequence[Arm], *, keep_versions: int) -> None:
-        self.models: dict[str, Model] = {}
+        self.models: dict[str, LoadedModel] = {}
         self.arms = {arm.name: arm for arm in arms}
         self._loader = loader
         self._keep = keep_versions
-        self._previous: dict[str, list[Model]] = {arm.name: [] for arm in arms}  # the latest first
-        self._retiring: dict[asyncio.Task[None], Model] = {}
+        self._previous: dict[str, list[LoadedModel]] = {arm.name: [] for arm in arms}  # the latest first
+        self._retiring: dict[asyncio.Task[None], LoadedModel] = {}
 
     @classmethod
     def load(
@@ -57,7 +57,7 @@ class Catalog:
     def root(self) -> Path:
         return self._loader.root
 
-    def read(self, arm: str, version: str) -> Model:
+    def read(self, arm: str, version: str) -> LoadedModel:
         """That version for the arm, loaded and verified, or the one that is loaded already. Raises ArtifactError."""
         return self._loader.load(self.arms[arm], version, loaded=self._loaded())
 
@@ -70,11 +70,14 @@ class Catalog:
         previous = [model.version for model in self._previous[arm]]
         return {"arm": arm, **self.models[arm].describe(), "previous": previous}
 
-    def previous(self, arm: str) -> Model | None:
+    def get(self, arm: str) -> LoadedModel:
+        return self.models[arm]
+
+    def previous(self, arm: str) -> LoadedModel | None:
         """What the arm served before, still loaded."""
         return self._previous[arm][0] if self._previous[arm] else None
 
-    def flip(self, arm: str, model: Model) -> None:
+    def flip(self, arm: str, model: LoadedModel) -> None:
         """From now on new requests of the arm get this model; those under way end with theirs."""
         old = self.models[arm]
         if model is old:
@@ -91,7 +94,7 @@ class Catalog:
         self._previous[arm] = rest
         self.release(old)
 
-    def release(self, *models: Model) -> None:
+    def release(self, *models: LoadedModel) -> None:
         """Closes those that no arm has, once none of their requests is under way."""
         used = {id(model) for model in self._loaded()} | {id(model) for model in self._retiring.values()}
         for model in models:
@@ -112,13 +115,13 @@ class Catalog:
             task.cancel()
         await asyncio.gather(*(task for task, _ in late), return_exceptions=True)
         for model in {id(m): m for m in (*self._loaded(), *(m for t, m in late if t.cancelled()))}.values():
-            model.backend.close()
+            model.close()
 
-    def _loaded(self) -> list[Model]:
+    def _loaded(self) -> list[LoadedModel]:
         return [*self.models.values(), *(model for models in self._previous.values() for model in models)]
 
 
-async def _retire(model: Model) -> None:
-    await model.batcher.drain()
-    model.backend.close()
+async def _retire(model: LoadedModel) -> None:
+    await model.served.drain()
+    model.close()
     log.info("model closed", extra={"model": model.artifact.manifest.model, "version": model.version})

@@ -3,57 +3,54 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import CURRENT
-from models.features.arrays import Arrays, concat
+from models.features.arrays import Arrays
 from models.features.column_encoding import EncodingError
+from models.features.packing import num_candidates, slice_candidates
 from service.deadline import Deadline
-from service.errors import Problem, artifact_refused, no_such_version
+from service.errors import ArtifactRefused, NoSuchVersion, Refusal
 from service.registry.background_thread import Background
 from service.registry.registry import Catalog
-from service.runtime.backend import BackendError
-from service.scoring.feature_merge import Given, Unreadable
-from service.scoring.loaded_model import Model
-from service.scoring.model_inputs import Inputs
-from service.scoring.recent_requests import Recent
+from service.runtime.scheduler import run_once
+from service.scoring.loaded_model import LoadedModel
+from service.scoring.request import MalformedFeatures, ScoringRequest
+from service.scoring.scorer import Scorer
 
 log = logging.getLogger(__name__)
 
 REPLAY_MS = 10_000.0  # for what one request needs of the store
 SIZES = (1, 2, 100, 1000)  # candidates
-JOINED = 8  # requests of one run
 
 
 class Swap:
-    def __init__(self, *, catalog: Catalog, inputs: Inputs, recent: Recent) -> None:
+    def __init__(self, *, catalog: Catalog, scorer: Scorer) -> None:
         self._catalog = catalog
-        self._inputs = inputs
-        self._recent = recent
+        self._scorer = scorer
 
-    async def prepare(self, arm: str, version: str = CURRENT) -> Model:
+    async def prepare(self, arm: str, version: str = CURRENT) -> LoadedModel:
         """The version, verified and warm; `Catalog.flip` makes it serve, and `Catalog.release` drops it.
 
         The requests that the arm answered last are read and scored anew, at every size, where there were any. Beside
-        them the service goes on: all that can wait for it is done by a thread that gives way. Raises Problem: 422 if
+        them the service goes on: all that can wait for it is done by a thread that gives way. Raises Refusal: 422 if
         there is no such version, 409 with the reason if its artifact must not serve.
         """
         root, name = self._catalog.root, self._catalog.arms[arm].model
         try:
             path = await asyncio.to_thread(artifact.resolve, root, name, version)
         except ArtifactError as err:
-            raise no_such_version(str(err)) from None
+            raise NoSuchVersion(str(err)) from None
         started = time.perf_counter()
         with Background() as background:
             try:
                 model = await background.run(self._catalog.read, arm, path.name)
             except ArtifactError as err:
                 log.warning("artifact refused", extra={"arm": arm, "version": path.name, "reason": str(err)})
-                raise artifact_refused(str(err)) from None
+                raise ArtifactRefused(str(err)) from None
             try:
                 replayed = await self._replay(arm, model, background)
             except BaseException:
@@ -63,47 +60,34 @@ class Swap:
         log.info("model ready", extra={"arm": arm, "version": path.name, "requests": replayed, "seconds": took})
         return model
 
-    async def _replay(self, arm: str, model: Model, background: Background) -> int:
-        """Raises Problem (409) where a request that the arm has answered cannot be, or gets a score that is none."""
-        recent: list[Arrays] = []
-        for given in self._recent.of(arm):
-            recent.append(await self._read(model, given))
-            await self._try(model, recent[-1], background)  # between two readings, which are the event loop's work
-        for arrays in _mixed(recent):
-            await self._try(model, arrays, background)
-        return len(recent)
+    async def _replay(self, arm: str, model: LoadedModel, background: Background) -> int:
+        """Raises ArtifactRefused where a request that the arm has answered cannot be, or gets a score that is none."""
+        inputs: list[Arrays] = []
+        for request in self._scorer.recent.of(arm):
+            inputs.append(await self._build(model, request))
+            await self._try(model, inputs[-1], background)  # between two readings, which are the event loop's work
+        if inputs:
+            for number, size in enumerate(SIZES):
+                arrays = inputs[number % len(inputs)]
+                rows = np.arange(size) % num_candidates(arrays)
+                await self._try(model, slice_candidates(arrays, rows), background)
+        return len(inputs)
 
-    async def _try(self, model: Model, arrays: Arrays, background: Background) -> None:
-        try:
-            logits = await background.run(model.backend.run, arrays)
-        except BackendError as err:
-            raise _refused(model, f"it does not run on a recent request: {err}") from None
-        if not np.isfinite(logits).all():
+    async def _try(self, model: LoadedModel, arrays: Arrays, background: Background) -> None:
+        outcome = await background.run(run_once, model.served.backend, arrays, num_candidates(arrays))
+        if isinstance(outcome, Refusal):
+            raise _refused(model, f"it does not run on a recent request: {outcome.__cause__}")
+        if not np.isfinite(outcome).all():
             raise _refused(model, "it gives a recent request a score that is no number")
 
-    async def _read(self, model: Model, given: Given) -> Arrays:
+    async def _build(self, model: LoadedModel, request: ScoringRequest) -> Arrays:
+        deadline = Deadline.after(REPLAY_MS, since=time.monotonic())
         try:
-            return (await self._inputs.read(model, given, Deadline.after(REPLAY_MS, since=time.monotonic()))).arrays
-        except (Problem, EncodingError, Unreadable) as err:
+            return (await self._scorer.build_input(model, request, deadline)).arrays
+        except (Refusal, EncodingError, MalformedFeatures) as err:
             raise _refused(model, f"it cannot take a recent request: {err}") from None
 
 
-def _refused(model: Model, reason: str) -> Problem:
+def _refused(model: LoadedModel, reason: str) -> ArtifactRefused:
     log.warning("artifact refused", extra={"version": model.version, "reason": reason})
-    return artifact_refused(f"{model.artifact.path}: {reason}")
-
-
-def _mixed(recent: Sequence[Arrays]) -> Iterator[Arrays]:
-    """Several of them joined, and single ones in every size."""
-    for first in range(0, len(recent), JOINED):
-        yield concat(recent[first : first + JOINED])
-    for number, size in enumerate(SIZES):
-        if recent:
-            yield _sized(recent[number % len(recent)], size)
-
-
-def _sized(arrays: Arrays, num_candidates: int) -> Arrays:
-    """One request with its candidates again and again, up to that number."""
-    rows = np.arange(num_candidates) % len(arrays["user_index"])
-    of_candidates = {name for name in arrays if name.startswith("item.")} | {"user_index"}
-    return {name: values[rows] if name in of_candidates else values for name, values in arrays.items()}
+    return ArtifactRefused(f"{model.artifact.path}: {reason}")

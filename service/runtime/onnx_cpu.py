@@ -1,31 +1,35 @@
 """ONNX Runtime on one CPU core."""
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from models.artifact.errors import ArtifactError
 from models.features.arrays import Arrays
-from service.runtime.backend import BackendError
+from service.runtime.backend import BackendError, Logits
 
-# Candidates of a run that is rare. The arena keeps the largest run it ever saw: after one of 10,000 candidates 28 MB
-# for MIAN and 36 MB for STEC stayed; given back after each such run 2 MB and none did, and runs below pay nothing.
+# From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
+
+# Candidates of a run that is rare. The arena keeps the largest run it ever saw; given back after each such run it does
+# not, and runs below pay nothing (docs/LOG.md).
 LARGE_RUN = 2000
 
 
 class OnnxBackend:
-    """ONNX Runtime on one CPU core. The graph takes those of the `fed` arrays it names, and gives `outputs`.
+    """One graph on one core. It takes those of the `fed` arrays it names, and gives `outputs`; the first is [C, ...].
 
-    Fed with plain arrays: with bound buffers, filled anew for every run, MIAN's 100 candidates took 0.98 to 0.99 of the
-    time, with bindings made anew 1.13 to 1.15, past the wrapper's own `run` 0.965 (400 turns each, one thread).
+    Fed with plain arrays: bound buffers bring 1 to 2 % at best (docs/LOG.md).
     """
 
     lanes = 1
+    joins = False
     batch_wait_s = 0.0
 
     def __init__(self, graph: Path, *, fed: Sequence[str], outputs: Sequence[str] = ("logit",)) -> None:
@@ -34,16 +38,21 @@ class OnnxBackend:
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._inputs, self._outputs = names_of(self._session, graph, fed=fed, outputs=outputs)
 
-    def run(self, arrays: Arrays) -> NDArray[np.float32]:
-        return self.run_all(arrays)[0]
+    def run(self, arrays: Arrays) -> Logits:
+        """The first output. Raises BackendError."""
+        try:
+            large = len(arrays[self._inputs[-1]]) > LARGE_RUN
+            feed = {name: arrays[name] for name in self._inputs}
+            values: Logits = self._session.run(self._outputs, feed, self._shrinking if large else None)[0]
+        except Exception as err:  # onnxruntime's exceptions have no common base but this
+            raise BackendError(f"ONNX Runtime: {err}") from err
+        return values
 
     def run_all(self, arrays: Arrays) -> list[NDArray[np.float32]]:
-        """Every one of the `outputs`. Raises BackendError."""
+        """Every one of the `outputs`, as float32. Raises BackendError."""
         try:
-            large = len(arrays["user_index"]) > LARGE_RUN
-            feed = {name: arrays[name] for name in self._inputs}
-            values = self._session.run(self._outputs, feed, self._shrinking if large else None)
-        except Exception as err:  # as below
+            values = self._session.run(self._outputs, {name: arrays[name] for name in self._inputs})
+        except Exception as err:  # as above
             raise BackendError(f"ONNX Runtime: {err}") from err
         return [np.asarray(value, dtype=np.float32) for value in values]
 
@@ -77,7 +86,7 @@ def names_of(session: Any, graph: Path, *, fed: Sequence[str], outputs: Sequence
     """What it takes, and `outputs`. Raises ArtifactError where it takes more than it is fed, or does not give those."""
     inputs = [i.name for i in session.get_inputs()]
     if unknown := set(inputs) - set(fed):
-        raise ArtifactError(f"{graph}: takes {', '.join(sorted(unknown))}, which its schema does not describe")
+        raise ArtifactError(f"{graph}: takes {', '.join(sorted(unknown))}, which its manifest does not name")
     if absent := set(outputs) - {o.name for o in session.get_outputs()}:
         raise ArtifactError(f"{graph}: has no output called {', '.join(sorted(absent))}")
     return inputs, list(outputs)

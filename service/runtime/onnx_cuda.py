@@ -36,6 +36,7 @@ class OnnxCudaBackend:
     """A graph that takes those of `inputs` it names. On `device` cpu it is the same, but for graphs and streams."""
 
     lanes = LANES
+    joins = True
     batch_wait_s = BATCH_WAIT_S
 
     def __init__(
@@ -82,10 +83,7 @@ def _lane(graph: Path, inputs: Sequence[Input], device: Device) -> Buckets:
 
 
 def _session(graph: Path, device: Device, users: int) -> Any:
-    """One for each number of users: with that fixed, ORT takes the graph's decision by it (models.own) while it loads.
-
-    What is left holds no control flow, which no CUDA graph can.
-    """
+    """One for each number of users: with that fixed, all shapes of a CUDA graph are static."""
     options = session_options()
     options.add_free_dimension_override_by_name("U", users)
     if device == "cpu":

@@ -1,263 +1,302 @@
-"""Who is next: the line of requests before a process's models, counted in candidates and in seconds."""
+"""Scheduler of the model threads: runs that are too long for the event loop, and all runs on a GPU, in order."""
 
 import asyncio
-import math
+import logging
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.features.arrays import Arrays
-from service.errors import overloaded, predicted_late, shadow_dropped
-from service.runtime.backend import Backend
-from service.runtime.latency_model import Cost
+from models.features.packing import join, slice_candidates
+from service.errors import DeadlinePassed, ModelFailed, NotOpen, Overloaded, Refusal, ShadowDropped
+from service.runtime.backend import Backend, BackendError, Logits
+from service.runtime.latency_model import LatencyModel
 
-Logits = NDArray[np.float32]
+log = logging.getLogger(__name__)
 
-SHADOW_SHARE = 0.25  # of the line's limit: where more waits, no shadow request is let in
+SHADOW_SHARE = 0.25  # of the queue's limit: where more waits, no shadow run is let in
+OVERDUE, OVERDUE_S = 10.0, 0.05  # a run is overdue after so many times its expected duration, and so much more
+STOP_S = 10.0  # for the runs under way; a model that hangs is left to the end of the process
 
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class Work:
-    """One request in the line. All times are on the monotonic clock."""
-
-    arrays: Arrays
-    candidates: int
-    users: int
-    expires: float
-    shadow: bool
-    answer: "asyncio.Future[Logits]"
-    queued: float = 0.0
-    adds_s: float = 0.0  # to the line
-    begun: int = 0  # candidates that went into runs so far
-    scored: int = 0
-    logits: Logits | None = None  # of a request in pieces, as far as it is scored
-
-    @property
-    def left(self) -> int:
-        return self.candidates - self.begun
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class Piece:
-    """What of one request goes into one run: its candidates from `start` to before `stop`."""
-
-    work: Work
-    start: int
-    stop: int
-
-    @property
-    def is_whole(self) -> bool:
-        return self.stop - self.start == self.work.candidates
-
-    @property
-    def arrays(self) -> Arrays:
-        arrays = self.work.arrays
-        if self.is_whole:
-            return arrays
-        part = slice(self.start, self.stop)
-        return {n: a[part] if n.startswith("item.") or n == "user_index" else a for n, a in arrays.items()}
+RunOutcome = Logits | Refusal
+OnRun = Callable[[RunOutcome, "Run"], None]
 
 
 @dataclass(kw_only=True, eq=False)
-class Queue:
-    """One model's requests in the line, and what is known of its runs."""
+class ServedModel:
+    """One model's graph as requests use it: its latency, and who uses it, so that it is closed after the last."""
 
     backend: Backend
-    cost: Cost
-    live: deque[Work] = field(default_factory=deque)
-    shadow: deque[Work] = field(default_factory=deque)
-    running: int = 0
-    told: asyncio.Event = field(default_factory=asyncio.Event)  # after each run, once its callers have their answers
+    latency: LatencyModel
+    leases: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def works(self, *, shadow: bool) -> deque[Work]:
-        return self.shadow if shadow else self.live
+    def acquire(self) -> None:
+        """`drain` waits for all who have acquired it: who has chosen a model may be some time before it runs."""
+        self.leases += 1
+
+    def release(self) -> None:
+        self.leases -= 1
+        if not self.leases:
+            self._idle.set()
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def drain(self) -> None:
+        """Returns when nobody uses it: its backend can be closed then."""
+        while self.leases:
+            self._idle.clear()
+            await self._idle.wait()
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class Batch:
-    """One run: a piece of one request, or several whole requests."""
+class Run:
+    """One request's run. All times are on the monotonic clock. `on_run` is called once, from the event loop."""
 
-    queue: Queue
-    pieces: Sequence[Piece]
-    candidates: int
-    users: int
-    started: float
-    expected_s: float
+    model: ServedModel
+    arrays: Arrays
+    num_candidates: int
+    expires_at: float
+    timeout_ms: float
+    is_shadow: bool
+    on_run: OnRun
+    queued_at: float = 0.0
+    started_at: float = 0.0
+    seconds: float = 0.0  # of the model: of a joined run its share by candidates
+    is_done: bool = False
+    timer: asyncio.TimerHandle | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def resolve(self, outcome: RunOutcome) -> None:
+        if not self.is_done:  # else it was late, or nobody waits for it any more
+            self.is_done = True
+            if self.timer is not None:
+                self.timer.cancel()
+            self.model.release()
+            self.on_run(outcome, self)
 
 
-@dataclass(slots=True)
-class _Waiting:
-    candidates: int = 0
-    seconds: float = 0.0
+class Scheduler:
+    """First come, first served over all models, shadow runs last; a run larger than `max_candidates` is cut.
 
-    def grows(self, candidates: int, seconds: float) -> None:
-        self.candidates += candidates
-        self.seconds = self.seconds + seconds if self.candidates else 0.0  # no rounding is left over
-
-
-class Line:
-    """First come, first served over all models, but for what is joined to a request of its model; shadow work last.
-
-    Holds no lock: it is for one thread at a time.
+    Models that join (on a GPU) take what waits for them in one run. One thread on a CPU: on one core each run is
+    fastest alone; a GPU wants two.
     """
 
-    def __init__(self, *, limit: int, threads: int = 1) -> None:
-        self._limit = limit
-        self._threads = threads
-        self._queues: list[Queue] = []
-        self._live, self._shadow = _Waiting(), _Waiting()
-        self._running: list[Batch] = []
-
-    @property
-    def candidates(self) -> int:
-        return self._live.candidates + self._shadow.candidates
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._queues
+    def __init__(self, *, max_queued_candidates: int, max_candidates: int, threads: int = 1) -> None:
+        self._limit = max_queued_candidates
+        self._max_candidates = max_candidates
+        self._live: deque[Run] = deque()
+        self._shadow: deque[Run] = deque()
+        self._under_way: dict[int, tuple[float, float]] = {}  # by thread: when it began, how long it should take
+        self._changed = threading.Condition()
+        self._closed = False
+        self.num_queued = 0  # candidates
+        self._threads = [
+            threading.Thread(target=self._serve, args=(n,), name=f"model-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def takes_shadow(self) -> bool:
-        return self.candidates <= SHADOW_SHARE * self._limit
+        """Whether shadow work has a chance now; who asks first saves what comes before the model."""
+        return self.num_queued <= SHADOW_SHARE * self._limit
 
-    def put(self, queue: Queue, work: Work, now: float) -> list[Work]:
-        """Lets a request in at the end; returns the shadow requests that had to go for it.
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._live or self._under_way)
 
-        Raises Problem (503) where there is no room, or where it would be scored too late and so for nothing. One
-        request before which nobody waits is never too large.
+    @property
+    def is_overdue(self) -> bool:
+        """Whether a run takes far longer than it should: a model that hangs must not meet the event loop."""
+        now = time.monotonic()
+        under_way = list(self._under_way.values())
+        return any(now - began > OVERDUE * expected_s + OVERDUE_S for began, expected_s in under_way)
+
+    def submit(self, run: Run) -> None:
+        """From the event loop. Raises Overloaded, ShadowDropped or NotOpen.
+
+        One request that nobody waits before is never too large. Shadow runs that wait go first where there is no room.
         """
-        waiting = self._live.candidates
-        if work.shadow:
-            if not self.takes_shadow:
-                raise shadow_dropped()
-        elif waiting and waiting + work.candidates > self._limit:
-            raise overloaded(waiting)
-        ahead_s = self.ahead_s(now, shadow=work.shadow)
-        alone_s = queue.cost.request_s(work.candidates, work.users)
-        # With nothing before it, it is let in all the same: only runs can show that a model is faster than was thought.
-        if ahead_s and now + ahead_s + queue.backend.batch_wait_s + alone_s > work.expires:
-            raise predicted_late(ahead_s)
-        works = queue.works(shadow=work.shadow)
-        work.queued = now
-        work.adds_s = min(alone_s, queue.cost.joined_s(work.candidates, work.users)) if works else alone_s
-        if queue not in self._queues:
-            self._queues.append(queue)
-        works.append(work)
-        self._waiting(work).grows(work.candidates, work.adds_s)
-        return list(self._make_room())
+        dropped: list[Run] = []
+        with self._changed:
+            if self._closed:
+                raise NotOpen
+            if run.is_shadow and not self.takes_shadow:
+                raise ShadowDropped
+            while not run.is_shadow and self._shadow and self.num_queued + run.num_candidates > self._limit:
+                dropped.append(self._take(self._shadow))
+            if self._live and self.num_queued + run.num_candidates > self._limit:
+                raise Overloaded(f"{self.num_queued} candidates are waiting already; try again")
+            run.loop, run.queued_at = asyncio.get_running_loop(), time.monotonic()
+            run.timer = run.loop.call_later(max(run.expires_at - run.queued_at, 0), self._expire, run)
+            run.model.acquire()
+            (self._shadow if run.is_shadow else self._live).append(run)
+            self.num_queued += run.num_candidates
+            self._changed.notify()
+        for other in dropped:
+            other.resolve(ShadowDropped())
 
-    def ahead_s(self, now: float, *, shadow: bool = False) -> float:
-        """How long a request that comes now has to wait.
+    def cancel(self, run: Run) -> None:
+        """Nobody waits for this one any more: it is passed over if it has not begun."""
+        if not run.is_done:
+            run.is_done = True
+            if run.timer is not None:
+                run.timer.cancel()
+            run.model.release()
 
-        A run that takes longer than was expected is expected to take as long again: behind one that hangs, the wait
-        grows by itself.
-        """
-        running = sum(abs(batch.started + batch.expected_s - now) for batch in self._running)
-        waiting = self._live.seconds + (self._shadow.seconds if shadow else 0.0)
-        return (running + waiting) / self._threads
+    async def aclose(self) -> None:
+        """Refuses new work, finishes what waits and ends the threads. A model that hangs is not waited for."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        until = time.monotonic() + STOP_S
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, max(until - time.monotonic(), 0))
+            if thread.is_alive():
+                log.error("a model still runs", extra={"waited_s": STOP_S})
 
-    def leave(self, queue: Queue, work: Work) -> None:
-        """Takes out what is still in the line of a request that nobody waits for any more."""
-        if work.left:
-            works = queue.works(shadow=work.shadow)
-            if work in works:
-                works.remove(work)
-                self._waiting(work).grows(-work.left, -work.adds_s)
+    def _expire(self, run: Run) -> None:
+        run.resolve(DeadlinePassed(run.timeout_ms))
 
-    def take(self, now: float) -> tuple[Batch | None, float]:
-        """The next run, or None and when to ask again (inf: not before something comes). Drops what has expired."""
-        again = math.inf
-        for shadow in (False, True):
-            for queue in self._queues:
-                works = queue.works(shadow=shadow)
-                while works and works[0].expires <= now:
-                    self.leave(queue, works[0])
-            waiting = [queue for queue in self._queues if queue.works(shadow=shadow)]
-            for queue in sorted(waiting, key=lambda queue: queue.works(shadow=shadow)[0].queued):
-                works = queue.works(shadow=shadow)
-                ready_at = _ready_at(queue, works)
-                if ready_at <= now:
-                    return self._begin(queue, works, now), now
-                again = min(again, ready_at)
-        self._queues = [queue for queue in self._queues if queue.live or queue.shadow]  # an old model's can go
-        return None, again
+    def _take(self, queue: deque[Run]) -> Run:
+        run = queue.popleft()
+        self.num_queued -= run.num_candidates
+        return run
 
-    def ended(self, batch: Batch) -> None:
-        """To be said of every batch that was taken."""
-        self._running.remove(batch)
-        batch.queue.running -= 1
+    def _serve(self, thread: int) -> None:
+        while (batch := self._next_batch(thread)) is not None:
+            outcomes = _outcomes(batch, max_candidates=self._max_candidates)
+            ended = time.monotonic()
+            with self._changed:
+                began, _ = self._under_way.pop(thread)
+                total = sum(run.num_candidates for run in batch)
+                for run in batch:
+                    run.seconds = (ended - began) * run.num_candidates / total
+                self._changed.notify()  # another thread may have been waiting for this model's lane
+            loop = batch[0].loop
+            assert loop is not None
+            try:
+                loop.call_soon_threadsafe(_resolve, batch, outcomes)
+            except RuntimeError:
+                log.warning("answers nobody waits for", extra={"requests": len(batch)})  # the event loop has ended
 
-    def _begin(self, queue: Queue, works: deque[Work], now: float) -> Batch:
-        if works[0].candidates > queue.cost.piece:
-            pieces = [_next_piece(queue, works[0])]
-        else:
-            pieces = [Piece(work=work, start=0, stop=work.candidates) for work in _joined(queue.cost, works, now)]
-        for piece in pieces:
-            work, size = piece.work, piece.stop - piece.start
-            seconds = work.adds_s * size / work.left
-            work.begun, work.adds_s = piece.stop, work.adds_s - seconds
-            self._waiting(work).grows(-size, -seconds)
-            if not work.left:
-                works.popleft()
-        candidates, users = sum(p.stop - p.start for p in pieces), sum(p.work.users for p in pieces)
-        expected_s = queue.cost.run_s(candidates, users)
-        batch = Batch(
-            queue=queue, pieces=pieces, candidates=candidates, users=users, started=now, expected_s=expected_s
-        )
-        self._running.append(batch)
-        queue.running += 1
+    def _next_batch(self, thread: int) -> list[Run] | None:
+        """Waits for work: one request, or several of a model that joins. None once closed and empty."""
+        with self._changed:
+            while True:
+                for queue in (self._live, self._shadow):
+                    while queue and queue[0].is_done:
+                        self._take(queue)
+                    if queue:
+                        wait_s = self._wait_s(queue)
+                        if wait_s <= 0:
+                            return self._start(self._joined(queue), thread)
+                        self._changed.wait(wait_s)
+                        break
+                else:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+
+    def _wait_s(self, queue: deque[Run]) -> float:
+        """How long the first in the queue may still wait for company."""
+        first = queue[0]
+        backend = first.model.backend
+        if self._closed or not backend.joins or not backend.batch_wait_s:
+            return 0.0
+        waiting = sum(run.num_candidates for run in queue if run.model is first.model)
+        if waiting >= self._max_candidates:
+            return 0.0
+        return first.queued_at + backend.batch_wait_s - time.monotonic()
+
+    def _joined(self, queue: deque[Run]) -> list[Run]:
+        """The first in the queue and, where its model joins, those of the same model that fit into one run with it."""
+        batch = [self._take(queue)]
+        if not batch[0].model.backend.joins or len(queue) == 0:
+            return batch
+        total = batch[0].num_candidates
+        for run in list(queue):
+            fits = total + run.num_candidates <= self._max_candidates
+            if run.model is batch[0].model and fits and not run.is_done:
+                queue.remove(run)
+                self.num_queued -= run.num_candidates
+                batch.append(run)
+                total += run.num_candidates
         return batch
 
-    def _make_room(self) -> Iterator[Work]:
-        """Shadow work goes, the oldest of a model first, until the line is within its limit."""
-        for queue in self._queues:
-            while queue.shadow and self.candidates > self._limit:
-                dropped = queue.shadow[0]
-                self.leave(queue, dropped)
-                yield dropped
-
-    def _waiting(self, work: Work) -> _Waiting:
-        return self._shadow if work.shadow else self._live
-
-
-def _ready_at(queue: Queue, works: deque[Work]) -> float:
-    """Where a run costs much and grows little, as on a GPU, a request waits a moment for company; on a CPU it does not.
-
-    inf while the model has all the runs under way that it can.
-    """
-    if queue.running >= queue.backend.lanes:
-        return math.inf
-    wait_s = queue.backend.batch_wait_s
-    return works[0].queued + (wait_s if sum(work.left for work in works) < queue.cost.piece else 0.0)
+    def _start(self, batch: list[Run], thread: int) -> list[Run]:
+        now = time.monotonic()
+        expected_s = batch[0].model.latency.expected_s(sum(run.num_candidates for run in batch))
+        self._under_way[thread] = (now, expected_s)
+        for run in batch:
+            run.started_at = now
+        if self._live or self._shadow:
+            self._changed.notify()  # what is left may be for another thread
+        return batch
 
 
-def _next_piece(queue: Queue, work: Work) -> Piece:
-    """One of about equal ones."""
-    size = -(-work.left // queue.cost.runs(work.left))
-    return Piece(work=work, start=work.begun, stop=work.begun + size)
+def run_once(backend: Backend, arrays: Arrays, num_candidates: int) -> RunOutcome:
+    """One run, and what comes of it: finite logits, or the refusal that stands for a model that failed."""
+    if backend.joins and "user_index" not in arrays:
+        arrays = {**arrays, "user_index": np.zeros(num_candidates, dtype=np.int64)}
+    try:
+        logits = backend.run(arrays)
+    except Exception as err:  # noqa: BLE001 - whatever it is, it is this request's failure and not the process's
+        return _failure(err)
+    if logits.shape != (num_candidates,):
+        return _failure(BackendError(f"scores of shape {logits.shape} came for {num_candidates} candidates"))
+    return logits
 
 
-def _joined(cost: Cost, works: deque[Work], now: float) -> list[Work]:
-    """The first request, and those behind it for as long as each costs less in this run than in one of its own.
+def _failure(cause: Exception) -> ModelFailed:
+    failed = ModelFailed("the model could not be run")
+    failed.__cause__ = cause
+    return failed
 
-    Nobody is made late by it. Whether it pays is a matter of size, since a graph takes its general form for several
-    users: MIAN takes for four users with 10 candidates each 0.7 times as long together as apart, for eight 0.6 times,
-    for two with 100 each 1.1 times (MovieLens-1M, ONNX Runtime, one core).
-    """
-    first = works[0]
-    joined, candidates, users, expires = [first], first.candidates, first.users, first.expires
-    took = cost.run_s(candidates, users)
-    for work in islice(works, 1, None):
-        together = cost.run_s(candidates + work.candidates, users + work.users)
-        pays = together < took + cost.run_s(work.candidates, work.users)
-        expires = min(expires, work.expires)
-        fits = candidates + work.candidates <= cost.piece and now + together <= expires
-        if not (pays and fits and work.arrays.keys() == first.arrays.keys()):
-            break
-        joined.append(work)
-        candidates, users, took = candidates + work.candidates, users + work.users, together
-    return joined
+
+def _outcomes(batch: list[Run], *, max_candidates: int) -> list[RunOutcome]:
+    if len(batch) == 1:
+        return [_run_in_chunks(batch[0], max_candidates)]
+    arrays = join([run.arrays for run in batch])
+    total = sum(run.num_candidates for run in batch)
+    logits = run_once(batch[0].model.backend, arrays, total)
+    if isinstance(logits, Refusal):  # one of them may be what the model cannot take: the others do not pay for it
+        return [_run_in_chunks(run, max_candidates) for run in batch]
+    ends = np.cumsum([0, *(run.num_candidates for run in batch)]).tolist()
+    return [logits[start:end] for start, end in pairwise(ends)]
+
+
+def _run_in_chunks(run: Run, max_candidates: int) -> RunOutcome:
+    """A request by itself, in runs of at most so many candidates; nothing more is run for one that is too late."""
+    chunks: list[Logits] = []
+    for start in range(0, run.num_candidates, max_candidates):
+        if run.is_done or run.expires_at <= time.monotonic():
+            return DeadlinePassed(run.timeout_ms)
+        stop = min(start + max_candidates, run.num_candidates)
+        arrays = run.arrays if stop - start == run.num_candidates else slice_candidates(run.arrays, slice(start, stop))
+        outcome = run_once(run.model.backend, arrays, stop - start)
+        if isinstance(outcome, Refusal):
+            return outcome
+        chunks.append(outcome)
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _resolve(batch: list[Run], outcomes: list[RunOutcome]) -> None:
+    for run, outcome in zip(batch, outcomes, strict=True):
+        run.resolve(outcome)

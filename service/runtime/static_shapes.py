@@ -1,4 +1,4 @@
-"""Requests brought to a few fixed sizes: for a device that is fast where shapes and addresses stay as they are."""
+"""Static shapes: requests padded to a few fixed sizes, for a device that is fast where shapes and addresses stay."""
 
 # U requests, C candidates
 
@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features.arrays import Arrays, num_users
+from models.features.arrays import Arrays
 from models.features.field import Input
+from models.features.packing import num_requests
 from service.runtime.backend import BackendError
 
 USERS = (1, 4, 16)
@@ -58,8 +59,8 @@ class Bucket(Protocol):
     def run(self) -> NDArray[np.float32]: ...
 
 
-class Gate:
-    """Runs pass together, what must be alone waits for them and is waited for."""
+class CaptureLock:
+    """Shared-exclusive lock: runs share it, the capture of a CUDA graph waits for them and has it alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -94,7 +95,7 @@ class Gate:
 
 # While a CUDA graph is captured, CUDA refuses other threads of the process what a run needs: copies and memory. A model
 # that is loaded beside one that serves would fail its requests; so they wait, for the few milliseconds of one size.
-GATE = Gate()
+CAPTURE_LOCK = CaptureLock()
 
 
 class Buckets:
@@ -109,7 +110,7 @@ class Buckets:
         self._bound: dict[tuple[int, int], tuple[Bucket, Arrays]] = {}
         for size in product(USERS, CANDIDATES):
             layout = Layout(self._inputs, *size)
-            with GATE.alone():
+            with CAPTURE_LOCK.alone():
                 bucket = bind(layout)
                 for _ in range(WARM_UPS):
                     bucket.run()
@@ -124,7 +125,7 @@ class Buckets:
 
     def _run(self, arrays: Arrays) -> NDArray[np.float32]:
         num_candidates = len(arrays["user_index"])
-        size = _next(USERS, num_users(arrays)), _next(CANDIDATES, num_candidates)
+        size = _next(USERS, num_requests(arrays)), _next(CANDIDATES, num_candidates)
         bucket, views = self._bound[size]
         for tensor in self._inputs:
             view, values = views[tensor.name], arrays[tensor.name]
@@ -132,7 +133,7 @@ class Buckets:
                 raise BackendError(f"{tensor.name} is {values.dtype} {values.shape}, which does not fit {view.shape}")
             view[: len(values)] = values
             view[len(values) :] = values[0]
-        with GATE.together():
+        with CAPTURE_LOCK.together():
             return bucket.run()[:num_candidates]
 
 
@@ -140,7 +141,7 @@ def parts(
     arrays: Arrays, inputs: Sequence[Input], *, users: int, candidates: int
 ) -> Iterator[tuple[NDArray[np.intp] | slice, Arrays]]:
     """The same requests in pieces of at most that many users and candidates, each with its rows of the whole."""
-    user_index, num = arrays["user_index"], num_users(arrays)
+    user_index, num = arrays["user_index"], num_requests(arrays)
     if num <= users and 0 < len(user_index) <= candidates:
         yield slice(None), arrays
         return

@@ -27,6 +27,7 @@ class TorchScriptBackend:
     """
 
     lanes = 1
+    joins = True
     batch_wait_s = 0.0
 
     def __init__(self, graph: Path, *, inputs: Sequence[str]) -> None:
@@ -48,13 +49,14 @@ class TorchScriptBackend:
 
 
 class TorchScriptCudaBackend:
-    """libtorch on one stream of a GPU, at the sizes of buckets.py: it compiles kernels anew for shapes it never saw.
+    """libtorch on one stream of a GPU, at static shapes: it compiles kernels anew for shapes it never saw.
 
     On `device` cpu it is the same, but for pinned memory and the stream.
     """
 
     lanes = 1
-    batch_wait_s = 0.001  # as ONNX Runtime's there: see cuda.py
+    joins = True
+    batch_wait_s = 0.001  # as ONNX Runtime's there: see onnx_cuda.py
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class TorchScriptCudaBackend:
         if device == "cuda" and not torch.cuda.is_available():
             built = "sees no GPU that it can use" if torch.version.cuda else "is the CPU's build"
             raise ArtifactError(f"{graph}: device cuda: torch {torch.__version__} {built}")
-        # Off is torch's default too, but anybody in the process could change it: see cuda.py.
+        # Off is torch's default too, but anybody in the process could change it: see onnx_cuda.py.
         torch.backends.cuda.matmul.allow_tf32 = False
         module = _load(graph, torch.device(device))
         self._alone = threading.Lock()  # a swap replays requests on a model that may serve already

@@ -1,68 +1,40 @@
-"""How fast a process gets through its requests as a whole: who would come too late is told before any work for it."""
-
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+"""Admission control: reject a request on arrival if the work already admitted would make it miss its deadline."""
 
 from service.deadline import Deadline
-from service.errors import predicted_late
-
-EVENT = 200  # what a request takes of the event loop beside its candidates, in candidates
-FADE = 0.02  # of what is known, by each answer
-CAP = 4.0  # a page of metrics or of events in between is no part of a prediction: at most so many times what is known
+from service.errors import WouldBeLate
 
 
-class Pace:
-    """Requests under way, in seconds that they take of the event loop and of the model.
+class AdmissionController:
+    """Requests under way, in seconds that they are expected to keep the process busy.
 
-    The line before the model sees a request only after it was parsed, fetched and encoded, which takes longer than
-    most models: under overload a process would spend itself on requests that it then refuses. The event loop's part is
-    learnt from its thread's processor time between answers, in which waiting for the store does not count.
+    Under overload a process would otherwise spend itself on requests whose scores come too late for anybody.
     """
 
-    def __init__(self, *, spent: Callable[[], float] = time.thread_time) -> None:
-        self._spent = spent
-        self._candidate_s: float | None = None  # of the event loop
-        self._before = 0.0
-        self._candidates = 0
-        self._model_s = 0.0
+    def __init__(self) -> None:
+        self._num_admitted = 0
+        self._backlog_s = 0.0
 
     @property
-    def ahead_s(self) -> float:
+    def backlog_s(self) -> float:
         """How long a request that comes now has to wait, at most: those under way may be half done."""
-        return self._candidates * (self._candidate_s or 0.0) + self._model_s
+        return self._backlog_s
 
     def check(self, deadline: Deadline) -> None:
-        """Raises Problem (503) where no request could be scored before the deadline, however small."""
-        if self._candidates and self.ahead_s > deadline.left_s:
-            raise predicted_late(self.ahead_s)
+        """Raises WouldBeLate where no request could be scored before the deadline, however small."""
+        if self._num_admitted and self._backlog_s > deadline.left_s:
+            raise WouldBeLate(self._backlog_s)
 
-    @contextmanager
-    def admitted(self, num_candidates: int, model_s: float, deadline: Deadline) -> Iterator[None]:
-        """Around all the work for a request, of which the model is expected to take `model_s`.
+    def admit(self, expected_s: float, deadline: Deadline) -> None:
+        """Counts a request in until `release`. Raises WouldBeLate where it would be scored after its deadline.
 
-        Raises Problem (503) where it would be scored after its deadline. With nothing under way it is let in all the
-        same: only answers can show that the process has become faster.
+        With nothing under way it is let in all the same: only answers can show that the process has become faster.
         """
-        candidates = EVENT + num_candidates
-        own_s = candidates * (self._candidate_s or 0.0) + model_s
-        if self._candidates and self.ahead_s + own_s > deadline.left_s:
-            raise predicted_late(self.ahead_s)
-        if not self._candidates:
-            self._before = self._spent()
-        self._candidates += candidates
-        self._model_s += model_s
-        try:
-            yield
-            self._answered(candidates)
-        finally:
-            self._candidates -= candidates
-            self._model_s = self._model_s - model_s if self._candidates else 0.0  # no rounding is left over
+        if self._num_admitted and self._backlog_s + expected_s > deadline.left_s:
+            raise WouldBeLate(self._backlog_s)
+        self._num_admitted += 1
+        self._backlog_s += expected_s
 
-    def _answered(self, candidates: int) -> None:
-        """What the loop spent since the last answer, or since it had nothing to do, it spent for this one."""
-        now = self._spent()
-        took_s = (now - self._before) / candidates
-        self._before = now
-        known = took_s if self._candidate_s is None else self._candidate_s
-        self._candidate_s = known + FADE * (min(took_s, CAP * known) - known)
+    def release(self, expected_s: float) -> None:
+        """The request is answered, refused or gone."""
+        self._num_admitted -= 1
+        self._backlog_s = self._backlog_s - expected_s if self._num_admitted else 0.0  # no rounding is left over

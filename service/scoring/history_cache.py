@@ -1,4 +1,4 @@
-"""A user's stored clicks as the model takes them: each click's values encoded once, as many users share them."""
+"""History cache: each stored click encoded once a model version, as a user's requests and many users share them."""
 
 import logging
 from collections.abc import Sequence
@@ -10,64 +10,90 @@ from models.features.column_encoding import EncodingError
 from models.features.encoder import Encoder
 from models.features.values import Column, Row
 from service.scoring import feature_merge
-from service.scoring.candidate_cache import MAX_KEY_BYTES
-from service.scoring.row_table import NOTHING, Note, Table
-from service.store.codec import Past, unpack_row
+from service.scoring.candidate_cache import MAX_KEY_BYTES, unknown_fields
+from service.scoring.row_table import EMPTY_SLOT, RowTable, RowWarnings
+from service.store.codec import ClickHistory, unpack_row
 
 log = logging.getLogger(__name__)
 
 
-class Pasts:
-    """One model's clicks, kept by item and packed features: both were fixed when the click came, so none grows old."""
+class HistoryCache:
+    """One model version's clicks by item and packed features: fixed when the click came, so none grows old."""
 
     def __init__(self, encoder: Encoder, *, capacity: int) -> None:
         schema = encoder.schema
         self._encoder = encoder
-        self._repeated = feature_merge.repeated(schema)
-        timed = {s.name for s in schema.group("behaviour") if s.of and schema.field(s.of).kind == "time"}
-        inputs = [i for i in schema.inputs if i.name.startswith("hist.") and i.name.removeprefix("hist.") not in timed]
-        self._table = Table(inputs, capacity=capacity)
+        self._group = group = encoder.layout.history
+        self._item_fields = feature_merge.history_item_fields(schema)
+        self._clock_columns = [(f.name, f.start, f.offset) for f in group.fields if f.field.kind == "time"]
+        columns: dict[str, tuple[type, int]] = {"history_ids": (np.int64, group.num_columns)}
+        empty: Arrays = {"history_ids": group.pad_rows}
+        if group.is_weighted:
+            columns["history_weights"] = (np.float32, group.num_columns)
+        self._table = RowTable(columns, capacity=capacity, empty=empty)
+        self._names = group.input_names
 
-    def encode(self, past: Past, ts: float) -> tuple[Arrays, bool]:
-        """The `hist*` inputs (U = 1), and whether stored values were invalid and taken for absent.
+    def arrays(self, history: ClickHistory, ts: float) -> tuple[Arrays, dict[str, int], bool]:
+        """The packed `history_*` tensors (U = 1); unknown values by field; whether stored values were invalid.
 
-        `past` is in the order of history, earlier than `ts`, and at most as long as the model's.
+        `history` is in the order of history, earlier than `ts`, and at most as long as the model's. An invalid stored
+        value counts as absent.
         """
-        length, num_clicks = self._encoder.schema.history_length, len(past)
-        keys = list(zip(past.items, past.features, strict=True))
-        slots = np.full(length, NOTHING, dtype=np.int64)
-        slots[length - num_clicks :] = found = self._table.find(keys, num_clicks)
-        arrays = {name: values[None] for name, values in self._table.take(slots).items()}
-        invalid = bool(self._table.noted(found))
+        length, num_clicks = self._encoder.schema.history_length, len(history)
+        first = length - num_clicks
+        keys = list(zip(history.items, history.features, strict=True))
+        slots = np.full(length, EMPTY_SLOT, dtype=np.int64)
+        slots[first:] = found = self._table.find(keys, num_clicks)
+        arrays = {name: self._table.take(name, slots)[None] for name in self._names}
+        warnings = list(self._table.warnings(found).values())
         if not found.all():
-            positions = np.flatnonzero(found == NOTHING)
-            lacking = positions.tolist()
-            made, bad = self._made([past.items[p] for p in lacking], [past.features[p] for p in lacking])
-            for name, values in made.items():
-                arrays[name][0, length - num_clicks + positions] = values
-            invalid |= bool(bad)
-            self._table.put(
-                [keys[p] for p in lacking],
-                made,
-                until=[np.inf] * len(lacking),
-                notes={row: Note(bad=frozenset(names)) for row, names in bad.items()},
-                rows=[row for row, p in enumerate(lacking) if len(past.features[p]) <= MAX_KEY_BYTES],
+            positions = np.flatnonzero(found == EMPTY_SLOT)
+            missing = positions.tolist()
+            made, made_warnings = self._make(
+                [history.items[p] for p in missing], [history.features[p] for p in missing]
             )
-        return arrays | self._encoder.encode_times(np.array(past.ts, dtype=np.float64), ts), invalid
+            for name in self._names:
+                arrays[name][0, first + positions] = made[name]
+            warnings += made_warnings.values()
+            self._table.put(
+                [keys[p] for p in missing],
+                made,
+                rows=[row for row, p in enumerate(missing) if len(history.features[p]) <= MAX_KEY_BYTES],
+                until=[np.inf] * len(missing),
+                warnings=made_warnings,
+            )
+        times = self._encoder.encode_times(np.array(history.ts, dtype=np.float64), ts)
+        for name, column, offset in self._clock_columns:
+            arrays["history_ids"][0, :, column] = times[name][0] + offset
+        arrays["history_mask"], arrays["history_age"] = times["hist_mask"], times["hist_age"]
+        unknown: dict[str, int] = {}
+        for name in (name for warning in warnings for name in warning.unknown):
+            unknown[name] = unknown.get(name, 0) + 1
+        return arrays, unknown, any(warning.invalid for warning in warnings)
 
-    def _made(self, items: Sequence[str], features: Sequence[bytes]) -> tuple[Arrays, dict[int, set[str]]]:
-        """These clicks' values, and by click the fields whose values could not be encoded."""
+    def _make(self, items: Sequence[str], features: Sequence[bytes]) -> tuple[Arrays, dict[int, RowWarnings]]:
+        """These clicks' rows, and the warnings by click."""
         rows: list[Row] = [unpack_row(packed) or {} for packed in features]
+        invalid: Sequence[frozenset[str]] = [frozenset()] * len(rows)
         try:
-            return self._encode(items, rows), {}
+            arrays = self._pack(items, rows)
         except EncodingError as err:
             log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
-        cleaned = [feature_merge.cleaned(self._encoder, row, self._repeated) for row in rows]
-        return self._encode(items, [row for row, _ in cleaned]), {p: bad for p, (_, bad) in enumerate(cleaned) if bad}
+            rows, invalid = map(
+                list, zip(*(feature_merge.drop_invalid(self._encoder, r, self._item_fields) for r in rows), strict=True)
+            )
+            arrays = self._pack(items, rows)
+        unknown = unknown_fields(self._group, arrays["history_ids"])
+        warnings = {
+            row: RowWarnings(invalid=names, unknown=unknown.get(row, ()))
+            for row, names in enumerate(invalid)
+            if names or row in unknown
+        }
+        return arrays, warnings
 
-    def _encode(self, items: Sequence[str], rows: Sequence[Row]) -> Arrays:
-        columns: dict[str, Column] = {f.name: [row.get(f.name) for row in rows] for f in self._repeated}
+    def _pack(self, items: Sequence[str], rows: Sequence[Row]) -> Arrays:
+        columns: dict[str, Column] = {f.name: [row.get(f.name) for row in rows] for f in self._item_fields}
         if self._encoder.schema.item_key is not None:
             columns[self._encoder.schema.item_key] = items
-        arrays = self._encoder.encode_events(columns, np.zeros(len(items)))
-        return {name: values for name, values in arrays.items() if name != "ts"}
+        # Clicks of one item at several times share a row: its clock columns are filled in for each request.
+        return self._group.pack(self._encoder.encode_events(columns, np.zeros(len(items))), (len(items),))

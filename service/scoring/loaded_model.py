@@ -1,31 +1,40 @@
-"""One artifact loaded and verified: encoder, graph and batcher of a model version."""
+"""Loaded model: one artifact, verified and ready to score; its graphs, its inputs with their caches, its latency."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
+from models.artifact.calibration import Calibration
 from models.artifact.folder import Artifact
-from models.features.encoder import Encoder
 from service.runtime import backends
-from service.runtime.backend import Backend, Device, Kind
-from service.runtime.batcher import Batcher
+from service.runtime.backend import Device, Kind
 from service.runtime.onnx_cpu import OnnxBackend
+from service.runtime.scheduler import ServedModel
+from service.scoring.model_inputs import ModelInputBuilder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """One artifact, ready to score; two arms may share it."""
+class LoadedModel:
+    """Two arms may share it."""
 
     artifact: Artifact
-    encoder: Encoder
-    backend: Backend
     kind: Kind
     device: Device
-    batcher: Batcher
+    served: ServedModel
+    item_graph: OnnxBackend
+    inputs: ModelInputBuilder
 
     @property
     def version(self) -> str:
         return self.artifact.manifest.version
+
+    @property
+    def name(self) -> str:
+        return self.artifact.manifest.model
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.artifact.calibration
 
     @cached_property
     def explaining(self) -> OnnxBackend:
@@ -34,5 +43,19 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         manifest = self.artifact.manifest
-        told = {"model", "version", "created", "metrics", "schema_fingerprint", "data_hash", "code_version"}
-        return {**manifest.model_dump(include=told), "backend": self.kind, "device": self.device}
+        fields = {"model", "version", "created", "metrics", "schema_fingerprint", "data_hash", "code_version"}
+        return {**manifest.model_dump(include=fields), "backend": self.kind, "device": self.device}
+
+    def close(self) -> None:
+        """When none of its requests is under way."""
+        self.served.backend.close()
+        self.item_graph.close()
+
+
+class Models(Protocol):
+    """The models that serve, by arm."""
+
+    def get(self, arm: str) -> LoadedModel: ...
+
+    def previous(self, arm: str) -> LoadedModel | None:
+        """What the arm served before, still loaded."""

@@ -1,199 +1,170 @@
-"""From a request to its model's arrays: what the store knows of it, merged with what the client sent, encoded."""
+"""Model inputs: what the store knows of a request, merged with what the client sent, as packed tensors."""
 
-import asyncio
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
-import numpy as np
-from numpy.typing import NDArray
-
+from models.artifact.folder import Artifact
 from models.features.arrays import Arrays
 from models.features.column_encoding import EncodingError
-from models.features.encoder import Encoder
-from models.features.field import OOV, input_name
 from models.features.history import Event, history
 from models.features.values import Row
-from service.deadline import Deadline
-from service.errors import invalid
-from service.observability.metrics import OTHER_FIELD, Metrics, Stage
+from service.errors import Degraded, InvalidValue
 from service.scoring import feature_merge
-from service.scoring.candidate_cache import Items, Wanted
-from service.scoring.feature_merge import Given
-from service.scoring.history_cache import Pasts
-from service.scoring.loaded_model import Model
-from service.store.codec import NO_CLICKS, unpack_row
-from service.store.feature_store import FeatureStore, Fetched, StoreUnavailable
+from service.scoring.candidate_cache import CacheLookup, CandidateCache, ItemGraph, unknown_fields
+from service.scoring.history_cache import HistoryCache
+from service.scoring.request import ScoringRequest
+from service.store.codec import NO_HISTORY, unpack_row
+from service.store.feature_store import Fetched
 
 log = logging.getLogger(__name__)
 
-STORE_SHARE = 0.5  # of the time a request has left; the model needs the rest
-BAD_STORED_VALUES = "stored_values_invalid"
-STALE_ITEMS = "item_features_stale"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputLookup:
+    """What of a request's inputs is cached, and what the store has to be asked for."""
+
+    candidates: CacheLookup
+    behaviours: Sequence[Event] | None  # those of the request that count, where it brings its own
+    items: Sequence[str]  # to fetch: candidates that are missing, then the items of those behaviours
+    num_clicks: int  # to fetch of the user's history
+
+    def needs_store(self, request: ScoringRequest) -> bool:
+        return request.user is not None or bool(self.items)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Read:
-    """What a model is fed for one request, the past clicks that the arrays hold, and what could not be had."""
+class ModelInput:
+    """The packed tensors of one request, and what has to be said of it."""
 
     arrays: Arrays
-    past: Sequence[Event]
-    degraded: list[str]
-    unnamed: int  # features of the candidates that the model does not have
-    seconds: dict[Stage, float]  # that it took
+    history: Sequence[Event]  # the clicks that the arrays hold, oldest first
+    degraded: list[Degraded]
+    unknown: Mapping[str, int]  # values never seen in training, by field
+    num_unnamed: int  # features that the client sent and the model does not have
 
 
-class _Kept:
-    """What is kept of one loaded model's rows."""
+class ModelInputBuilder:
+    """One model version's inputs. It keeps `item_rows` encoded candidates and as many clicks.
 
-    def __init__(self, encoder: Encoder, *, rows: int, fresh_s: float) -> None:
-        schema = encoder.schema
-        self.encoder = encoder
-        self.items = Items(encoder, capacity=rows, fresh_s=fresh_s)
-        self.pasts = Pasts(encoder, capacity=rows) if schema.group("behaviour") else None
-        self.words = [(f.name, input_name(f)) for f in schema.fields if f.vocabulary is not None]
-        self.user_names = frozenset(f.name for f in schema.group("user"))
-        self.context_names = frozenset(f.name for f in schema.group("context"))
-        self.first_of_all = np.zeros(1, dtype=np.int64)
-
-    def user_index(self, num_candidates: int) -> NDArray[np.int64]:
-        """All candidates are of the one user. The same zeros for every request: nobody writes into them."""
-        if num_candidates > len(self.first_of_all):
-            self.first_of_all = np.zeros(num_candidates, dtype=np.int64)
-        return self.first_of_all[:num_candidates]
-
-
-class Inputs:
-    """Reads what a request's model needs. The store may be down: that costs its values, not the answer.
-
-    Of every model that is loaded it keeps `item_rows` encoded candidates, for `fresh_s` seconds where they are the
-    store's to say, and as many clicks.
+    Candidates are kept for `fresh_s` seconds where they are the store's to say. The store may be down: that costs its
+    values, not the answer.
     """
 
-    def __init__(self, *, store: FeatureStore, metrics: Metrics, item_rows: int, fresh_s: float) -> None:
-        self._store = store
-        self._metrics = metrics
-        self._item_rows = item_rows
-        self._fresh_s = fresh_s
-        self._kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
-
-    async def read(self, model: Model, given: Given, deadline: Deadline) -> Read:
-        """Raises Problem (422) for a value of the client that its field cannot take, and Unreadable."""
-        started = time.perf_counter()
-        kept = self._of(model)
-        wanted = kept.items.find(given.candidates)
-        own = None
-        if given.behaviours is not None:
-            own = history(given.behaviours, before=given.ts, limit=kept.encoder.schema.history_length)
-        found = time.perf_counter()
-        stored = await self._fetch(kept, given, wanted, own, deadline)
-        fetched = time.perf_counter()
-        try:
-            read = self._encode(kept, given, wanted, own, stored)
-        except EncodingError as err:
-            errors = feature_merge.bad_values(kept.encoder, given)
-            raise (invalid(errors) if errors else err) from None
-        read.seconds["fetch"] = fetched - found
-        read.seconds["encode"] = time.perf_counter() - fetched + found - started
-        return read
-
-    def _of(self, model: Model) -> _Kept:
-        kept = self._kept.get(model)
-        if kept is None:
-            kept = self._kept[model] = _Kept(model.encoder, rows=self._item_rows, fresh_s=self._fresh_s)
-        return kept
-
-    async def _fetch(
-        self, kept: _Kept, given: Given, wanted: Wanted, own: Sequence[Event] | None, deadline: Deadline
-    ) -> Fetched | None:
-        """What the store knows: of the items asked for, then of the client's own behaviours. None where it is down."""
-        items = wanted.asked if not own else [*wanted.asked, *(event.item for event in own)]
-        if given.user is None and not items:
-            return _NOTHING
-        limit = kept.encoder.schema.history_length if own is None else 0
-        try:
-            with self._metrics.store_call("fetch"):
-                # A slow store costs the past, not the answer. It goes on by itself, and tells its breaker.
-                async with asyncio.timeout(max(STORE_SHARE * deadline.left_s, 0)):
-                    return await self._store.fetch(given.user, items, before=given.ts, limit=limit)
-        except (StoreUnavailable, TimeoutError):
-            return None
-
-    def _encode(
-        self, kept: _Kept, given: Given, wanted: Wanted, own: Sequence[Event] | None, stored: Fetched | None
-    ) -> Read:
-        """Raises EncodingError for a client's bad value; a stored one is taken for absent and named in `degraded`."""
-        encoder, known = kept.encoder, stored or _NOTHING
-        of_items = None if stored is None else dict(zip(wanted.asked, stored.items, strict=False))
-        rows = kept.items.encode(given.candidates, wanted, of_items)
-        arrays, bad_profile = self._profile(encoder, given, known.user)
-        past: Sequence[Event] = known.behaviours
-        bad_past = False
-        if kept.pasts is not None and own is None:
-            clicks, bad_past = kept.pasts.encode(known.behaviours, given.ts)
-            arrays |= clicks
-        elif kept.pasts is not None:
-            of_own = [unpack_row(packed) for packed in known.items[len(wanted.asked) :]] or [None] * len(own or ())
-            clicks, past, bad_past = self._own_past(encoder, own or (), of_own, given.ts)
-            arrays |= clicks
-        arrays |= rows.arrays
-        arrays["user_index"] = kept.user_index(len(given.candidates.ids))
-        degraded = []
-        if stored is None:
-            gaps = rows.gaps or feature_merge.lack_features(encoder.schema, own or ())
-            degraded = feature_merge.missing(encoder.schema, given, items=gaps)
-        if rows.stale:
-            degraded.append(STALE_ITEMS)
-        if rows.invalid or bad_profile or bad_past:
-            degraded.append(BAD_STORED_VALUES)
-        return Read(arrays=arrays, past=past, degraded=degraded, unnamed=len(rows.unnamed), seconds={})
-
-    def _profile(self, encoder: Encoder, given: Given, stored: Row | None) -> tuple[Arrays, bool]:
-        """The `user.*` and `ctx.*` inputs, and whether stored values were invalid."""
+    def __init__(self, artifact: Artifact, item_graph: ItemGraph, *, item_rows: int, fresh_s: float) -> None:
+        encoder, manifest = artifact.encoder, artifact.manifest
         schema = encoder.schema
-        try:
-            return encoder.encode_request(feature_merge.profile(schema, given, stored), given.context, given.ts), False
-        except EncodingError as err:
-            cleaned, _ = feature_merge.cleaned(encoder, stored, schema.group("user"))
-            arrays = encoder.encode_request(feature_merge.profile(schema, given, cleaned), given.context, given.ts)
-            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
-            return arrays, True
+        self._encoder = encoder
+        self._candidates = CandidateCache(
+            encoder, item_graph, item_width=manifest.item_width, capacity=item_rows, fresh_s=fresh_s
+        )
+        reads_history = any(i.name.startswith("history_") for i in manifest.graphs["model.onnx"].inputs)
+        self._histories = HistoryCache(encoder, capacity=item_rows) if reads_history else None
+        self._history_length = schema.history_length if reads_history else 0
+        self._user_names = frozenset(f.name for f in schema.group("user"))
+        self._context_names = frozenset(f.name for f in schema.group("context"))
+        self._has_request_fields = bool(encoder.layout.request.fields)
 
-    def _own_past(
-        self, encoder: Encoder, own: Sequence[Event], items: Sequence[Row | None], ts: float
-    ) -> tuple[Arrays, list[Event], bool]:
-        """The `hist*` inputs of behaviours that came with the request, those, and whether stored values were bad."""
-        past = [feature_merge.completed(event, item) for event, item in zip(own, items, strict=True)]
-        try:
-            return encoder.encode_history(past, ts), past, False
-        except EncodingError as err:
-            repeated = feature_merge.repeated(encoder.schema)
-            cleaned = [feature_merge.cleaned(encoder, item, repeated)[0] for item in items]
-            past = [feature_merge.completed(event, item) for event, item in zip(own, cleaned, strict=True)]
-            arrays = encoder.encode_history(past, ts)
-            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
-            return arrays, past, True
+    def find(self, request: ScoringRequest, *, with_ids: bool = False) -> InputLookup:
+        """Raises MalformedFeatures."""
+        candidates = self._candidates.find(request.candidates, with_ids=with_ids)
+        items: Sequence[str] = candidates.missing_ids
+        behaviours = None
+        if request.behaviours is not None:
+            behaviours = history(request.behaviours, before=request.ts, limit=self._history_length)
+            items = [*items, *(event.item for event in behaviours)]
+        num_clicks = self._history_length if behaviours is None else 0
+        return InputLookup(candidates=candidates, behaviours=behaviours, items=items, num_clicks=num_clicks)
 
-    def count(self, model: Model, given: Given, read: Read) -> None:
-        """What the answered request did without, in the metrics."""
-        kept = self._of(model)
-        for name, named in kept.words:
-            values = read.arrays[named]
-            if values.size == 1:
-                unknown = int(values.item() == OOV)
+    def build(self, request: ScoringRequest, lookup: InputLookup, fetched: Fetched | None) -> ModelInput:
+        """The tensors of a request, given what the store answered; None where it did not.
+
+        A stored value that cannot be encoded counts as absent and is named in `degraded`. Raises InvalidValue for one
+        of the client's, and MalformedFeatures.
+        """
+        try:
+            return self._build(request, lookup, fetched)
+        except EncodingError as err:
+            errors = feature_merge.invalid_values(self._encoder, request)
+            raise (InvalidValue(errors) if errors else err) from None
+
+    def _build(self, request: ScoringRequest, lookup: InputLookup, fetched: Fetched | None) -> ModelInput:
+        encoder, stored = self._encoder, fetched or _NOTHING
+        missing = lookup.candidates.missing_ids
+        items = None if fetched is None else dict(zip(missing, fetched.items, strict=False))
+        rows = self._candidates.rows(request.candidates, lookup.candidates, items)
+        arrays, unknown, has_invalid = rows.arrays, rows.unknown, rows.has_invalid
+        if self._has_request_fields:
+            has_invalid |= self._add_request(arrays, unknown, request, stored.user)
+        past: Sequence[Event] = stored.behaviours
+        if self._histories is not None:
+            if lookup.behaviours is None:
+                of_history, unknown_clicks, bad = self._histories.arrays(stored.behaviours, request.ts)
             else:
-                unknown = int(np.count_nonzero(values == OOV))
-            if unknown:
-                self._metrics.unknown_values(name).inc(unknown)
-        unnamed = read.unnamed
-        for sent, names in ((given.user_features, kept.user_names), (given.context, kept.context_names)):
-            unnamed += len(sent.keys() - names)
-        if unnamed:
-            self._metrics.unknown_values(OTHER_FIELD).inc(unnamed)
-        for reason in read.degraded:
-            self._metrics.degraded(reason).inc()
+                of_items = [unpack_row(packed) for packed in stored.items[len(missing) :]]
+                of_history, unknown_clicks, past, bad = self._sent_history(request, lookup.behaviours, of_items)
+            arrays |= of_history
+            has_invalid |= bad
+            for name, count in unknown_clicks.items():
+                unknown[name] = unknown.get(name, 0) + count
+        degraded: list[Degraded] = []
+        if fetched is None:
+            degraded = feature_merge.degraded_reasons(
+                encoder.schema,
+                request,
+                reads_history=self._histories is not None,
+                lacks_items=rows.has_gaps or feature_merge.lacks_item_features(encoder.schema, lookup.behaviours or ()),
+            )
+        if rows.has_stale:
+            degraded.append(Degraded.ITEM_FEATURES_STALE)
+        if has_invalid:
+            degraded.append(Degraded.STORED_VALUES_INVALID)
+        num_unnamed = len(rows.unnamed)
+        if request.user_features:
+            num_unnamed += len(request.user_features.keys() - self._user_names)
+        if request.context:
+            num_unnamed += len(request.context.keys() - self._context_names)
+        return ModelInput(arrays=arrays, history=past, degraded=degraded, unknown=unknown, num_unnamed=num_unnamed)
+
+    def _add_request(
+        self, arrays: Arrays, unknown: dict[str, int], request: ScoringRequest, stored: Row | None
+    ) -> bool:
+        """Adds the `request_*` tensors; whether stored values were invalid."""
+        encoder, schema = self._encoder, self._encoder.schema
+        user, has_invalid = feature_merge.merge_user_features(schema, request, stored), False
+        try:
+            packed = encoder.pack_request(user, request.context, request.ts)
+        except EncodingError as err:
+            valid, _ = feature_merge.drop_invalid(encoder, stored, schema.group("user"))
+            user = feature_merge.merge_user_features(schema, request, valid)
+            packed, has_invalid = encoder.pack_request(user, request.context, request.ts), True
+            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
+        for name in unknown_fields(encoder.layout.request, packed["request_ids"]).get(0, ()):
+            unknown[name] = unknown.get(name, 0) + 1
+        arrays |= packed
+        return has_invalid
+
+    def _sent_history(
+        self, request: ScoringRequest, behaviours: Sequence[Event], items: Sequence[Row | None]
+    ) -> tuple[Arrays, dict[str, int], list[Event], bool]:
+        """The `history_*` tensors of behaviours that came with the request, unknown values, those, stored ones bad."""
+        encoder, has_invalid = self._encoder, False
+        items = items or [None] * len(behaviours)
+        past = [feature_merge.with_item_features(event, item) for event, item in zip(behaviours, items, strict=True)]
+        try:
+            arrays = encoder.encode_history(past, request.ts)
+        except EncodingError as err:
+            fields = feature_merge.history_item_fields(encoder.schema)
+            valid = [feature_merge.drop_invalid(encoder, item, fields)[0] for item in items]
+            past = [feature_merge.with_item_features(e, item) for e, item in zip(behaviours, valid, strict=True)]
+            arrays, has_invalid = encoder.encode_history(past, request.ts), True
+            log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
+        packed = encoder.layout.pack_history(arrays)
+        unknown: dict[str, int] = {}
+        for names in unknown_fields(encoder.layout.history, packed["history_ids"][0]).values():
+            for name in names:
+                unknown[name] = unknown.get(name, 0) + 1
+        return packed, unknown, past, has_invalid
 
 
-_NOTHING = Fetched(user=None, behaviours=NO_CLICKS, items=[])
+_NOTHING = Fetched(user=None, behaviours=NO_HISTORY, items=[])

@@ -1,20 +1,20 @@
-"""The requests that each arm answered last, to show a new version what it is going to meet."""
+"""Recent requests of each arm, to warm a new version with what it is going to meet."""
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from service.scoring.feature_merge import Given
+from service.scoring.request import ScoringRequest
 
-KEPT = 64  # requests of an arm: the objects that were there anyway, so keeping one costs no copy
+MAX_REQUESTS = 64  # of an arm: the objects that were there anyway, so keeping one costs no copy
 
 
-class Recent:
+class RecentRequests:
     def __init__(self) -> None:
-        self._by_arm: defaultdict[str, deque[Given]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._by_arm: defaultdict[str, deque[ScoringRequest]] = defaultdict(lambda: deque(maxlen=MAX_REQUESTS))
 
-    def add(self, arm: str, given: Given) -> None:
-        self._by_arm[arm].append(given)
+    def add(self, arm: str, request: ScoringRequest) -> None:
+        self._by_arm[arm].append(request)
 
-    def of(self, arm: str) -> Sequence[Given]:
+    def of(self, arm: str) -> Sequence[ScoringRequest]:
         """The oldest first."""
         return list(self._by_arm[arm])

@@ -1,4 +1,4 @@
-"""Encoded rows by key in preallocated arrays, so that many are taken at once: the oldest go when it is full."""
+"""Row table: encoded rows by key in preallocated arrays, many taken at once; a ring, so the oldest are replaced."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,119 +6,108 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from models.features.arrays import Arrays
-from models.features.field import Input
 
-NOTHING = 0  # the slot of no row: all padding, and never fresh
+EMPTY_SLOT = 0  # the slot of no row, and never fresh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
-    """What was odd about a row: stored values that could not be encoded, given names that the model does not have."""
+class RowWarnings:
+    """What was odd about a row, by field name.
 
-    bad: frozenset[str] = frozenset()
-    unnamed: frozenset[str] = frozenset()
-
-
-class Table:
-    """At most `capacity` rows of the given inputs. A row that is put again stays in its slot.
-
-    A slot is good until something else is put: nobody may wait between finding and taking.
+    `invalid`: stored values that could not be encoded; `unnamed`: features that came and the model does not have;
+    `unknown`: values never seen in training.
     """
 
-    def __init__(self, inputs: Sequence[Input], *, capacity: int) -> None:
-        self._notes: dict[int, Note] = {}
+    invalid: frozenset[str] = frozenset()
+    unnamed: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+
+
+class RowTable:
+    """At most `capacity` rows of the arrays whose widths are `columns`. A row that is put again stays in its slot.
+
+    A slot is good until something else is put: take what was found before anything is awaited.
+    """
+
+    def __init__(self, columns: Mapping[str, tuple[DTypeLike, int]], *, capacity: int, empty: Arrays) -> None:
+        """`empty` is what the slot of no row holds, by column."""
+        self._warnings: dict[int, RowWarnings] = {}
+        self._has_warnings = np.zeros(capacity + 1, dtype=np.bool_)
         self._slot_of: dict[Hashable, int] = {}
         self._keys: list[Hashable] = [None] * (capacity + 1)
-        self._next = NOTHING + 1
-        self._until = np.full(capacity + 1, -np.inf)
+        self._next = EMPTY_SLOT + 1
+        self._fresh_until = np.full(capacity + 1, -np.inf)
         self._sources: list[bytes | None] = [None] * (capacity + 1)
-        # A row's single values stand side by side: after a run of the model little is left in the caches.
-        self._singles: list[tuple[list[str], NDArray[Any]]] = []
-        for dtype in ("int64", "float32"):
-            names = [i.name for i in inputs if i.dtype == dtype and _width(i) is None]
-            if names:
-                self._singles.append((names, np.zeros((capacity + 1, len(names)), dtype)))
-        wide = [(i.name, i.dtype, width) for i in inputs if (width := _width(i)) is not None]
-        self._lists = [(name, np.zeros((capacity + 1, width), dtype)) for name, dtype, width in wide]
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for name, (dtype, width) in columns.items():
+            self._arrays[name] = np.zeros((capacity + 1, width), dtype)
+            self._arrays[name][EMPTY_SLOT] = empty.get(name, 0)
 
     def find(self, keys: Iterable[Hashable], count: int) -> NDArray[np.int64]:
-        """Each key's slot; NOTHING where no row is held."""
-        return np.fromiter(map(self._slot_of.get, keys, repeat(NOTHING)), np.int64, count)
+        """Each key's slot; EMPTY_SLOT where there is no row."""
+        return np.fromiter(map(self._slot_of.get, keys, repeat(EMPTY_SLOT)), np.int64, count)
 
-    def stale(self, slots: NDArray[np.int64], now: float) -> NDArray[np.bool_]:
-        """Which of the slots hold no row, or one whose time is over."""
-        return self._until.take(slots) <= now
+    def stale(self, slots: NDArray[np.int64], now: float) -> NDArray[np.int64]:
+        """The positions whose slot has no row, or one whose time is over."""
+        return np.flatnonzero(self._fresh_until.take(slots) <= now)
 
-    def take(self, slots: NDArray[np.int64]) -> Arrays:
-        """The rows in these slots, copied."""
-        arrays: Arrays = {}
-        for names, values in self._singles:
-            arrays.update(zip(names, np.ascontiguousarray(values.take(slots, axis=0).T), strict=True))
-        for name, values in self._lists:
-            arrays[name] = values.take(slots, axis=0)
-        return arrays
+    def take(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
+        """One array's rows in these slots, copied."""
+        return self._arrays[name].take(slots, axis=0)
 
-    def noted(self, slots: NDArray[np.int64]) -> dict[int, Note]:
-        """The notes of the rows in these slots, by position."""
-        notes = self._notes
-        return {p: notes[slot] for p, slot in enumerate(slots.tolist()) if slot in notes} if notes else {}
+    def warnings(self, slots: NDArray[np.int64]) -> dict[int, RowWarnings]:
+        """The warnings of the rows in these slots, by position."""
+        if not self._warnings or not (flags := self._has_warnings.take(slots)).any():
+            return {}
+        return {position: self._warnings[int(slots[position])] for position in np.flatnonzero(flags).tolist()}
 
     def source(self, slot: int) -> bytes | None:
-        """What the row in this slot was made of."""
+        """The stored bytes that the row in this slot was made of."""
         return self._sources[slot]
 
-    def renew(self, sources: Mapping[Hashable, bytes | None], *, until: float) -> None:
+    def extend_ttl(self, sources: Mapping[Hashable, bytes | None], *, until: float) -> None:
         """Keeps each of these keys' rows until then, if it is still there and made of that."""
         for key, source in sources.items():
-            slot = self._slot_of.get(key, NOTHING)
-            if slot != NOTHING and self._sources[slot] == source:
-                self._until[slot] = until
+            slot = self._slot_of.get(key, EMPTY_SLOT)
+            if slot != EMPTY_SLOT and self._sources[slot] == source:
+                self._fresh_until[slot] = until
 
     def put(
         self,
         keys: Sequence[Hashable],
         arrays: Arrays,
         *,
-        until: Sequence[float],
-        notes: Mapping[int, Note],
         rows: Sequence[int],
+        until: Sequence[float],
+        warnings: Mapping[int, RowWarnings],
         sources: Sequence[bytes | None] | None = None,
     ) -> None:
-        """Keeps these rows of the arrays, each under its key until its time; `notes` are by row, as `sources`."""
+        """Keeps these rows of the arrays, each under its key until its time; all but `rows` are by row."""
         slots = []
         for row in rows:
             slot = self._slot_for(keys[row])
             slots.append(slot)
-            self._until[slot] = until[row]
+            self._fresh_until[slot] = until[row]
             self._sources[slot] = None if sources is None else sources[row]
-            self._notes.pop(slot, None)
-            if row in notes:
-                self._notes[slot] = notes[row]
+            self._warnings.pop(slot, None)
+            if row in warnings:
+                self._warnings[slot] = warnings[row]
+            self._has_warnings[slot] = row in warnings
         # Of rows that fell into one slot the last remains, in numpy's assignment as in the loop above.
-        for names, values in self._singles:
-            for place, name in enumerate(names):
-                values[slots, place] = arrays[name][rows]
-        for name, values in self._lists:
+        for name, values in self._arrays.items():
             values[slots] = arrays[name][rows]
 
     def _slot_for(self, key: Hashable) -> int:
-        held = self._slot_of.get(key)
-        if held is not None:
-            return held
+        slot = self._slot_of.get(key)
+        if slot is not None:
+            return slot
         slot = self._next
-        self._next = slot + 1 if slot + 1 < len(self._keys) else NOTHING + 1
+        self._next = slot + 1 if slot + 1 < len(self._keys) else EMPTY_SLOT + 1
         if self._keys[slot] is not None:
             del self._slot_of[self._keys[slot]]
         self._keys[slot] = key
         self._slot_of[key] = slot
         return slot
-
-
-def _width(wanted: Input) -> int | None:
-    """How many values a row has of an input; None for one that is no list."""
-    last = wanted.dims[-1]
-    fixed = len(wanted.dims) - (2 if wanted.name.startswith("hist.") else 1)
-    return int(last) if fixed else None

@@ -1,10 +1,19 @@
-"""The spine: one request from its user to its click probabilities."""
+"""The scorer: one request from its user to its click probabilities, a straight line with the store in its middle.
+
+    start     assign -> admit -> find the ads' rows -> ask the store
+    _score    encode -> run -> calibrate -> count -> answer
+
+Both halves are plain calls. A request makes no task, no thread hop and no timer of its own, unless its run is too long
+for the event loop.
+"""
 
 import asyncio
 import logging
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
@@ -12,24 +21,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.deadline import Deadline
-from service.errors import Problem, of_arm, shadow_dropped
+from service.errors import (
+    Degraded,
+    ModelFailed,
+    Reason,
+    Refusal,
+    ShadowDropped,
+    WouldBeLate,
+)
 from service.experiments.assignment import Experiment, Running
 from service.ids import spelled
-from service.observability.metrics import Metrics
-from service.registry.registry import Catalog
-from service.scoring.admission import Pace
-from service.scoring.feature_merge import Given
-from service.scoring.loaded_model import Model
-from service.scoring.model_inputs import Inputs, Read
-from service.scoring.recent_requests import Recent
+from service.observability.metrics import OTHER_FIELD, Metrics
+from service.runtime.backend import Logits
+from service.runtime.scheduler import Run, RunOutcome, Scheduler, run_once
+from service.scoring.admission import AdmissionController
+from service.scoring.loaded_model import LoadedModel, Models
+from service.scoring.model_inputs import InputLookup, ModelInput
+from service.scoring.recent_requests import RecentRequests
+from service.scoring.request import ScoringRequest
+from service.store.codec import NO_HISTORY
+from service.store.feature_store import FeatureStore, Fetched, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-# What the arm's click rate can stand in for, by the reason of the refusal, and how the answer's `degraded` names it.
-STANDS_IN = {"deadline": "deadline", "predicted_late": "deadline", "overloaded": "overloaded", "model_failed": "prior"}
-PREVIOUS_VERSION = "previous_version"
+STORE_SHARE = 0.5  # of the time a request has left, for the store; the model needs the rest
+SLICE_S = 0.005  # that the event loop scores requests for in one go, before it lets I/O in
 SHADOW_MS = 1000.0  # after it the answer of a shadow arm is not worth its run
 MAX_SHADOWS = 100  # requests under way
+# What the arm's click rate can stand in for, by the reason of the refusal, and how `degraded` names it.
+STANDS_IN = {
+    Reason.DEADLINE: Degraded.DEADLINE,
+    Reason.PREDICTED_LATE: Degraded.DEADLINE,
+    Reason.OVERLOADED: Degraded.OVERLOADED,
+    Reason.MODEL_FAILED: Degraded.PRIOR,
+}
 
 Fallback = Literal["none", "prior"]
 
@@ -44,165 +69,494 @@ class Scored:
     model: str
     version: str
     ctr: NDArray[np.float64]
-    degraded: list[str]
+    degraded: Sequence[Degraded]
+
+
+Outcome = Scored | Exception
+"""A Refusal is the client's to hear; any other exception is an error of ours, MalformedFeatures the body's."""
+OnOutcome = Callable[[Outcome], None]
+
+
+class PendingScore:
+    """One request on its way. Times are perf_counter's but for the deadline."""
+
+    __slots__ = (
+        "arm",
+        "asked_at",
+        "busy_s",
+        "deadline",
+        "expected_s",
+        "experiment",
+        "fetched",
+        "input",
+        "is_done",
+        "is_shadow",
+        "logits",
+        "lookup",
+        "model",
+        "on_outcome",
+        "reasons",
+        "request",
+        "request_id",
+        "run",
+    )
+
+    def __init__(
+        self,
+        request: ScoringRequest,
+        request_id: str | int,
+        deadline: Deadline,
+        on_outcome: OnOutcome,
+        *,
+        experiment: Experiment,
+        arm: str,
+        model: LoadedModel,
+        is_shadow: bool = False,
+        reasons: tuple[Degraded, ...] = (),
+    ) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.deadline = deadline
+        self.on_outcome = on_outcome
+        self.experiment = experiment
+        self.arm = arm
+        self.model = model
+        self.is_shadow = is_shadow
+        self.reasons = reasons  # beside those of the inputs
+        self.expected_s = 0.0
+        self.asked_at = 0.0
+        self.busy_s = 0.0
+        self.is_done = False
+        self.lookup: InputLookup | None = None
+        self.fetched: Fetched | None = None
+        self.input: ModelInput | None = None
+        self.logits: Logits | None = None
+        self.run: Run | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.request.candidates.ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
-    """A request, whose it is, and its model."""
+class PreparedInput:
+    """A request with its model's inputs, not yet run: for explanations."""
 
+    request: ScoringRequest
     request_id: str | int
     experiment: Experiment
     arm: str
-    model: Model
+    model: LoadedModel
+    input: ModelInput
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoded(Drawn):
-    """A request on its way: also what its model is fed."""
-
-    read: Read
+    def scored(self, logits: Logits) -> Scored:
+        return Scored(
+            request_id=self.request_id,
+            experiment=self.experiment.name,
+            arm=self.arm,
+            model=self.model.name,
+            version=self.model.version,
+            ctr=self.model.calibration(logits),
+            degraded=self.input.degraded,
+        )
 
 
 class Scorer:
-    """Where the model cannot be had in time, the model's previous version answers, or its click rate (`fallback`)."""
+    """Where the model cannot be had in time, the model's previous version answers, or its click rate (`fallback`).
+
+    Runs that are expected to take at most `inline_run_ms` are made by the event loop itself; longer ones, those of
+    models that join requests, and all while a run is overdue go to the scheduler's thread.
+    """
 
     def __init__(
-        self, *, running: Running, catalog: Catalog, inputs: Inputs, metrics: Metrics, fallback: Fallback
+        self,
+        *,
+        running: Running,
+        models: Models,
+        store: FeatureStore,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        fallback: Fallback,
+        inline_run_ms: float,
     ) -> None:
         self._running = running
-        self._catalog = catalog
-        self._inputs = inputs
+        self._models = models
+        self._store = store
+        self._scheduler = scheduler
         self._metrics = metrics
         self._fallback = fallback
-        self._pace = Pace()
+        self._inline_s = inline_run_ms / 1000
+        self._fetch_seconds, self._fetch_errors = metrics.store_op("fetch")
+        self._admission = AdmissionController()
         self._process, self._numbers = secrets.token_hex(8), count()  # of requests without an id: a new one each
-        self.recent = Recent()
-        self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds no task
+        self._ready: deque[PendingScore] = deque()
+        self._is_scheduled = False
+        self._num_shadows = 0
+        self.recent = RecentRequests()
 
     def check(self, deadline: Deadline) -> None:
-        """Raises Problem for a request that is too late already, or would be behind those under way: 504, 503.
+        """Raises DeadlinePassed or WouldBeLate for a request that is late already, or would be behind others.
 
         Before any work for it, unless the click rate is to stand in, for which its arm must be known.
         """
         if self._fallback == "none":
             deadline.check()
-            self._pace.check(deadline)
+            self._admission.check(deadline)
 
-    async def score(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Scored:
-        """Raises Problem: 422 for a value its field cannot take, 503 while the model is busy or broken, 504 late.
+    def start(
+        self, request: ScoringRequest, *, request_id: str | int | None, deadline: Deadline, on_outcome: OnOutcome
+    ) -> PendingScore:
+        """The first half. `on_outcome` is called once, perhaps before this returns, unless the request is cancelled.
 
-        But for the first of these it answers in steps, each named in `degraded`, as far as there are any.
+        Refusals are InvalidValue for a value its field cannot take; Overloaded, WouldBeLate, ModelFailed while the
+        model is busy or broken; DeadlinePassed. But for the first it answers in steps, each named in `degraded`, as
+        far as there are any. MalformedFeatures: the body has to tell what is wrong.
         """
-        drawn = self._draw(given, request_id)
-        with of_arm(drawn.arm):
-            num_candidates, batcher = len(given.candidates.ids), drawn.model.batcher
-            expected_s = batcher.expected_s(num_candidates)
-            try:
-                with self._pace.admitted(num_candidates, expected_s, deadline):
-                    scored = await self._by_model(drawn, given, deadline)
-                self.recent.add(drawn.arm, given)  # only what a model could take: a load replays it
-            except Problem as problem:
-                if problem.reason == "predicted_late" and expected_s > deadline.left_s:
-                    batcher.doubt()
-                scored = await self._without_model(drawn, given, deadline, problem)
-        self._metrics.arm(drawn.arm).scored(scored.ctr)
-        self._begin_shadows(drawn, given)
-        return scored
-
-    async def encode(self, given: Given, *, request_id: str | int | None, deadline: Deadline) -> Encoded:
-        """All that comes before the model: whose request it is, what the store knows, the arrays."""
-        return await self._read(self._draw(given, request_id), given, deadline)
-
-    def answer(self, encoded: Encoded, logits: NDArray[np.float32]) -> Scored:
-        return _answer(encoded, encoded.model.artifact.calibration(logits), encoded.read.degraded)
-
-    async def aclose(self) -> None:
-        """Ends the shadow requests that are under way."""
-        for task in self._shadows:
-            task.cancel()
-        await asyncio.gather(*self._shadows, return_exceptions=True)
-
-    def _draw(self, given: Given, request_id: str | int | None) -> Drawn:
         experiment = self._running.now
-        request_id = f"{self._process}-{next(self._numbers):x}" if request_id is None else request_id
-        arm = experiment.assign(given.user if given.user is not None else spelled(request_id)).name
-        return Drawn(request_id=request_id, experiment=experiment, arm=arm, model=self._catalog.models[arm])
+        if request_id is None:
+            request_id = f"{self._process}-{next(self._numbers):x}"
+        arm = experiment.assign(request.user if request.user is not None else spelled(request_id)).name
+        pending = PendingScore(
+            request, request_id, deadline, on_outcome, experiment=experiment, arm=arm, model=self._models.get(arm)
+        )
+        self._begin(pending)
+        return pending
 
-    async def _read(self, drawn: Drawn, given: Given, deadline: Deadline) -> Encoded:
-        with of_arm(drawn.arm):
-            read = await self._inputs.read(drawn.model, given, deadline)
-        return Encoded(
-            request_id=drawn.request_id, experiment=drawn.experiment, arm=drawn.arm, model=drawn.model, read=read
+    def cancel(self, pending: PendingScore) -> None:
+        """The client has gone: nothing more is done for it, and its outcome is told to nobody."""
+        if not pending.is_done:
+            self._end(pending)
+            if pending.run is not None:
+                self._scheduler.cancel(pending.run)
+
+    async def score(self, request: ScoringRequest, *, request_id: str | int | None, deadline: Deadline) -> Scored:
+        """The same for who can wait. Raises what `start` says."""
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+        def on_outcome(value: Outcome) -> None:
+            if not outcome.done():
+                outcome.set_result(value)
+
+        pending = self.start(request, request_id=request_id, deadline=deadline, on_outcome=on_outcome)
+        try:
+            value = await outcome
+        except asyncio.CancelledError:
+            self.cancel(pending)
+            raise
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    async def prepare(
+        self, request: ScoringRequest, *, request_id: str | int | None, deadline: Deadline
+    ) -> PreparedInput:
+        """All that comes before the model, with the packed ids that an explanation reads. Raises as `start`."""
+        experiment = self._running.now
+        if request_id is None:
+            request_id = f"{self._process}-{next(self._numbers):x}"
+        arm = experiment.assign(request.user if request.user is not None else spelled(request_id)).name
+        model = self._models.get(arm)
+        try:
+            built = await self.build_input(model, request, deadline, with_ids=True)
+        except Refusal as refusal:
+            refusal.arm = arm
+            raise
+        return PreparedInput(
+            request=request, request_id=request_id, experiment=experiment, arm=arm, model=model, input=built
         )
 
-    async def _by_model(self, drawn: Drawn, given: Given, deadline: Deadline, *, shadow: bool = False) -> Scored:
-        with drawn.model.batcher.held():  # from here on: a swap waits for it
-            encoded = await self._read(drawn, given, deadline)
-            if not shadow:
-                for stage, seconds in encoded.read.seconds.items():
-                    self._metrics.stages[stage].observe(seconds)
-            deadline.check()
-            logits = await drawn.model.batcher.submit(encoded.read.arrays, deadline, shadow=shadow)
-            deadline.check()
-        if not shadow:
-            self._inputs.count(drawn.model, given, encoded.read)
-        return self.answer(encoded, logits)
+    async def build_input(
+        self, model: LoadedModel, request: ScoringRequest, deadline: Deadline, *, with_ids: bool = False
+    ) -> ModelInput:
+        """One request's inputs for one model, whoever serves it: explanations and warm-up. Raises as `start`."""
+        with model.served.lease():
+            lookup = model.inputs.find(request, with_ids=with_ids)
+            fetched: Fetched | None = None
+            if lookup.needs_store(request):
+                try:
+                    async with asyncio.timeout(max(STORE_SHARE * deadline.left_s, 0)):
+                        fetched = await self._store.fetch(
+                            request.user, lookup.items, before=request.ts, limit=lookup.num_clicks
+                        )
+                except (StoreUnavailable, TimeoutError):
+                    self._fetch_errors.inc()
+            else:
+                fetched = NOTHING_FETCHED
+            return model.inputs.build(request, lookup, fetched)
 
-    async def _without_model(self, drawn: Drawn, given: Given, deadline: Deadline, problem: Problem) -> Scored:
-        """Raises the problem itself where nothing stands in for the model."""
-        if problem.reason not in STANDS_IN:
-            raise problem
-        previous = self._catalog.previous(drawn.arm) if problem.reason == "model_failed" else None
-        if previous is not None:
-            log.error("model failed", extra={"arm": drawn.arm, "cause": str(problem.__cause__ or problem)})
-            try:
-                scored = await self._by_model(replace(drawn, model=previous), given, deadline)
-                return self._with_reason(scored, PREVIOUS_VERSION)
-            except Problem as also:
-                if also.reason in STANDS_IN:  # what that version has against the request is not the client's fault
-                    problem = also
-        rate = drawn.model.artifact.manifest.click_rate
-        if self._fallback == "none" or rate is None or problem.reason not in STANDS_IN:
-            raise problem
-        ctr = np.full(len(given.candidates.ids), rate)
-        return self._with_reason(_answer(drawn, ctr, []), STANDS_IN[problem.reason])
+    # --- first half ---
 
-    def _with_reason(self, scored: Scored, reason: str) -> Scored:
-        self._metrics.degraded(reason).inc()
-        return replace(scored, degraded=[*scored.degraded, reason])
-
-    def _begin_shadows(self, drawn: Drawn, given: Given) -> None:
-        """Goes on behind the answer, which does not wait for it."""
-        for arm in drawn.experiment.shadows(spelled(drawn.request_id)):
-            model = self._catalog.models[arm.name]
-            if len(self._shadows) >= MAX_SHADOWS or not model.batcher.takes_shadow:
-                self._metrics.rejected(shadow_dropped().reason).inc()
-                continue
-            task = asyncio.create_task(self._score_shadow(replace(drawn, arm=arm.name, model=model), given))
-            self._shadows.add(task)
-            task.add_done_callback(self._shadows.discard)
-
-    async def _score_shadow(self, drawn: Drawn, given: Given) -> None:
-        deadline = Deadline.after(SHADOW_MS, since=time.monotonic())
+    def _begin(self, pending: PendingScore) -> None:
+        started = time.perf_counter()
+        model, request = pending.model, pending.request
+        model.served.acquire()
         try:
-            scored = await self._by_model(drawn, given, deadline, shadow=True)
-        except Problem as problem:
-            self._metrics.rejected(problem.reason).inc()
-        except Exception:  # behind an answer there is nobody else to tell
-            log.exception("unforeseen error", extra={"arm": drawn.arm})
+            expected_s = model.served.latency.expected_s(pending.num_candidates)
+            if not pending.is_shadow:
+                self._admission.admit(expected_s, pending.deadline)
+                pending.expected_s = expected_s
+            pending.lookup = lookup = model.inputs.find(request)
+        except Exception as err:  # noqa: BLE001 - whoever waits hears of it, whatever it is
+            self._fail(pending, err)
+            return
+        pending.asked_at = now = time.perf_counter()
+        pending.busy_s = now - started
+        if lookup.needs_store(request):
+            self._store.fetch_soon(
+                request.user,
+                lookup.items,
+                lambda fetched: self._on_fetched(pending, fetched),
+                before=request.ts,
+                limit=lookup.num_clicks,
+                timeout_s=STORE_SHARE * pending.deadline.left_s,
+            )
         else:
-            self._metrics.arm(drawn.arm).scored(scored.ctr)
+            self._on_fetched(pending, NOTHING_FETCHED)
+
+    def _on_fetched(self, pending: PendingScore, fetched: Fetched | StoreUnavailable) -> None:
+        """The store has answered: the request is scored with those whose answers came together."""
+        if pending.is_done:
+            return
+        waited_s = time.perf_counter() - pending.asked_at
+        self._fetch_seconds.observe(waited_s)
+        if isinstance(fetched, StoreUnavailable):
+            self._fetch_errors.inc()
+        else:
+            pending.fetched = fetched
+        if not pending.is_shadow:
+            self._metrics.stages["fetch"].observe(waited_s)
+        self._ready.append(pending)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._score_ready)
+
+    # --- second half ---
+
+    def _score_ready(self) -> None:
+        """Scores what is ready, one request after the other, for at most a slice of time."""
+        self._is_scheduled = False
+        until = time.perf_counter() + SLICE_S
+        scored: list[PendingScore] = []
+        while self._ready:
+            pending = self._ready.popleft()
+            if pending.is_done:
+                continue
+            try:
+                if self._run(pending):
+                    scored.append(pending)
+            except Exception as err:  # noqa: BLE001 - as above
+                self._fail(pending, err)
+            if time.perf_counter() >= until:
+                break
+        if scored:
+            self._finish(scored)
+        if self._ready and not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._score_ready)
+
+    def _run(self, pending: PendingScore) -> bool:
+        """Whether the logits are there; else the model's thread brings them."""
+        pending.deadline.check()
+        started = time.perf_counter()
+        assert pending.lookup is not None
+        model, served = pending.model, pending.model.served
+        pending.input = model.inputs.build(pending.request, pending.lookup, pending.fetched)
+        encoded = time.perf_counter()
+        pending.busy_s += encoded - started
+        if not pending.is_shadow:
+            self._metrics.stages["encode"].observe(pending.busy_s)
+        if self._runs_inline(pending):
+            outcome = run_once(served.backend, pending.input.arrays, pending.num_candidates)
+            took_s = time.perf_counter() - encoded
+            pending.busy_s += took_s
+            self._metrics.stages["infer"].observe(took_s)
+            self._metrics.batch_candidates.observe(pending.num_candidates)
+            if isinstance(outcome, Refusal):
+                raise outcome
+            pending.logits = outcome
+            return True
+        pending.run = Run(
+            model=served,
+            arrays=pending.input.arrays,
+            num_candidates=pending.num_candidates,
+            expires_at=pending.deadline.at,
+            timeout_ms=pending.deadline.timeout_ms,
+            is_shadow=pending.is_shadow,
+            on_run=lambda outcome, run: self._on_run(pending, outcome, run),
+        )
+        self._scheduler.submit(pending.run)
+        self._metrics.queue_candidates.set(self._scheduler.num_queued)
+        return False
+
+    def _runs_inline(self, pending: PendingScore) -> bool:
+        return (
+            not pending.is_shadow
+            and not pending.model.served.backend.joins
+            and pending.expected_s <= self._inline_s
+            and not self._scheduler.is_overdue
+        )
+
+    def _on_run(self, pending: PendingScore, outcome: RunOutcome, run: Run) -> None:
+        """The model's thread is done with it, or its deadline has passed."""
+        self._metrics.queue_candidates.set(self._scheduler.num_queued)
+        if pending.is_done:
+            return
+        if run.started_at:
+            self._metrics.stages["queue"].observe(run.started_at - run.queued_at)
+        if isinstance(outcome, Refusal):
+            self._fail(pending, outcome)
+            return
+        pending.busy_s += run.seconds
+        self._metrics.stages["infer"].observe(run.seconds)
+        self._metrics.batch_candidates.observe(pending.num_candidates)
+        pending.logits = outcome
+        self._finish([pending])
+
+    def _finish(self, scored: list[PendingScore]) -> None:
+        """Calibrates, counts and answers requests that were scored together: by arm, in one call each."""
+        by_model: dict[LoadedModel, list[PendingScore]] = {}
+        for pending in scored:
+            by_model.setdefault(pending.model, []).append(pending)
+        for model, group in by_model.items():
+            logits = [pending.logits for pending in group if pending.logits is not None]
+            ctr = model.calibration(logits[0] if len(logits) == 1 else np.concatenate(logits))
+            start = 0
+            for pending in group:
+                stop = start + pending.num_candidates
+                self._answer(pending, ctr[start:stop])
+                start = stop
+
+    def _answer(self, pending: PendingScore, ctr: NDArray[np.float64]) -> None:
+        started = time.perf_counter()
+        try:
+            if not np.isfinite(ctr.sum()):
+                raise ModelFailed("the model gave a score that is no number")
+            pending.deadline.check()
+        except Refusal as refusal:
+            self._fail(pending, refusal)
+            return
+        assert pending.input is not None
+        model = pending.model
+        self._end(pending)
+        self._count(pending, ctr)
+        self._resolve(pending, ctr, (*pending.input.degraded, *pending.reasons))
+        model.served.latency.observe(pending.num_candidates, pending.busy_s + time.perf_counter() - started)
+        if not pending.is_shadow:
+            self.recent.add(pending.arm, pending.request)  # only what a model could take: a load replays it
+            if pending.experiment.shadow:
+                self._start_shadows(pending)
+
+    def _resolve(self, pending: PendingScore, ctr: NDArray[np.float64], degraded: Sequence[Degraded]) -> None:
+        pending.on_outcome(
+            Scored(
+                request_id=pending.request_id,
+                experiment=pending.experiment.name,
+                arm=pending.arm,
+                model=pending.model.name,
+                version=pending.model.version,
+                ctr=ctr,
+                degraded=degraded,
+            )
+        )
+
+    def _count(self, pending: PendingScore, ctr: NDArray[np.float64]) -> None:
+        """What is scored, and what it did without, in the metrics."""
+        metrics, of_input = self._metrics, pending.input
+        assert of_input is not None
+        metrics.arm(pending.arm).scored(ctr)
+        if pending.is_shadow:
+            return
+        for name, number in of_input.unknown.items():
+            metrics.unknown_values(name).inc(number)
+        if of_input.num_unnamed:
+            metrics.unknown_values(OTHER_FIELD).inc(of_input.num_unnamed)
+        for reason in (*of_input.degraded, *pending.reasons):
+            metrics.degraded(reason).inc()
+        if pending.request.behaviours is None and pending.fetched is not None and pending.lookup is not None:
+            history = pending.fetched.behaviours
+            if pending.lookup.num_clicks:
+                metrics.history_length.observe(len(history))
+                if len(history):
+                    metrics.freshness_seconds.observe(pending.request.ts - history.ts[-1])
+
+    # --- what stands in for the model ---
+
+    def _fail(self, pending: PendingScore, err: Exception) -> None:
+        """The request has no score of its model: another answer, where there is one, or the refusal."""
+        if pending.is_done:
+            return
+        self._end(pending)
+        if not isinstance(err, Refusal):
+            pending.on_outcome(err)
+            return
+        err.arm = pending.arm
+        latency = pending.model.served.latency
+        if isinstance(err, WouldBeLate) and latency.expected_s(pending.num_candidates) > pending.deadline.left_s:
+            latency.decay()
+        if pending.is_shadow or err.reason not in STANDS_IN:
+            pending.on_outcome(err)
+            return
+        previous = self._models.previous(pending.arm)
+        if isinstance(err, ModelFailed) and previous is not None and not pending.reasons:
+            log.error("model failed", extra={"arm": pending.arm, "cause": str(err.__cause__ or err)})
+            self._begin(
+                PendingScore(
+                    pending.request,
+                    pending.request_id,
+                    pending.deadline,
+                    pending.on_outcome,
+                    experiment=pending.experiment,
+                    arm=pending.arm,
+                    model=previous,
+                    reasons=(Degraded.PREVIOUS_VERSION,),
+                )
+            )
+            return
+        rate = self._models.get(pending.arm).artifact.manifest.click_rate
+        if self._fallback == "none" or rate is None:
+            pending.on_outcome(err)
+            return
+        reason = STANDS_IN[err.reason]
+        ctr = np.full(pending.num_candidates, rate)
+        self._metrics.degraded(reason).inc()
+        self._metrics.arm(pending.arm).scored(ctr)
+        self._resolve(pending, ctr, (reason,))
+
+    def _end(self, pending: PendingScore) -> None:
+        pending.is_done = True
+        pending.model.served.release()
+        if pending.expected_s:
+            self._admission.release(pending.expected_s)
+        if pending.is_shadow:
+            self._num_shadows -= 1
+
+    # --- shadow arms ---
+
+    def _start_shadows(self, pending: PendingScore) -> None:
+        """Behind the answer, which does not wait for it."""
+        for arm in pending.experiment.shadows(spelled(pending.request_id)):
+            if self._num_shadows >= MAX_SHADOWS or not self._scheduler.takes_shadow:
+                self._metrics.rejected(ShadowDropped.reason).inc()
+                continue
+            self._num_shadows += 1
+            self._begin(
+                PendingScore(
+                    pending.request,
+                    pending.request_id,
+                    Deadline.after(SHADOW_MS, since=time.monotonic()),
+                    self._on_shadow,
+                    experiment=pending.experiment,
+                    arm=arm.name,
+                    model=self._models.get(arm.name),
+                    is_shadow=True,
+                )
+            )
+
+    def _on_shadow(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Refusal):
+            self._metrics.rejected(outcome.reason).inc()
+        elif isinstance(outcome, Exception):  # behind an answer there is nobody else to tell
+            log.error("unforeseen error of a shadow arm", exc_info=outcome)
 
 
-def _answer(drawn: Drawn, ctr: NDArray[np.float64], degraded: list[str]) -> Scored:
-    manifest = drawn.model.artifact.manifest
-    return Scored(
-        request_id=drawn.request_id,
-        experiment=drawn.experiment.name,
-        arm=drawn.arm,
-        model=manifest.model,
-        version=manifest.version,
-        ctr=ctr,
-        degraded=degraded,
-    )
+NOTHING_FETCHED = Fetched(user=None, behaviours=NO_HISTORY, items=[])

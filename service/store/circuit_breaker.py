@@ -1,4 +1,4 @@
-"""When to stop asking a store that gives no answer, and when to begin again."""
+"""Circuit breaker: stop asking a store that does not answer, probe it, and begin again when it does."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 log = logging.getLogger(__name__)
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens after `threshold` failures in a row; then a probe every `every_s` seconds, until one succeeds.
 
     Without it every request to a frozen store would wait for its whole timeout.
@@ -24,7 +24,7 @@ class Breaker:
     def is_open(self) -> bool:
         return self._probing is not None
 
-    def told(self, answered: bool) -> None:
+    def record(self, answered: bool) -> None:
         if answered:
             self.succeeded()
         else:

@@ -34,7 +34,7 @@ class Click:
             raise ValueError(f"ts is Unix seconds, finite and not negative, got {self.ts}")
 
 
-class Past(Sequence[Event]):
+class ClickHistory(Sequence[Event]):
     """A user's clicks in the order of history, each with its features as they were packed: most are never unpacked."""
 
     __slots__ = ("features", "items", "ts")
@@ -48,15 +48,15 @@ class Past(Sequence[Event]):
     @overload
     def __getitem__(self, index: int) -> Event: ...
     @overload
-    def __getitem__(self, index: slice) -> "Past": ...
-    def __getitem__(self, index: int | slice) -> "Event | Past":
+    def __getitem__(self, index: slice) -> "ClickHistory": ...
+    def __getitem__(self, index: int | slice) -> "Event | ClickHistory":
         if isinstance(index, slice):
-            return Past(self.items[index], self.ts[index], self.features[index])
+            return ClickHistory(self.items[index], self.ts[index], self.features[index])
         row = unpack_row(self.features[index])
         return Event(item=self.items[index], ts=self.ts[index], features=row or {})
 
 
-NO_CLICKS = Past((), (), ())
+NO_HISTORY = ClickHistory((), (), ())
 
 
 def enriched(click: Click, item: Row | None) -> Click:
@@ -97,7 +97,7 @@ def _tag(owner: str) -> str:
     return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest()
 
 
-NO_PAST = b"\x01\x00\x00"
+EMPTY_HISTORY = b"\x01\x00\x00"
 
 
 _FRONT = struct.Struct(">HHd")
@@ -119,13 +119,13 @@ _FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(
 
 def pack_row(row: Row) -> bytes:
     """Raises ValueError for a row that is too large or holds what is no raw value."""
-    packed = _packed(row)
+    packed = packed_features(row)
     if len(packed) > MAX_FEATURES_BYTES:
         raise ValueError(f"features take {len(packed)} bytes, more than {MAX_FEATURES_BYTES}")
     return packed
 
 
-def _packed(row: Row) -> bytes:
+def packed_features(row: Row) -> bytes:
     try:
         packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
         _FEATURES.decode(packed)
@@ -147,32 +147,32 @@ def unpack_row(packed: bytes | None) -> Row | None:
 
 def pack_click(click: Click) -> bytes:
     """Its own features and its item's together may take twice what a row may."""
-    item, features = click.item.encode(), _packed(click.features)
+    item, features = click.item.encode(), packed_features(click.features)
     size = _FRAME_BYTES + len(item) + len(features)
     # -0.0 would sort after every other time.
     front = _FRONT.pack(size, len(item), click.ts + 0.0)
     return b"".join((front, item, event_tag(click.event_id), features, _SIZE.pack(size)))
 
 
-def unpack_past(packed: bytes | None, *, before: float, limit: int) -> Past:
+def unpack_history(packed: bytes | None, *, before: float, limit: int) -> ClickHistory:
     """The last `limit` clicks strictly earlier than `before`, oldest first; none where the value cannot be read."""
     if packed is None:
-        return NO_CLICKS
+        return NO_HISTORY
     try:
-        return _unpack_past(packed, before, limit)
+        return _unpack_history(packed, before, limit)
     except (ValueError, struct.error) as err:
         log.warning("unreadable behaviours", extra={"error": str(err), "bytes": len(packed)})
-        return NO_CLICKS
+        return NO_HISTORY
 
 
-def _unpack_past(packed: bytes, before: float, limit: int) -> Past:
-    if packed[:1] != NO_PAST[:1]:
-        raise ValueError(f"layout {packed[:1]!r}, expected {NO_PAST[:1]!r}")
+def _unpack_history(packed: bytes, before: float, limit: int) -> ClickHistory:
+    if packed[:1] != EMPTY_HISTORY[:1]:
+        raise ValueError(f"layout {packed[:1]!r}, expected {EMPTY_HISTORY[:1]!r}")
     items: list[str] = []
     times: list[float] = []
     features: list[bytes] = []
     front_of, size_of = _FRONT.unpack_from, _SIZE.unpack_from
-    end, header, size_bytes, front_bytes = len(packed), len(NO_PAST), _SIZE.size, _FRONT.size
+    end, header, size_bytes, front_bytes = len(packed), len(EMPTY_HISTORY), _SIZE.size, _FRONT.size
     while end > header and len(items) < limit:
         (size,) = size_of(packed, end - size_bytes)
         start = end - size
@@ -188,4 +188,4 @@ def _unpack_past(packed: bytes, before: float, limit: int) -> Past:
             times.append(ts)
             features.append(packed[item_to + _TAG_BYTES : end - size_bytes])
         end = start
-    return Past(items[::-1], times[::-1], features[::-1])
+    return ClickHistory(items[::-1], times[::-1], features[::-1])

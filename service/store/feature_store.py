@@ -1,14 +1,12 @@
-"""What is remembered of users and items: past clicks and raw features, their keys and packing, the in-memory store."""
+"""The feature store protocol: what is remembered of users and items, whatever keeps it."""
 
-import logging
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from models.features.values import Row
-from service.store.codec import Click, Past
-
-log = logging.getLogger(__name__)
+from service.store.codec import Click, ClickHistory
 
 # How long a repeated event is recognised; a click still in the past is recognised as long as it is there.
 MARK_TTL_S = 86_400
@@ -26,19 +24,46 @@ class Fetched:
     """
 
     user: Row | None
-    behaviours: Past
+    behaviours: ClickHistory
     items: Sequence[bytes | None]
 
 
-class FeatureStore(Protocol):
-    """Raw values only: ids exist after `encode`. Every method may raise StoreUnavailable."""
+OnFetched = Callable[[Fetched | StoreUnavailable], None]
 
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+
+class FeatureStore(Protocol):
+    """Raw values only: ids exist after `encode`. Every coroutine may raise StoreUnavailable."""
+
+    def fetch_soon(
+        self,
+        user: str | None,
+        items: Sequence[str],
+        on_fetched: OnFetched,
+        *,
+        before: float,
+        limit: int,
+        timeout_s: float | None = None,
+    ) -> None:
         """One round trip: the user's features, their last `limit` clicks strictly before `before`, the items' features.
 
-        An anonymous request (no user) has neither features nor clicks. A caller may give up (be cancelled): that costs
-        the store nothing but the answer.
+        An anonymous request (no user) has neither features nor clicks. `on_fetched` is called once from the event
+        loop, perhaps before this returns, and within `timeout_s` (default: the store's own timeout). No task and no
+        timer is made for a request: this is what a prediction waits for.
         """
+
+    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+        """The same for who can wait for it."""
+        outcome: asyncio.Future[Fetched | StoreUnavailable] = asyncio.get_running_loop().create_future()
+
+        def on_fetched(value: Fetched | StoreUnavailable) -> None:
+            if not outcome.done():  # else the caller has gone
+                outcome.set_result(value)
+
+        self.fetch_soon(user, items, on_fetched, before=before, limit=limit)
+        fetched = await outcome
+        if isinstance(fetched, StoreUnavailable):
+            raise fetched
+        return fetched
 
     async def append(self, clicks: Sequence[Click]) -> list[bool]:
         """Add clicks to their users' pasts, False for a click already known by its user and event id.

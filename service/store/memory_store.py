@@ -4,11 +4,11 @@ import bisect
 from collections.abc import Mapping, Sequence
 
 from models.features.values import Row
-from service.store.codec import Click, Past, _packed, enriched, order, pack_row, unpack_row
-from service.store.feature_store import Fetched
+from service.store.codec import Click, ClickHistory, enriched, order, pack_row, packed_features, unpack_row
+from service.store.feature_store import FeatureStore, Fetched, OnFetched
 
 
-class MemoryStore:
+class MemoryStore(FeatureStore):
     """The store without a server: for tests, demos and development.
 
     A user's past is bounded as in Redis; the numbers of users, items and marked events are not, and nothing expires.
@@ -21,13 +21,26 @@ class MemoryStore:
         self._pasts: dict[str, list[Click]] = {}
         self._known: set[tuple[str, str]] = set()
 
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+    def fetch_soon(
+        self,
+        user: str | None,
+        items: Sequence[str],
+        on_fetched: OnFetched,
+        *,
+        before: float,
+        limit: int,
+        timeout_s: float | None = None,  # noqa: ARG002 - it answers at once
+    ) -> None:
         earlier = [c for c in self._pasts.get(user or "", ()) if c.ts < before]
         past = earlier[max(len(earlier) - limit, 0) :]
-        return Fetched(
-            user=self._users.get(user) if user is not None else None,
-            behaviours=Past([c.item for c in past], [c.ts for c in past], [_packed(c.features) for c in past]),
-            items=[self._items.get(item) for item in items],
+        on_fetched(
+            Fetched(
+                user=self._users.get(user) if user is not None else None,
+                behaviours=ClickHistory(
+                    [c.item for c in past], [c.ts for c in past], [packed_features(c.features) for c in past]
+                ),
+                items=[self._items.get(item) for item in items],
+            )
         )
 
     async def append(self, clicks: Sequence[Click]) -> list[bool]:

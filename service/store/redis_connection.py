@@ -1,165 +1,275 @@
-"""One connection to Redis that many callers share: commands go out as they come, replies come back in their order.
+"""Multiplexed connection to Redis: many callers share one, commands are written as they come, replies come in order.
 
-redis-py gives each command a connection of its own, with some tasks and timers around it, which takes longer than the
-server does. Here a caller that gives up leaves its command to be answered, and nobody's connection is lost by that.
+redis-py gives each command a connection, tasks and timers of its own, which takes longer than the server does. Here a
+command is a callback in a queue, and one timer watches the oldest of them.
 """
 
 import asyncio
+import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from redis import exceptions
-from redis.asyncio.connection import AbstractConnection
+import hiredis
+from redis.asyncio.connection import SSLConnection, parse_url
 
-LOOKS = 3  # turns of the event loop, after a reply's time, in which it may be found to have come
-CONNECT_S = 1.0  # for a connection, which takes several round trips: longer than anybody waits for it
+log = logging.getLogger(__name__)
 
-Reply = asyncio.Future[Any]
+# Turns of the event loop after a reply's time in which it may be found to have come: a loop that stood still runs its
+# timers before it reads what came meanwhile, and that is no silence of the server's.
+GRACE_TURNS = 3
+CONNECT_S = 1.0  # a connection takes several round trips: longer than any request waits for it
+
+OnReply = Callable[[Any], None]
+"""Called once with the reply, or with the exception that stands for it: ReplyError, ConnectionError, TimeoutError."""
+
+ReplyError = hiredis.ReplyError
+"""What the server refuses: a reply like any other, and no reason to doubt the connection."""
 
 
-class Wire:
-    """Connects on first use. `told` hears of each command whether the server answered it in time."""
+class _Command:
+    __slots__ = ("content", "expires_at", "is_resent", "on_reply", "silent_at")
 
-    def __init__(
-        self, connection: Callable[[], AbstractConnection], *, timeout_s: float, told: Callable[[bool], None]
-    ) -> None:
-        self._make = connection
+    def __init__(self, content: bytes, on_reply: OnReply, *, expires_at: float, silent_at: float) -> None:
+        self.content = content
+        self.on_reply: OnReply | None = on_reply  # None once it was called
+        self.expires_at = expires_at
+        self.silent_at = silent_at
+        self.is_resent = False
+
+    def resolve(self, reply: Any) -> None:
+        on_reply, self.on_reply = self.on_reply, None
+        if on_reply is not None:
+            try:
+                on_reply(reply)
+            except Exception:  # an error of one caller must not end the connection of all
+                log.exception("unforeseen error in the callback of a reply")
+
+
+class MultiplexedConnection:
+    """Connects on first use, and anew after a loss; what was on its way then is sent once more, as only reads are.
+
+    `timeout_s` is how long the server may stay silent before the connection is given up. `on_outcome` hears of each
+    command whether the server answered it in time.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, on_outcome: Callable[[bool], None]) -> None:
+        self._options: dict[str, Any] = dict(parse_url(url))
+        self._options.pop("connection_class", None)
+        self._is_tls = url.startswith("rediss://")
         self._timeout_s = timeout_s
-        self._told = told
-        self._open: _Open | None = None
-        self._opening: asyncio.Task[_Open] | None = None
+        self._on_outcome = on_outcome
+        self._unsent: deque[_Command] = deque()
+        self._wire: _Wire | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._check_at = 0.0
+        self._is_closed = False
 
-    async def ask(self, command: Sequence[bytes]) -> Any:
-        """The reply. Raises what redis-py raises, and TimeoutError.
+    def send(self, content: bytes, on_reply: OnReply, *, timeout_s: float | None = None) -> None:
+        """Write one command. `on_reply` is called from the event loop, within `timeout_s` (default: the connection's).
 
-        A connection found closed is made anew once: a server that restarted closed it before it read the command.
+        A caller that gives up leaves its command to be answered; nobody's connection is lost by that.
         """
-        try:
-            try:
-                return await self._ask(command)
-            except exceptions.ConnectionError:
-                return await self._ask(command)
-        except (exceptions.ConnectionError, exceptions.TimeoutError):
-            self._told(False)
-            raise
+        now = time.monotonic()
+        silent_at = now + self._timeout_s
+        expires_at = silent_at if timeout_s is None else min(now + max(timeout_s, 0.0), silent_at)
+        command = _Command(content, on_reply, expires_at=expires_at, silent_at=silent_at)
+        if self._wire is not None:
+            self._wire.write(command)
+        else:
+            self._unsent.append(command)
+            self._connect_soon()
+        if self._timer is None or expires_at < self._check_at:
+            self._check_by(expires_at, now)
 
-    async def _ask(self, command: Sequence[bytes]) -> Any:
-        opened = self._open
-        if opened is None or not opened.is_usable:
-            if self._opening is None or self._opening.done():
-                self._opening = asyncio.create_task(self._connect())
-                self._opening.add_done_callback(_heard)
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    opened = await asyncio.shield(self._opening)  # for those who come later, should all give up
-            except TimeoutError:
-                raise exceptions.TimeoutError("Timeout connecting to the server") from None
-        return await opened.ask(command, self._timeout_s)
+    async def ask(self, content: bytes) -> Any:
+        """The reply to one command. Raises ReplyError, ConnectionError and TimeoutError."""
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.send(content, partial(_set, reply))
+        return _result(await reply)
 
-    async def _connect(self) -> "_Open":
-        connection = self._make()
+    async def aclose(self) -> None:
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if self._wire is not None:
+            wire, self._wire = self._wire, None
+            wire.transport.abort()
+            self._fail(wire.pending, ConnectionError("the connection was closed"))
+
+    def _connect_soon(self) -> None:
+        if self._connecting is None and not self._is_closed:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
         try:
             async with asyncio.timeout(CONNECT_S):
-                await connection.connect()  # type: ignore[no-untyped-call] # the library does not annotate it
-        except TimeoutError:
-            await connection.disconnect(nowait=True)
-            raise exceptions.TimeoutError("Timeout connecting to the server") from None
-        self._open = _Open(connection, self._told)
-        return self._open
-
-    async def aclose(self) -> None:
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
-        if self._open is not None:
-            await self._open.aclose()
-
-
-def _heard(opening: "asyncio.Task[_Open]") -> None:
-    """Whoever waited has given up, and nobody else asks why it failed."""
-    if not opening.cancelled():
-        opening.exception()
-
-
-class _Open:
-    def __init__(self, connection: AbstractConnection, told: Callable[[bool], None]) -> None:
-        self.is_usable = True
-        self._connection = connection
-        self._told = told
-        self._waiting: deque[tuple[Reply, asyncio.TimerHandle]] = deque()
-        self._loop = asyncio.get_running_loop()
-        self._reader = asyncio.create_task(self._read())
-
-    async def ask(self, command: Sequence[bytes], timeout_s: float) -> Any:
-        if not self.is_usable:  # lost since it was chosen: redis-py would connect anew, and nobody read
-            raise exceptions.ConnectionError("Connection closed")
-        reply: Reply = self._loop.create_future()
-        self._waiting.append((reply, self._loop.call_later(timeout_s, self._late, reply)))
-        try:
-            async with asyncio.timeout(timeout_s):  # a server that reads no more takes no more either
-                # Nothing else runs between the waiting and the writing: replies are told apart by their order alone.
-                await self._connection.send_packed_command(command, check_health=False)
-        except BaseException:  # part of it may be out, so redis-py has closed the connection
-            self.is_usable = False
-            self._reader.cancel()
-            if not reply.cancel():
-                reply.exception()  # which nobody else reads
-            raise
-        return await reply  # whoever gives up here cancels it, and it is passed over when it comes
-
-    def _late(self, reply: Reply, looks: int = LOOKS) -> None:
-        """A connection that was silent for so long may be dead without a word: the next caller gets another.
-
-        An event loop that stood still runs its timers first, before it reads what came meanwhile: that is no silence.
-        """
-        if looks:
-            timer = self._loop.call_later(0, self._late, reply, looks - 1)
-            for place, (waiting, _) in enumerate(self._waiting):
-                if waiting is reply:
-                    self._waiting[place] = (reply, timer)
-                    return
-            timer.cancel()  # it has come
+                wire = await self._opened()
+        except (OSError, TimeoutError, ReplyError, hiredis.HiredisError) as err:
+            self._connecting = None
+            self._on_outcome(False)
+            self._fail(self._unsent, ConnectionError(f"no connection to the store: {err or type(err).__name__}"))
             return
-        self._told(False)
-        self.is_usable = False
-        if not reply.done():
-            reply.set_exception(TimeoutError("Timeout reading from the server"))
-        if all(waiting.done() for waiting, _ in self._waiting):
-            self._reader.cancel()
+        self._connecting = None
+        self._wire = wire
+        while self._unsent:
+            wire.write(self._unsent.popleft())
 
-    async def _read(self) -> None:
-        failure: Exception = exceptions.ConnectionError("Connection closed")
+    async def _opened(self) -> "_Wire":
+        """A connection past its handshake: AUTH and SELECT, as the URL asks."""
+        loop, options = asyncio.get_running_loop(), self._options
+        if "path" in options:
+            _, wire = await loop.create_unix_connection(partial(_Wire, self), options["path"])
+        else:
+            host, port = options.get("host", "localhost"), int(options.get("port", 6379))
+            tls = SSLConnection(**{k: v for k, v in options.items() if k.startswith("ssl_")}) if self._is_tls else None
+            context = tls.ssl_context.get() if tls is not None else None
+            _, wire = await loop.create_connection(partial(_Wire, self), host, port, ssl=context)
         try:
-            while self.is_usable or self._waiting:
-                answer = await self._answer()
-                reply, timer = self._waiting.popleft()
-                timer.cancel()
-                if self.is_usable:
-                    self._told(True)
-                if reply.done():
-                    continue
-                if isinstance(answer, exceptions.ResponseError):
-                    reply.set_exception(answer)
-                else:
-                    reply.set_result(answer)
-        except (exceptions.RedisError, OSError) as err:
-            failure = err
-        finally:
-            self.is_usable = False
-            for reply, timer in self._waiting:
-                timer.cancel()
-                if not reply.done():
-                    reply.set_exception(failure)
-            await self._connection.disconnect(nowait=True)
+            for handshake in _handshake(options):
+                await wire.ask(handshake)
+        except BaseException:
+            wire.transport.abort()
+            raise
+        return wire
 
-    async def _answer(self) -> Any:
-        """The next reply; what the server refuses is one too."""
+    def on_reply(self) -> None:
+        self._on_outcome(True)
+
+    def on_lost(self, wire: "_Wire") -> None:
+        """What was on its way on a lost connection is sent once more: a server that restarts closes it unread."""
+        if wire is not self._wire:
+            self._fail(wire.pending, ConnectionError("the connection was lost"))
+            return
+        self._wire = None
+        pending, wire.pending = wire.pending, deque()
+        again = deque(c for c in pending if c.on_reply is not None and not c.is_resent)
+        failed = deque(c for c in pending if c.on_reply is not None and c.is_resent)
+        for command in again:
+            command.is_resent = True
+        self._unsent.extendleft(reversed(again))
+        if failed:
+            self._on_outcome(False)
+            self._fail(failed, ConnectionError("the connection was lost"))
+        if self._unsent:
+            self._connect_soon()
+
+    def _fail(self, commands: deque[_Command], error: Exception) -> None:
+        while commands:
+            commands.popleft().resolve(error)
+
+    def _check_by(self, at: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._check_at = at
+        self._timer = asyncio.get_running_loop().call_later(max(at - now, 0), self._check, GRACE_TURNS)
+
+    def _check(self, turns: int) -> None:
+        """Expire what has waited too long, and give up a connection that has been silent."""
+        now = time.monotonic()
+        queues = [self._unsent] if self._wire is None else [self._wire.pending, self._unsent]
+        due = [c for queue in queues for c in queue if (c.expires_at if c.on_reply else c.silent_at) <= now]
+        if due and turns:
+            self._timer = asyncio.get_running_loop().call_later(0, self._check, turns - 1)
+            return
+        is_silent = False
+        for command in due:
+            is_silent |= command.silent_at <= now
+            command.resolve(TimeoutError("the store did not answer in time"))
+        if is_silent:
+            self._on_outcome(False)
+            self._give_up()
+        waiting = [self._unsent] if self._wire is None else [self._wire.pending, self._unsent]
+        times = [c.expires_at if c.on_reply else c.silent_at for queue in waiting for c in queue]
+        self._timer = None
+        if times:
+            self._check_by(min(times), now)
+
+    def _give_up(self) -> None:
+        """A connection that was silent for so long may be dead: the next command gets another one.
+
+        Those still in time keep their place on it: if it only was slow, they are answered.
+        """
+        while self._unsent and self._unsent[0].on_reply is None:
+            self._unsent.popleft()
+        if self._wire is None:
+            return
+        wire, self._wire = self._wire, None
+        if any(command.on_reply is not None for command in wire.pending):
+            asyncio.get_running_loop().call_later(self._timeout_s, wire.transport.abort)
+        else:
+            wire.pending.clear()
+            wire.transport.abort()
+
+
+class _Wire(asyncio.Protocol):
+    """One open connection: the commands that were written, in the order in which their replies come."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, owner: MultiplexedConnection) -> None:
+        self.pending: deque[_Command] = deque()
+        self._owner = owner
+        self._reader = hiredis.Reader()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def write(self, command: _Command) -> None:
+        self.pending.append(command)
+        self.transport.write(command.content)
+
+    async def ask(self, content: bytes) -> Any:
+        """One command of the handshake, which is bounded as a whole."""
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.write(_Command(content, partial(_set, reply), expires_at=math.inf, silent_at=math.inf))
+        return _result(await reply)
+
+    def data_received(self, data: bytes) -> None:
+        reader, pending = self._reader, self.pending
+        reader.feed(data)
         try:
-            return await self._connection.read_response(disconnect_on_error=False)
-        except exceptions.ResponseError as err:
-            return err
+            while (reply := reader.gets()) is not False:
+                self._owner.on_reply()
+                pending.popleft().resolve(reply)
+        except (hiredis.ProtocolError, IndexError) as err:  # no Redis at the other end, or one reply too many
+            log.warning("the store speaks another protocol", extra={"error": str(err)})
+            self.transport.abort()
 
-    async def aclose(self) -> None:
-        self._reader.cancel()
-        await asyncio.wait([self._reader])
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
+        self._owner.on_lost(self)
+
+
+def _set(reply: "asyncio.Future[Any]", value: Any) -> None:
+    if not reply.done():  # else the caller has gone
+        reply.set_result(value)
+
+
+def _result(reply: Any) -> Any:
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def _handshake(options: dict[str, Any]) -> list[bytes]:
+    commands = []
+    if options.get("password"):
+        user = [options["username"]] if options.get("username") else []
+        commands.append(packed_command(b"AUTH", [*user, options["password"]]))
+    if options.get("db"):
+        commands.append(packed_command(b"SELECT", [str(options["db"])]))
+    return commands
+
+
+def packed_command(name: bytes, arguments: Sequence[str]) -> bytes:
+    """A command as it goes over the connection."""
+    encoded = [name, *(argument.encode() for argument in arguments)]
+    return b"".join([b"*%d\r\n" % len(encoded), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded]])

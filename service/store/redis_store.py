@@ -15,9 +15,9 @@ from redis.backoff import NoBackoff
 
 from models.features.values import Row
 from service.settings import Settings, SettingsError
-from service.store.circuit_breaker import Breaker
+from service.store.circuit_breaker import CircuitBreaker
 from service.store.codec import (
-    NO_CLICKS,
+    NO_HISTORY,
     Click,
     behaviours_key,
     enriched,
@@ -26,15 +26,16 @@ from service.store.codec import (
     order,
     pack_click,
     pack_row,
-    unpack_past,
+    unpack_history,
     unpack_row,
     user_key,
 )
-from service.store.feature_store import MARK_TTL_S, Fetched, StoreUnavailable
-from service.store.redis_connection import CONNECT_S, Wire
+from service.store.feature_store import MARK_TTL_S, FeatureStore, Fetched, OnFetched, StoreUnavailable
+from service.store.redis_connection import MultiplexedConnection, ReplyError, packed_command
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
 _ROWS_A_COMMAND = 1000
+BREAKER_OPEN = "the store has stopped answering and is being probed"
 
 
 def opened(settings: Settings, *, timeout_s: float) -> "RedisStore":
@@ -47,29 +48,24 @@ def opened(settings: Settings, *, timeout_s: float) -> "RedisStore":
     )
 
 
-class RedisStore:
+class RedisStore(FeatureStore):
     """A user's clicks, their features and the items' as three kinds of string values: see features.py for the layout.
 
     One server (a primary with replicas is one). A user's keys share a slot, but `fetch` also reads item keys, so a
     Redis Cluster would want the items elsewhere.
     """
 
-    def __init__(self, client: Redis, *, connections: int, timeout_s: float, keep: int, keep_s: float) -> None:
+    def __init__(
+        self, client: Redis, *, url: str, connections: int, timeout_s: float, keep: int, keep_s: float
+    ) -> None:
         self._client = client
         self._free = asyncio.Semaphore(connections)
         self._connections = connections
         self._timeout_s = timeout_s
         self._kept = [keep, math.ceil(keep_s), MARK_TTL_S]
         self._append = client.register_script(_APPEND)
-        self._breaker = Breaker(self._probe)
-        pool = client.connection_pool
-        unbounded = {
-            **pool.connection_kwargs,
-            "socket_timeout": None,
-            "socket_connect_timeout": CONNECT_S,
-            "health_check_interval": 0,
-        }  # the wire has its own
-        self._wire = Wire(lambda: pool.connection_class(**unbounded), timeout_s=timeout_s, told=self._breaker.told)
+        self._breaker = CircuitBreaker(self._probe)
+        self._reads = MultiplexedConnection(url, timeout_s=timeout_s, on_outcome=self._breaker.record)
 
     @classmethod
     def connect(
@@ -97,22 +93,43 @@ class RedisStore:
             pool.connection_class(**pool.connection_kwargs)  # or the first request would find out what it cannot take
         except (ValueError, TypeError, exceptions.RedisError) as err:
             raise SettingsError(f"setting redis_url: {err}") from None
-        return cls(Redis.from_pool(pool), connections=connections, timeout_s=timeout_s, keep=keep, keep_s=keep_s)
+        client = Redis.from_pool(pool)
+        return cls(client, url=url, connections=connections, timeout_s=timeout_s, keep=keep, keep_s=keep_s)
 
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
+    def fetch_soon(
+        self,
+        user: str | None,
+        items: Sequence[str],
+        on_fetched: OnFetched,
+        *,
+        before: float,
+        limit: int,
+        timeout_s: float | None = None,
+    ) -> None:
         keys = [item_key(item) for item in items]
         if user is not None:
             keys += [user_key(user), behaviours_key(user)]
         if not keys:
-            return Fetched(user=None, behaviours=NO_CLICKS, items=[])
-        async with self._answering(on_wire=True):
-            values: Sequence[Any] = await self._wire.ask(_command(b"MGET", keys))
-        profile, past = values[len(items) :] if user is not None else (None, None)
-        return Fetched(
-            user=unpack_row(profile),
-            behaviours=unpack_past(past, before=before, limit=limit),
-            items=values[: len(items)],
-        )
+            on_fetched(Fetched(user=None, behaviours=NO_HISTORY, items=[]))
+            return
+        if self._breaker.is_open:
+            on_fetched(StoreUnavailable(BREAKER_OPEN))
+            return
+
+        def on_reply(values: Any) -> None:
+            if isinstance(values, Exception):
+                on_fetched(StoreUnavailable(_description(values)))
+                return
+            profile, past = values[len(items) :] if user is not None else (None, None)
+            on_fetched(
+                Fetched(
+                    user=unpack_row(profile),
+                    behaviours=unpack_history(past, before=before, limit=limit),
+                    items=values[: len(items)],
+                )
+            )
+
+        self._reads.send(packed_command(b"MGET", keys), on_reply, timeout_s=timeout_s)
 
     async def append(self, clicks: Sequence[Click]) -> list[bool]:
         if not clicks:
@@ -152,12 +169,17 @@ class RedisStore:
         await self._put({item_key(item): pack_row(row) for item, row in rows.items()})
 
     async def ping(self) -> None:
-        async with self._answering(on_wire=True):  # which is open then, before the first prediction comes
-            await self._wire.ask(_command(b"PING", []))
+        """On the connection of the predictions, which is open then before the first of them comes."""
+        if self._breaker.is_open:
+            raise StoreUnavailable(BREAKER_OPEN)
+        try:
+            await self._reads.ask(packed_command(b"PING", []))
+        except (ReplyError, OSError) as err:  # TimeoutError and ConnectionError are OSErrors
+            raise StoreUnavailable(_description(err)) from err
 
     async def aclose(self) -> None:
         await self._breaker.aclose()
-        await self._wire.aclose()
+        await self._reads.aclose()
         await self._client.aclose()
 
     async def _probe(self) -> None:
@@ -175,34 +197,29 @@ class RedisStore:
                 await self._client.mset(dict(pairs[first : first + _ROWS_A_COMMAND]))
 
     @asynccontextmanager
-    async def _answering(self, *, on_wire: bool = False) -> AsyncIterator[None]:
-        """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and tells the breaker.
+    async def _answering(self) -> AsyncIterator[None]:
+        """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and feeds the breaker.
 
-        The wire has room for all, and tells it by itself, as a caller may have gone before there is anything to tell.
         Only silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
         """
         if self._breaker.is_open:
-            raise StoreUnavailable("the store has stopped answering and is being probed")
-        if not on_wire:
-            await self._take_connection()
+            raise StoreUnavailable(BREAKER_OPEN)
+        await self._take_connection()
         try:
             yield
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as err:
-            if not on_wire:
-                self._breaker.failed()
-            raise StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}") from err
+            self._breaker.failed()
+            raise StoreUnavailable(_description(err)) from err
         except exceptions.RedisError as err:
             self._breaker.succeeded()
             if isinstance(err, exceptions.ReadOnlyError):
                 # After a failover this was the primary: the address must be looked up again.
                 await self._client.connection_pool.disconnect(inuse_connections=False)
-            raise StoreUnavailable(f"the store refused: {type(err).__name__}: {err}") from err
+            raise StoreUnavailable(_description(err)) from err
         else:
-            if not on_wire:
-                self._breaker.succeeded()
+            self._breaker.succeeded()
         finally:
-            if not on_wire:
-                self._free.release()
+            self._free.release()
 
     async def _take_connection(self) -> None:
         try:
@@ -215,7 +232,8 @@ class RedisStore:
             raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
 
 
-def _command(name: bytes, arguments: Sequence[str]) -> list[bytes]:
-    """A command as it goes over the wire."""
-    encoded = [name, *(argument.encode() for argument in arguments)]
-    return [b"".join([b"*%d\r\n" % len(encoded), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded)])]
+def _description(err: Exception) -> str:
+    """What kept the store from answering, in a sentence: it refused, or it did not answer."""
+    if isinstance(err, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
+        return f"no answer from the store: {type(err).__name__}: {err}"
+    return f"the store refused: {type(err).__name__}: {err}"

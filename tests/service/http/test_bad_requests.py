@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
-from service.errors import FieldError, Problem
+from service.errors import FieldError, Refusal
 from service.http.decoding import MAX_LOOKS, Decoder, Misfits
 from service.http.schemas import PredictRequest
 from tests.service.conftest import Running
@@ -256,7 +256,7 @@ async def test_bad_events_are_refused_whole(service: Running, name: str) -> None
 def test_names_are_told_whatever_number_of_values_stands_beside_them(body: dict[str, Any], pointer: str) -> None:
     decoder = Decoder(PredictRequest)
 
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         decoder.decode(json.dumps(body).encode())
 
     assert [error.pointer for error in refused.value.errors] == [pointer]

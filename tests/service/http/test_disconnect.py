@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from service.errors import Problem
+from service.errors import Refusal
 from service.observability.metrics import Metrics
 from service.runtime.batcher import Batcher, Runner
 from tests.service.engine import Fake, apart, held_up, in_time, joining, request, waiting, with_runner
@@ -25,7 +25,7 @@ async def test_a_late_request_is_answered_at_its_deadline_and_never_run(runner: 
     batcher = Batcher(backend, apart(), runner)
     first = await held_up(backend, batcher)
 
-    with pytest.raises(Problem) as late:
+    with pytest.raises(Refusal) as late:
         await batcher.submit(request(1), in_time(0.03))
     backend.go_on.release()
     await first
@@ -40,7 +40,7 @@ async def test_a_request_under_way_is_answered_at_its_deadline_even_if_the_model
     backend.hold = True
     batcher = Batcher(backend, apart(), runner)
 
-    with pytest.raises(Problem) as late:
+    with pytest.raises(Refusal) as late:
         await batcher.submit(request(1), in_time(0.03))
     backend.go_on.release()
 
@@ -51,10 +51,10 @@ async def test_behind_a_model_that_hangs_requests_are_refused_at_once(runner: Ru
     backend = Fake()
     batcher = Batcher(backend, apart(), runner)
     first = await held_up(backend, batcher)
-    with pytest.raises(Problem):
+    with pytest.raises(Refusal):
         await batcher.submit(request(1), in_time(0.05))  # it has been hanging for this long now
 
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         await batcher.submit(request(1), in_time(0.02))
     backend.go_on.release()
     await first
@@ -100,7 +100,7 @@ async def test_shadow_work_runs_last_and_is_told_when_it_has_to_go(runner: Runne
     live = asyncio.create_task(batcher.submit(request(*[3] * 80), in_time()))
     await waiting(runner, 92)
 
-    with pytest.raises(Problem) as dropped:
+    with pytest.raises(Refusal) as dropped:
         await shadows[0]
     backend.go_on.release()
     await asyncio.gather(first, live)
@@ -128,7 +128,7 @@ def test_in_a_storm_nobody_is_left_without_an_answer(threads: int) -> None:
         (outcome,) = await asyncio.gather(task, return_exceptions=True)
         if isinstance(outcome, np.ndarray):
             np.testing.assert_array_equal(outcome, items)
-        name = outcome.reason if isinstance(outcome, Problem) else type(outcome).__name__
+        name = outcome.reason if isinstance(outcome, Refusal) else type(outcome).__name__
         told[name] = told.get(name, 0) + 1
 
     async def scenario(runner: Runner) -> None:
@@ -178,7 +178,7 @@ async def test_closing_finishes_what_waits_and_takes_nothing_new() -> None:
 
     closing = asyncio.create_task(runner.aclose())
     await asyncio.sleep(0)
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         await batcher.submit(request(2), in_time())
     backend.go_on.release()
     await closing

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.errors import Problem
+from service.errors import Refusal
 from service.experiments.assignment import Experiment, Running, parse
 from service.http.schemas import EventsDecoder
 from service.ingest.events import Events, Receipt
@@ -203,7 +203,7 @@ async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[A
 
     try:
         receipt = await events.record(EventsDecoder().decode(json.dumps(sent).encode()))
-    except Problem as problem:  # NaN, infinity, half a surrogate pair: no JSON that could be taken in part
+    except Refusal as problem:  # NaN, infinity, half a surrogate pair: no JSON that could be taken in part
         answer = json.loads(problem.to_json())
         assert answer["status"] == 422
         return

@@ -15,7 +15,7 @@ import pytest
 
 from models.artifact.folder import make_current
 from service.app import create_app
-from service.errors import artifact_refused
+from service.errors import ArtifactRefused
 from service.registry import coordination
 from service.registry.changes import Load
 from service.registry.coordination import Peers
@@ -107,7 +107,7 @@ async def test_what_one_worker_refuses_changes_none(
         swap = b.parts.peers._changes._swap
 
         async def refuse(arm: str, version: str) -> None:
-            raise artifact_refused("its disk is broken")
+            raise ArtifactRefused("its disk is broken")
 
         monkeypatch.setattr(swap, "prepare", refuse)
         before = (workers.folder / "served.json").read_bytes()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.features.arrays import Arrays
 from models.features.encoder import Encoder
-from service.errors import Problem
+from service.errors import Refusal
 from service.observability.metrics import Metrics
 from service.runtime.batcher import Batcher, Runner
 from service.runtime.onnx_cpu import OnnxBackend
@@ -79,7 +79,7 @@ def test_of_a_run_that_fails_only_those_fail_who_fail_alone(sent: list[list[int]
                 assert outcome.tolist() == items
                 assert min(items) >= 0
             else:
-                assert isinstance(outcome, Problem)
+                assert isinstance(outcome, Refusal)
                 assert (outcome.status, outcome.reason) == (503, "model_failed")
                 assert min(items) < 0
         assert (await batcher.submit(request(5), in_time())).tolist() == [5]
@@ -97,7 +97,7 @@ async def test_whatever_a_model_raises_the_thread_goes_on(runner: Runner) -> Non
     batcher = Batcher(Odd(), apart(), runner)
 
     for bad, cause in ((request(3), MemoryError), (request(4, 4), Exception)):
-        with pytest.raises(Problem) as failed:
+        with pytest.raises(Refusal) as failed:
             await batcher.submit(bad, in_time())
         assert failed.value.reason == "model_failed"
         assert isinstance(failed.value.__cause__, cause)
@@ -109,7 +109,7 @@ async def test_a_graph_that_cannot_be_run_is_a_503(runner: Runner, tmp_path: Pat
     backend = OnnxBackend(tmp_path / "model.onnx", fed=[i.name for i in tiny.SCHEMA.inputs])
     ragged = {**Encoder(tiny.SCHEMA).encode(tiny.GOLDEN[0]), "item.price": np.zeros(7, dtype=np.float32)}
 
-    with pytest.raises(Problem) as failed:
+    with pytest.raises(Refusal) as failed:
         await Batcher(backend, apart(), runner).submit(ragged, in_time())
 
     assert (failed.value.status, failed.value.reason) == (503, "model_failed")
@@ -119,7 +119,7 @@ async def test_the_rest_of_a_request_that_failed_is_not_run(runner: Runner) -> N
     backend = Fake()
     batcher = Batcher(backend, apart(piece=2), runner)
 
-    with pytest.raises(Problem):
+    with pytest.raises(Refusal):
         await batcher.submit(request(1, -2, 1, 1, 1, 1), in_time())
     await batcher.submit(request(7), in_time())
 

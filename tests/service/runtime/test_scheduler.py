@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import Problem
+from service.errors import Refusal
 from service.runtime.latency_model import Cost
 from service.runtime.scheduler import SHADOW_SHARE, Batch, Line, Queue, Work
 from tests.service.engine import Fake, apart, joining, request
@@ -177,7 +177,7 @@ def test_what_would_be_scored_too_late_is_refused_on_arrival() -> None:
     line.put(model, work(100), 0.0)
     line.put(queue(), work(100), 0.0)  # another model's: they wait for the same thread
 
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         line.put(model, work(100, expires=3.29e-3), 0.0)
     line.put(model, work(100, expires=3.31e-3), 0.0)
 
@@ -219,7 +219,7 @@ def test_a_full_line_refuses_and_one_request_of_any_size_is_never_too_long() -> 
     taken(line)
     line.put(model, work(60), 0.0)
 
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         line.put(model, work(41), 0.0)
     line.put(model, work(40), 0.0)
 
@@ -241,7 +241,7 @@ def test_shadow_work_is_not_let_in_while_much_is_waiting() -> None:
     line, model = Line(limit=100), queue()
     line.put(model, work(int(100 * SHADOW_SHARE) + 1), 0.0)
 
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(Refusal) as refused:
         line.put(model, work(1, shadow=True), 0.0)
 
     assert refused.value.reason == "shadow_dropped"

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from service.deadline import Deadline
-from service.errors import Problem
+from service.errors import Refusal
 from service.scoring.admission import CAP, EVENT, FADE, Pace
 
 
@@ -34,7 +34,7 @@ def test_a_request_that_would_be_late_is_refused_and_leaves_nothing_behind():
 
     with pace.admitted(100, 2.0, within(60_000)):
         assert pace.ahead_s == pytest.approx(3.0 + 2.0)
-        with pytest.raises(Problem) as refused, pace.admitted(100, 2.0, within(9_900)):
+        with pytest.raises(Refusal) as refused, pace.admitted(100, 2.0, within(9_900)):
             pytest.fail("it was let in")
         with pace.admitted(100, 2.0, within(10_200)):
             assert pace.ahead_s == pytest.approx(10.0)
@@ -53,7 +53,7 @@ def test_behind_more_than_its_time_a_request_is_refused_however_small_it_is():
 
     with pace.admitted(100, 2.0, within(60_000)):
         pace.check(within(5_100))
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(Refusal) as refused:
             pace.check(within(4_900))
 
     assert refused.value.reason == "predicted_late"

@@ -21,7 +21,7 @@ from models.features.request import Request
 from models.features.schema import Schema
 from models.features.values import Row
 from service.deadline import Deadline
-from service.errors import Problem
+from service.errors import Refusal
 from service.http import schemas
 from service.http.decoding import Decoder
 from service.observability.metrics import Metrics
@@ -330,7 +330,7 @@ async def test_a_bad_value_is_told_however_often_it_comes_and_beside_known_rows(
     await reader.read(candidates=[good])
 
     for _ in range(2):
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(Refusal) as refused:
             await reader.read(candidates=[good, {"id": "a1", "features": {"price": "x"}}])
         assert [e.pointer for e in refused.value.errors] == ["/candidates/1/features/price"]
         with pytest.raises(Unreadable):

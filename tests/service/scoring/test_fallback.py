@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.features.arrays import Arrays
-from service.errors import FieldError, invalid, predicted_late
+from service.errors import FieldError, InvalidValue, WouldBeLate
 from service.runtime.onnx_cpu import OnnxBackend
 from service.scoring.admission import Pace
 from service.scoring.model_inputs import Inputs
@@ -130,7 +130,7 @@ async def test_what_the_previous_version_cannot_take_is_not_the_clients_fault(
 
         async def refuse(inputs: Inputs, model: Any, given: Any, deadline: Any) -> Any:
             if model is previous:
-                raise invalid([FieldError(pointer="/context", expected="another schema's", got="this one's")])
+                raise InvalidValue([FieldError(pointer="/context", expected="another schema's", got="this one's")])
             return await read(inputs, model, given, deadline)
 
         monkeypatch.setattr(Inputs, "read", refuse)
@@ -153,7 +153,7 @@ async def test_under_overload_a_request_is_refused_before_any_work_unless_the_cl
     start: Start, monkeypatch: pytest.MonkeyPatch, fallback: str, status: int, fetches: int
 ) -> None:
     def full(pace: Pace, deadline: Any) -> None:
-        raise predicted_late(1.0)
+        raise WouldBeLate(1.0)
 
     monkeypatch.setattr(Pace, "check", full)
     async with start(experiment=ALONE, fallback=fallback) as service:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from service.store.circuit_breaker import Breaker
+from service.store.circuit_breaker import CircuitBreaker
 from service.store.feature_store import StoreUnavailable
 
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
@@ -19,7 +19,7 @@ async def test_a_breaker_opens_on_failures_in_a_row_only(eventually: Eventually)
         if not healthy.is_set():
             raise StoreUnavailable("still down")
 
-    breaker = Breaker(probe, threshold=3, every_s=0)
+    breaker = CircuitBreaker(probe, threshold=3, every_s=0)
 
     for tell in (breaker.failed, breaker.failed, breaker.succeeded, breaker.failed, breaker.failed):
         tell()
@@ -38,7 +38,7 @@ async def test_a_breaker_closed_for_good_probes_no_more():
     async def probe() -> None:
         raise StoreUnavailable("down")
 
-    breaker = Breaker(probe, threshold=1, every_s=0)
+    breaker = CircuitBreaker(probe, threshold=1, every_s=0)
     breaker.failed()
 
     await breaker.aclose()

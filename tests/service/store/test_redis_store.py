@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from service.store.codec import (
-    NO_PAST,
+    EMPTY_HISTORY,
     Click,
     behaviours_key,
     item_key,
     mark_key,
     pack_click,
-    unpack_past,
+    unpack_history,
     unpack_row,
     user_key,
 )
@@ -115,7 +115,7 @@ async def test_what_cannot_be_read_is_absent_and_logged(
     )
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"\x01", b"rubbish", NO_PAST + b"\x00" * 40, NO_PAST + b"\xff" * 40])
+@pytest.mark.parametrize("rubbish", [b"", b"\x01", b"rubbish", EMPTY_HISTORY + b"\x00" * 40, EMPTY_HISTORY + b"\xff" * 40])
 async def test_a_past_that_cannot_be_read_begins_anew(store: RedisStore, server: redis.Redis, rubbish: bytes):
     server.set(behaviours_key("u1"), rubbish)
 
@@ -138,8 +138,8 @@ async def test_a_key_of_another_kind_is_refused_and_not_overwritten(store: Redis
 def test_a_record_whose_two_sizes_differ_is_not_read():
     first, second = pack_click(click(1)), pack_click(click(2))
 
-    whole = unpack_past(NO_PAST + first + second, before=1e12, limit=10)
-    broken = unpack_past(NO_PAST + b"\x00\x00" + first[2:] + second, before=1e12, limit=10)
+    whole = unpack_history(EMPTY_HISTORY + first + second, before=1e12, limit=10)
+    broken = unpack_history(EMPTY_HISTORY + b"\x00\x00" + first[2:] + second, before=1e12, limit=10)
 
     assert [event.ts for event in whole] == [1, 2]
     assert list(broken) == []
@@ -152,10 +152,10 @@ def test_a_record_whose_two_sizes_differ_is_not_read():
     removed=st.integers(0, 3),
 )
 def test_no_bytes_make_unpacking_fail(numbers: list[int], at: int, byte: bytes, removed: int):
-    packed = NO_PAST + b"".join(pack_click(click(number, brand="a")) for number in sorted(numbers))
+    packed = EMPTY_HISTORY + b"".join(pack_click(click(number, brand="a")) for number in sorted(numbers))
     broken = packed[:at] + byte + packed[at + removed :]
 
-    events = unpack_past(broken, before=1e300, limit=10)
+    events = unpack_history(broken, before=1e300, limit=10)
 
     assert len(events) <= 10
     assert unpack_row(byte) is None or isinstance(unpack_row(byte), dict)

@@ -1,0 +1,106 @@
+"""The JSON shape of POST /events, and the check of each event: one that is wrong is rejected alone."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from service.errors import FieldError, InvalidValue, sentence
+from service.http.decoding import Decoder, Misfits
+from service.ids import Id, Time, is_id, spelled
+from service.ingest.events import Event
+from service.store.codec import pack_row
+
+MAX_EVENTS = 1000  # of one call
+MAX_AHEAD_S = 300.0  # how far a client's clock may run before ours
+
+Value = str | int | float | bool | list[str | int | float | bool | None] | None
+
+
+class SentEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An event as a client sends it. Needs the user, or the request_id of an anonymous request."""
+
+    event_id: Id
+    type: Literal["impression", "click"]
+    ts: Time
+    item: Id
+    user: Id | None = None
+    request_id: Id | None = None
+    position: int | None = None
+    context: dict[str, Value] | None = None
+    features: dict[str, Value] | None = None
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that was not taken, by its place in the call; sending it again will not help."""
+
+    index: int
+    event_id: str | None
+    reason: str
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    accepted: int
+    duplicates: int
+    rejected: list[Rejection]
+
+
+class EventsDecoder:
+    """A list of events, each judged by itself."""
+
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        self._decoder: Decoder[list[Any]] = Decoder(list[Any])
+        self._now = now
+
+    def decode(self, body: bytes) -> tuple[list[Event], list[Rejection]]:
+        """The events that can be taken, and the others. Raises NotJSON and InvalidValue for a body that is no list."""
+        values = self._decoder.decode(body)
+        if len(values) > MAX_EVENTS:
+            raise InvalidValue([FieldError(pointer="", expected=f"at most {MAX_EVENTS} events", got=str(len(values)))])
+        return checked(values, now=self._now())
+
+
+def checked(values: Sequence[Any], *, now: float) -> tuple[list[Event], list[Rejection]]:
+    events: list[Event] = []
+    rejected: list[Rejection] = []
+    misfits = Misfits()
+    for index, value in enumerate(values):
+        try:
+            events.append(_event(value, now + MAX_AHEAD_S, misfits))
+        except ValueError as err:
+            rejected.append(Rejection(index=index, event_id=_event_id(value), reason=str(err)))
+    return events, rejected
+
+
+_SENT = msgspec.inspect.type_info(SentEvent)
+
+
+def _event(value: Any, latest: float, misfits: Misfits) -> Event:
+    try:
+        sent = msgspec.convert(value, SentEvent)
+    except (msgspec.ValidationError, OverflowError) as err:
+        errors = misfits.of(value, _SENT)
+        raise ValueError(sentence(errors, body="the event") if errors else str(err)) from None
+    if sent.ts > latest:
+        raise ValueError(f"/ts: expected at most {MAX_AHEAD_S:g} s from now, got {sent.ts}")
+    unit = sent.user if sent.user is not None else sent.request_id
+    if unit is None:
+        raise ValueError("/user: expected one, or the request_id of an anonymous request, got neither")
+    features = sent.features or {}
+    pack_row(features)
+    return Event(
+        type=sent.type,
+        event_id=spelled(sent.event_id),
+        ts=sent.ts,
+        user=None if sent.user is None else spelled(sent.user),
+        unit=spelled(unit),
+        item=spelled(sent.item),
+        features=features,
+    )
+
+
+def _event_id(value: Any) -> str | None:
+    """As far as it can be found in an event that is none."""
+    event_id = value.get("event_id") if isinstance(value, dict) else None
+    return spelled(event_id) if is_id(event_id) else None
