@@ -65,6 +65,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
     app.state.api = api
     app.include_router(router)
     routes = frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
+    metrics.declare_routes(sorted(routes))
     app.add_middleware(Recorder, metrics=metrics, routes=routes)
     app.predict = Recorder(Straight(api.predicted), metrics=metrics, routes=routes)
     openapi.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
@@ -77,6 +78,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
 async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[Parts]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
+        stack.enter_context(metrics.shared())
         running = Running(assignment.given(settings.experiment))
         served = coordination.served(place)
         store, writing = _stores(settings)
@@ -109,6 +111,8 @@ async def open_parts(settings: Settings, metrics: Metrics, place: Place) -> Asyn
         for arm, model in catalog.models.items():
             manifest = model.artifact.manifest
             metrics.model_serves(arm=arm, model=manifest.model, version=manifest.version)
+            metrics.arm(arm)
+            metrics.declare_fields(f.name for f in model.encoder.schema.fields if f.vocabulary is not None)
         inputs = Inputs(store=store, metrics=metrics, item_rows=settings.item_cache_rows, fresh_s=settings.item_cache_s)
         scorer = Scorer(running=running, catalog=catalog, inputs=inputs, metrics=metrics, fallback=settings.fallback)
         stack.push_async_callback(scorer.aclose)

@@ -5,12 +5,58 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import msgspec
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
+
+
+class Reason(StrEnum):
+    """Why a request is refused: the `reason` label of clickserve_rejected_total and of the log."""
+
+    ARTIFACT_REFUSED = "artifact_refused"
+    BUSY_CHANGING = "busy_changing"
+    COMPRESSED = "compressed"
+    DEADLINE = "deadline"
+    INTERNAL = "internal"
+    INVALID = "invalid"
+    MODEL_FAILED = "model_failed"
+    NO_SUCH_METHOD = "no_such_method"
+    NO_SUCH_MODEL = "no_such_model"
+    NO_SUCH_PATH = "no_such_path"
+    NO_SUCH_VERSION = "no_such_version"
+    NOT_ALLOWED = "not_allowed"
+    NOT_EXPLAINED = "not_explained"
+    NOT_FOUND = "not_found"
+    NOT_JSON = "not_json"
+    NOT_OPEN = "not_open"
+    OTHER = "other"
+    OVERLOADED = "overloaded"
+    PREDICTED_LATE = "predicted_late"
+    SHADOW_DROPPED = "shadow_dropped"
+    STORE_UNAVAILABLE = "store_unavailable"
+    TOO_LARGE = "too_large"
+    TOO_SLOW = "too_slow"
+    UNAUTHORIZED = "unauthorized"
+    UPGRADING = "upgrading"
+    VERSION_CONFLICT = "version_conflict"
+
+
+class Degraded(StrEnum):
+    """What an answered request had to do without: the strings of `degraded`, and the label of the metric."""
+
+    BEHAVIOURS_UNAVAILABLE = "behaviours_unavailable"
+    ITEM_FEATURES_UNAVAILABLE = "item_features_unavailable"
+    USER_FEATURES_UNAVAILABLE = "user_features_unavailable"
+    ITEM_FEATURES_STALE = "item_features_stale"
+    STORED_VALUES_INVALID = "stored_values_invalid"
+    DEADLINE = "deadline"
+    OVERLOADED = "overloaded"
+    PRIOR = "prior"
+    PREVIOUS_VERSION = "previous_version"
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
