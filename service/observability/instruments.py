@@ -79,7 +79,7 @@ class Histogram:
     kind: Kind = "histogram"
 
     def __init__(self, edges: Sequence[float]) -> None:
-        if not edges or any(low >= high for low, high in pairwise(edges)):
+        if not edges or not all(low < high for low, high in pairwise(edges)):
             raise ValueError(f"the edges of a histogram ascend, got {list(edges)}")
         self.edges = list(edges)
         self.counts = [0] * (len(edges) + 1)
@@ -134,7 +134,8 @@ class Histogram:
         for bucket, count in enumerate(counts):
             if count:
                 self.counts[bucket] += count
-        self._sum += float(values.sum())
+        total = float(values.sum())  # not in the next line: threads could switch between its reading and writing
+        self._sum += total
 
 
 Instrument = TypeVar("Instrument", Counter, Gauge, Histogram)
