@@ -69,6 +69,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
     app.include_router(router)
     routes = frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
     refusals = RefusalLog()
+    metrics.declare_routes(sorted(routes))
     app.add_middleware(MetricsMiddleware, metrics=metrics, routes=routes)
     openapi.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
     for kind in (Refusal, HTTPException, RecursionError):
@@ -89,6 +90,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
 async def open_service(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[OpenService]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
+        stack.enter_context(metrics.shared())
         running = Running(assignment.given(settings.experiment))
         served = coordination.served(place)
         store, writing = _stores(settings)
@@ -123,6 +125,7 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
         stack.push_async_callback(scheduler.aclose)  # before it: a model is closed when nothing runs on it
         for arm, model in catalog.models.items():
             metrics.model_serves(arm=arm, model=model.name, version=model.version)
+            metrics.declare_fields(f.name for f in model.artifact.schema.fields if f.vocabulary is not None)
         scorer = Scorer(
             running=running,
             models=catalog,

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from prometheus_client.multiprocess import MultiProcessCollector
+from service.observability import multiprocess
 
 RATE = 400.0  # requests a second, of all connections together
 REQUEST = b"GET /healthz HTTP/1.1\r\nhost: spread\r\n\r\n"
@@ -38,18 +38,17 @@ class Workers:
         self.port = port
         self._metrics = folder / "metrics"
 
-    def answered(self) -> list[float]:
+    async def answered(self) -> list[float]:
         """Requests so far, by worker."""
-        return [self._sum(f"counter_{slot}.db") for slot in range(2)]
+        await asyncio.sleep(2 * multiprocess.WRITE_EVERY_S)  # until what they have answered is in their files
+        return [self._requests(slot) for slot in range(2)]
 
-    def _sum(self, file: str) -> float:
-        files = [str(path) for path in self._metrics.glob(file)]
-        merged = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call] # the library does not annotate it
-        return float(sum(s.value for m in merged for s in m.samples if s.name == "clickserve_requests_total"))
+    def _requests(self, slot: int) -> float:
+        snapshot = multiprocess.read(self._metrics, slot)
+        return sum(n for (n,) in snapshot.numbers["clickserve_requests"].values()) if snapshot else 0.0
 
     def pid(self, slot: int) -> int:
-        file = self._metrics / f"{slot}.pid"
-        return int(file.read_text() or 0) if file.exists() else 0
+        return multiprocess.worker_pid(self._metrics, slot)
 
 
 @asynccontextmanager
@@ -100,13 +99,13 @@ async def drawn_shares(workers: Workers, connections: int, draws: int) -> list[f
     """The first worker's share of that many new connections, each of which asks once."""
     shares = []
     for _ in range(draws):
-        before = workers.answered()
+        before = await workers.answered()
         opened = [await asyncio.open_connection("127.0.0.1", workers.port) for _ in range(connections)]
         for reader, writer in opened:
             writer.write(REQUEST)
             await reader.readuntil(b"}")
             writer.close()
-        first, second = (now - then for now, then in zip(workers.answered(), before, strict=True))
+        first, second = (now - then for now, then in zip(await workers.answered(), before, strict=True))
         shares.append(first / (first + second))
     return shares
 
@@ -120,9 +119,9 @@ async def share_after_a_death(workers: Workers, connections: int, cap_s: float) 
         while workers.pid(1) in (0, killed):  # noqa: ASYNC110 - it is another process's doing
             await asyncio.sleep(0.05)
         await asyncio.sleep(cap_s + 1)  # and the second that the new one takes from its name to its first connection
-        before = workers.answered()
+        before = await workers.answered()
         await asyncio.sleep(2)
-        first, second = (now - then for now, then in zip(workers.answered(), before, strict=True))
+        first, second = (now - then for now, then in zip(await workers.answered(), before, strict=True))
     return second / (first + second)
 
 

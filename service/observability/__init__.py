@@ -1,1 +1,1 @@
-"""What operators see: metrics, multiprocess, json_log."""
+"""Metrics and logs: metrics, instruments, exposition, multiprocess, json_log."""

@@ -1,4 +1,4 @@
-"""One JSON object a line on stderr: time, level, logger, event, and whatever `extra` was given."""
+"""JSON log formatter: one object a line on stderr, with time, level, logger, event and the fields of `extra`."""
 
 import logging
 import sys

@@ -1,15 +1,18 @@
 """What is counted, under the names of the contract, and once."""
 
+import asyncio
 import json
 import logging
 
 import numpy as np
 import pytest
-from prometheus_client import Histogram
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.errors import Degraded, Reason
+from service.observability.instruments import OTHER
 from service.observability.json_log import JsonFormatter
-from service.observability.metrics import STAGES, Metrics
+from service.observability.metrics import NO_ARM, STAGES, STORE_OPS, Metrics
 from tests.service.conftest import Running
 
 # contract section 4, but for what later issues record
@@ -29,7 +32,52 @@ NAMES = {
     "clickserve_impressions": {"arm"},
     "clickserve_clicks": {"arm"},
     "clickserve_model_info": {"arm", "model", "version"},
+    "clickserve_history_length": set(),
+    "clickserve_freshness_seconds": set(),
+    "clickserve_control_version": set(),
 }
+
+
+async def test_every_series_whose_labels_are_known_starts_at_zero(service: Running) -> None:
+    scraped = (await service.client.get("/metrics")).text
+
+    families = {f.name: f for f in text_string_to_metric_families(scraped) if f.name.startswith("clickserve_")}
+    samples = [sample for family in families.values() for sample in family.samples]
+    assert set(families) == set(NAMES)
+    assert all(family.samples for family in families.values())
+    assert {sample.name for sample in samples if sample.value} == {"clickserve_model_info"}
+    known: dict[str, set[str]] = {
+        "reason": set(Reason) | set(Degraded),
+        "stage": set(STAGES),
+        "op": set(STORE_OPS),
+        "arm": {"one", "two", NO_ARM},
+        "route": {"/predict", "/explain", "/events", "/healthz", "/readyz", "/metrics", "/models", OTHER},
+        "field": {"item_id", OTHER},
+    }
+    for label, expected in known.items():
+        assert expected <= {sample.labels[label] for sample in samples if label in sample.labels}, label
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text;version=1.0.0"])
+def test_what_is_exposed_is_read_back_number_by_number(accept: str) -> None:
+    metrics = Metrics()
+    metrics.arm('a"\\b\n').scored(np.array([0.001, 0.3, 0.31]))
+    metrics.control_version.set(7)
+
+    text, content_type = metrics.exposition(accept)
+
+    parse = openmetrics_families if "openmetrics" in content_type else text_string_to_metric_families
+    assert content_type.startswith(accept.split(";", maxsplit=1)[0])
+    samples = {
+        (s.name, *(s.labels.get(label) for label in ("arm", "le"))): s.value
+        for family in parse(text.decode())
+        for s in family.samples
+    }
+    assert samples["clickserve_control_version", None, None] == 7
+    assert samples["clickserve_candidates_total", 'a"\\b\n', None] == 3
+    assert samples["clickserve_predicted_ctr_sum", 'a"\\b\n', None] == pytest.approx(0.611)
+    below = {le: n for (name, _, le), n in samples.items() if name == "clickserve_predicted_ctr_bucket"}
+    assert (below["0.001"], below["0.2"], below["0.3"], below["0.5"], below["+Inf"]) == (1, 1, 2, 3, 3)
 
 
 async def test_every_metric_has_its_name_and_labels_after_some_traffic(service: Running) -> None:
@@ -88,21 +136,18 @@ async def test_events_are_counted_for_the_arm_of_their_user(service: Running) ->
     assert await service.metric('clickserve_clicks_total{arm="two"}') == 1
 
 
-def test_many_probabilities_at_once_are_counted_as_one_by_one() -> None:
-    ctr = np.concatenate([np.random.default_rng(0).beta(1, 20, 500), [0.001, 0.0010001, 1.0, 1e-16]])
+def test_an_unknown_route_is_counted_as_other() -> None:
     metrics = Metrics()
-    arm = metrics.arm("one")
-    one_by_one = Histogram("reference", "", buckets=arm.predicted_ctr._upper_bounds, registry=None)
+    metrics.declare_routes(["/predict"])
 
-    arm.scored(ctr)
-    for value in ctr:
-        one_by_one.observe(value)
+    for route in ("/predict", "/wp-login", "/.env"):
+        metrics.requests(route, "404", NO_ARM).inc()
+        metrics.request_seconds(route, NO_ARM).observe(0.001)
 
-    told, wanted = [
-        {s.name + s.labels.get("le", ""): round(s.value, 9) for s in h._child_samples()}
-        for h in (arm.predicted_ctr, one_by_one)
-    ]
-    assert told == wanted
+    text = metrics.exposition("")[0].decode()
+    assert 'clickserve_requests_total{arm="none",route="other",status="404"} 2.0' in text
+    assert 'clickserve_request_seconds_count{arm="none",route="other"} 2.0' in text
+    assert "wp-login" not in text
 
 
 def test_a_failed_store_call_is_an_error_and_takes_time() -> None:
@@ -113,6 +158,17 @@ def test_a_failed_store_call_is_an_error_and_takes_time() -> None:
 
     text = metrics.exposition("")[0].decode()
     assert 'clickserve_store_errors_total{op="fetch"} 1.0' in text
+    assert 'clickserve_store_seconds_count{op="fetch"} 1.0' in text
+
+
+def test_a_cancelled_store_call_takes_time_and_is_no_error() -> None:
+    metrics = Metrics()
+
+    with pytest.raises(asyncio.CancelledError), metrics.store_call("fetch"):
+        raise asyncio.CancelledError
+
+    text = metrics.exposition("")[0].decode()
+    assert 'clickserve_store_errors_total{op="fetch"} 0.0' in text
     assert 'clickserve_store_seconds_count{op="fetch"} 1.0' in text
 
 
