@@ -124,6 +124,7 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
         stack.push_async_callback(catalog.aclose)
         stack.push_async_callback(scheduler.aclose)  # before it: a model is closed when nothing runs on it
         for arm, model in catalog.models.items():
+            metrics.arm(arm)
             metrics.model_serves(arm=arm, model=model.name, version=model.version)
             metrics.declare_fields(f.name for f in model.artifact.schema.fields if f.vocabulary is not None)
         scorer = Scorer(
@@ -144,7 +145,9 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
             scorer=scorer,
             scheduler=scheduler,
             explainer=explainer,
-            events=EventRecorder(store=writing, running=running, metrics=metrics),
+            events=EventRecorder(
+                store=writing, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
+            ),
             running=running,
             peers=among,
             catalog=catalog,

@@ -1,14 +1,17 @@
 """Impressions and clicks in: each taken once, clicks into their user's history, counted for the arm that served."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from models.features.values import Row
-from service.experiments.assignment import Running
 from service.observability.metrics import Metrics
 from service.store.codec import Click
 from service.store.feature_store import FeatureStore
+
+
+ArmOf = Callable[[float, str], str]
+"""The arm of a unit under the shares that held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +36,9 @@ class EventRecorder:
     it of requests before it count for their new arm; and a user who is known to /predict must be named in the events.
     """
 
-    def __init__(self, *, store: FeatureStore, running: Running, metrics: Metrics) -> None:
+    def __init__(self, *, store: FeatureStore, arm_of: ArmOf, metrics: Metrics) -> None:
         self._store = store
-        self._running = running
+        self._arm_of = arm_of
         self._metrics = metrics
 
     async def record(self, events: Sequence[Event]) -> int:
@@ -69,5 +72,5 @@ class EventRecorder:
         counters = {"impression": self._metrics.impressions, "click": self._metrics.clicks}
         for event, is_new in zip(events, new, strict=True):
             if is_new:
-                counters[event.type](self._running.at(event.ts).assign(event.unit).name).inc()
+                counters[event.type](self._arm_of(event.ts, event.unit)).inc()
         return sum(new)
