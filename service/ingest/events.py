@@ -9,7 +9,6 @@ from service.observability.metrics import Metrics
 from service.store.codec import Click
 from service.store.feature_store import FeatureStore
 
-
 ArmOf = Callable[[float, str], str]
 """The arm of a unit under the shares that held at a time."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.features.arrays import Arrays
 from models.features.packing import join, slice_candidates
-from service.errors import DeadlinePassed, ModelFailed, NotOpen, Overloaded, Refusal, ShadowDropped
+from service.errors import DeadlinePassed, ModelFailed, NotOpen, Overloaded, Refusal, ShadowDropped, WouldBeLate
 from service.runtime.backend import Backend, BackendError, Logits
 from service.runtime.latency_model import LatencyModel
 
@@ -123,13 +123,13 @@ class Scheduler:
     def is_overdue(self) -> bool:
         """Whether a run takes far longer than it should: a model that hangs must not meet the event loop."""
         now = time.monotonic()
-        under_way = list(self._under_way.values())
-        return any(now - began > OVERDUE * expected_s + OVERDUE_S for began, expected_s in under_way)
+        return any(_is_overdue(now - began, expected_s) for began, expected_s in list(self._under_way.values()))
 
     def submit(self, run: Run) -> None:
-        """From the event loop. Raises Overloaded, ShadowDropped or NotOpen.
+        """From the event loop. Raises Overloaded, WouldBeLate, ShadowDropped or NotOpen.
 
         One request that nobody waits before is never too large. Shadow runs that wait go first where there is no room.
+        Behind a run that is overdue a request is refused at once if it cannot wait as long again.
         """
         dropped: list[Run] = []
         with self._changed:
@@ -137,6 +137,8 @@ class Scheduler:
                 raise NotOpen
             if run.is_shadow and not self.takes_shadow:
                 raise ShadowDropped
+            if (stalled_s := self._stalled_s()) > run.expires_at - time.monotonic():
+                raise WouldBeLate(stalled_s)
             while not run.is_shadow and self._shadow and self.num_queued + run.num_candidates > self._limit:
                 dropped.append(self._take(self._shadow))
             if self._live and self.num_queued + run.num_candidates > self._limit:
@@ -170,6 +172,14 @@ class Scheduler:
             await asyncio.to_thread(thread.join, max(until - time.monotonic(), 0))
             if thread.is_alive():
                 log.error("a model still runs", extra={"waited_s": STOP_S})
+
+    def _stalled_s(self) -> float:
+        """How long the run has taken that all wait for, if it is overdue: the best guess of how long it will."""
+        if len(self._under_way) < len(self._threads):
+            return 0.0
+        now = time.monotonic()
+        taken = [(now - began, expected_s) for began, expected_s in self._under_way.values()]
+        return min(seconds if _is_overdue(seconds, expected_s) else 0.0 for seconds, expected_s in taken)
 
     def _expire(self, run: Run) -> None:
         run.resolve(DeadlinePassed(run.timeout_ms))
@@ -249,6 +259,10 @@ class Scheduler:
         if self._live or self._shadow:
             self._changed.notify()  # what is left may be for another thread
         return batch
+
+
+def _is_overdue(seconds: float, expected_s: float) -> bool:
+    return seconds > OVERDUE * expected_s + OVERDUE_S
 
 
 def run_once(backend: Backend, arrays: Arrays, num_candidates: int) -> RunOutcome:

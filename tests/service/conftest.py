@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.http.routes import Api, Parts
+from service.http.routes import Api, OpenService
 from service.settings import PREFIX, Settings
 from tests.service import tiny
 
@@ -55,9 +55,9 @@ class Running:
         self.api: Api = app.state.api
 
     @property
-    def parts(self) -> Parts:
-        assert self.api.parts is not None
-        return self.api.parts
+    def parts(self) -> OpenService:
+        assert self.api.service is not None
+        return self.api.service
 
     @property
     def store(self) -> Any:

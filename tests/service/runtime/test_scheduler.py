@@ -1,298 +1,239 @@
-"""Who is next, by hand and as laws: the line has no clock and no thread of its own."""
+"""Whoever is late, leaves or has to go is answered at once and never run; each gets exactly its own scores."""
 
-import math
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import Refusal
-from service.runtime.latency_model import Cost
-from service.runtime.scheduler import SHADOW_SHARE, Batch, Line, Queue, Work
-from tests.service.engine import Fake, apart, joining, request
+from service.errors import (
+    DeadlinePassed,
+    ModelFailed,
+    NotOpen,
+    Overloaded,
+    Refusal,
+    ShadowDropped,
+    WouldBeLate,
+)
+from service.runtime.scheduler import RunOutcome, Scheduler
+from tests.service.fake_backend import FakeBackend, blocked, entered, packed, served, submitted
 
 
-def queue(cost: Cost | None = None, *, lanes: int = 1, wait_s: float = 0.0) -> Queue:
-    backend = Fake()
-    backend.lanes, backend.batch_wait_s = lanes, wait_s
-    return Queue(backend=backend, cost=cost or apart())
+@pytest.fixture
+async def scheduler() -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(max_queued_candidates=100, max_candidates=50)
+    yield scheduler
+    await scheduler.aclose()
 
 
-def work(candidates: int, *, shadow: bool = False, expires: float = math.inf, users: int = 1) -> Work:
-    answer: Any = None  # the line does not look at it
-    arrays = request(*range(candidates))
-    return Work(arrays=arrays, candidates=candidates, users=users, expires=expires, shadow=shadow, answer=answer)
+async def test_a_late_request_is_refused_at_its_deadline_and_never_run(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+
+    _, late = submitted(scheduler, model, packed(1), within_s=0.03)
+    outcome = await late
+    backend.proceed.release()
+    await first
+    await submitted(scheduler, model, packed(2))[1]
+
+    assert isinstance(outcome, DeadlinePassed)
+    assert backend.runs == [[0], [2]]
 
 
-def taken(line: Line, now: float = 0.0) -> Batch:
-    batch, _ = line.take(now)
-    assert batch is not None
-    return batch
+async def test_a_request_under_way_is_refused_at_its_deadline_even_if_the_model_hangs(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    backend.blocks = True
+
+    _, outcome = submitted(scheduler, served(backend), packed(1), within_s=0.03)
+
+    assert isinstance(await outcome, DeadlinePassed)
+    backend.proceed.release()
 
 
-def sizes(batch: Batch) -> list[int]:
-    return [piece.stop - piece.start for piece in batch.pieces]
+async def test_behind_a_model_that_hangs_requests_are_refused_at_once(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    await submitted(scheduler, model, packed(1), within_s=0.1)[1]  # it has been hanging for this long now
+
+    assert scheduler.is_overdue
+    with pytest.raises(WouldBeLate):
+        submitted(scheduler, model, packed(1), within_s=0.05)
+    backend.proceed.release()
+    await first
 
 
-@st.composite
-def arrivals(draw: st.DrawFn) -> list[tuple[int, Work]]:
-    one = st.tuples(st.integers(0, 1), st.integers(1, 40), st.booleans())
-    return [(lane, work(size, shadow=shadow)) for lane, size, shadow in draw(st.lists(one, max_size=25))]
+async def test_a_request_that_is_cancelled_is_not_run(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    run, outcome = submitted(scheduler, model, packed(1))
+    _, stays = submitted(scheduler, model, packed(2))
+
+    scheduler.cancel(run)
+    backend.proceed.release()
+    await first
+
+    assert np.array_equal(await stays, [2])  # type: ignore[arg-type]
+    assert not outcome.done()
+    assert backend.runs == [[0], [2]]
 
 
-@given(arrivals(), st.integers(1, 30), st.booleans())
-def test_every_candidate_is_run_once_and_shadow_work_only_when_no_other_waits(
-    arriving: list[tuple[int, Work]], piece: int, joins: bool
+async def test_a_request_beyond_the_limit_is_refused_unless_nobody_waits(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    _, large = submitted(scheduler, model, packed(*range(150)))
+
+    with pytest.raises(Overloaded):
+        submitted(scheduler, model, packed(1))
+    backend.proceed.release()
+    await first
+
+    assert len(await large) == 150  # type: ignore[arg-type]
+
+
+async def test_a_large_request_is_run_in_chunks_and_answered_as_one(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+
+    logits = await submitted(scheduler, served(backend), packed(*range(120), user=7))[1]
+
+    assert np.array_equal(logits, np.arange(120) + 7)  # type: ignore[arg-type]
+    assert [len(run) for run in backend.runs] == [50, 50, 20]
+
+
+async def test_shadow_runs_come_last_and_go_first(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    shadows = [submitted(scheduler, model, packed(*[n] * 12), is_shadow=True)[1] for n in (1, 2)]
+    _, last = submitted(scheduler, model, packed(3, 3), is_shadow=True)
+    with pytest.raises(ShadowDropped):  # a quarter of the queue may be waiting, and more is
+        submitted(scheduler, model, packed(4, 4), is_shadow=True)
+    _, live = submitted(scheduler, model, packed(*[5] * 80))
+    backend.proceed.release()
+
+    assert isinstance(await shadows[0], ShadowDropped)
+    await asyncio.gather(first, live, shadows[1], last)
+    assert [run[0] for run in backend.runs] == [0, 5, 5, 2, 3]  # the live one in two chunks
+
+
+async def test_a_failed_run_is_a_model_that_failed_and_the_next_one_is_run(scheduler: Scheduler) -> None:
+    model = served(FakeBackend())
+
+    failed = await submitted(scheduler, model, packed(1, -2))[1]
+    fine = await submitted(scheduler, model, packed(1))[1]
+
+    assert isinstance(failed, ModelFailed)
+    assert str(failed.__cause__) == "poison"
+    assert np.array_equal(fine, [1])  # type: ignore[arg-type]
+
+
+async def test_a_model_that_joins_runs_what_waits_together_and_a_bad_request_costs_only_itself(
+    scheduler: Scheduler,
 ) -> None:
-    line = Line(limit=10**6)
-    queues = [queue((joining if joins else apart)(piece)) for _ in range(2)]
-    for number, (lane, new) in enumerate(arriving):
-        line.put(queues[lane], new, float(number))
-
-    seen: dict[int, list[tuple[int, int]]] = {}
-    while (batch := line.take(1e6)[0]) is not None:
-        assert batch.candidates == sum(sizes(batch)) <= piece
-        assert len({p.work.shadow for p in batch.pieces}) == 1
-        if batch.pieces[0].work.shadow:
-            assert not any(q.live for q in queues)
-        for p in batch.pieces:
-            assert p.work in [w for lane, w in arriving if queues[lane] is batch.queue]
-            seen.setdefault(id(p.work), []).append((p.start, p.stop))
-        line.ended(batch)
-
-    for _, one in arriving:
-        pieces = seen[id(one)]
-        assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
-        assert pieces[-1][1] == one.candidates
-    assert line.candidates == 0
-    assert line.ahead_s(1e6, shadow=True) == 0
-    assert line.is_empty
-
-
-@given(arrivals())
-def test_apart_all_models_together_are_served_in_the_order_of_arrival(arriving: list[tuple[int, Work]]) -> None:
-    line = Line(limit=10**6)
-    queues = [queue(), queue()]
-    for number, (lane, new) in enumerate(arriving):
-        line.put(queues[lane], new, float(number))
-
-    order = []
-    while (batch := line.take(1e6)[0]) is not None:
-        order.append(batch.pieces[0].work)
-        line.ended(batch)
-
-    live_first = sorted((new for _, new in arriving), key=lambda new: new.shadow)
-    assert list(map(id, order)) == list(map(id, live_first))
-
-
-@given(arrivals(), st.data())
-def test_whoever_leaves_is_not_run_and_takes_no_room(arriving: list[tuple[int, Work]], data: st.DataObject) -> None:
-    line = Line(limit=10**6)
-    queues = [queue(), queue()]
-    for lane, new in arriving:
-        line.put(queues[lane], new, 0.0)
-    gone = {id(new) for _, new in arriving if data.draw(st.booleans())}
-    for lane, new in arriving:
-        if id(new) in gone:
-            line.leave(queues[lane], new)
-            line.leave(queues[lane], new)
-
-    assert line.candidates == sum(new.candidates for _, new in arriving if id(new) not in gone)
-    served = set()
-    while (batch := line.take(0.0)[0]) is not None:
-        served.add(id(batch.pieces[0].work))
-        line.ended(batch)
-    assert served == {id(new) for _, new in arriving} - gone
-
-
-def test_a_large_request_is_cut_into_about_equal_pieces() -> None:
-    line, model = Line(limit=10**6), queue(apart(piece=100))
-    line.put(model, work(101), 0.0)
-
-    pieces = []
-    while (batch := line.take(0.0)[0]) is not None:
-        pieces += sizes(batch)
-        line.ended(batch)
-
-    assert pieces == [51, 50]
-
-
-def test_requests_are_joined_up_to_the_largest_run_that_pays() -> None:
-    line, model = Line(limit=10**6), queue(joining(piece=100))
-    for _ in range(5):
-        line.put(model, work(30), 0.0)
-
-    assert sizes(taken(line)) == [30, 30, 30]
-
-
-def test_requests_are_joined_while_one_more_costs_less_than_alone() -> None:
-    """Of these a run costs 100 us and each user in it 40 us; joined, a candidate costs 1 us more than alone."""
-    line, model = Line(limit=10**6), queue(Cost(a=100e-6, b=1e-6, u=40e-6, d=1e-6, piece=1000))
-    for size in (5, 5, 50, 80):
-        line.put(model, work(size), 0.0)
-
-    assert sizes(taken(line)) == [5, 5, 50]  # one more saves 100 - 40 us, and costs 80 us
-
-
-def test_requests_of_two_users_are_not_joined_where_only_larger_runs_would_pay() -> None:
-    """Two save one run (100 us) and cost two users (80 us) and a joined candidate's 1 us: worth it up to 20 of them."""
-    for each, joined in ((9, [9, 9]), (11, [11])):
-        line, model = Line(limit=10**6), queue(Cost(a=100e-6, b=1e-6, u=40e-6, d=1e-6, piece=1000))
-        line.put(model, work(each), 0.0)
-        line.put(model, work(each), 0.0)
-
-        assert sizes(taken(line)) == joined
-
-
-def test_nobody_is_made_late_by_company() -> None:
-    line, model = Line(limit=10**6), queue(joining())
-    line.put(model, work(10, expires=1.011e-3), 0.0)
-    line.put(model, work(100), 0.0)
-
-    assert sizes(taken(line)) == [10]
-
-
-def test_requests_with_other_inputs_are_not_joined() -> None:
-    line, model = Line(limit=10**6), queue(joining())
-    line.put(model, work(10), 0.0)
-    other = work(10)
-    other.arrays = {**other.arrays, "item.price": other.arrays["item.number"]}
-    line.put(model, other, 0.0)
-
-    assert sizes(taken(line)) == [10]
-
-
-def test_live_work_is_not_joined_to_shadow_work() -> None:
-    line, model = Line(limit=10**6), queue(joining())
-    line.put(model, work(10, shadow=True), 0.0)
-    line.put(model, work(20), 1.0)
-
-    assert sizes(taken(line, 2.0)) == [20]
-
-
-def test_what_would_be_scored_too_late_is_refused_on_arrival() -> None:
-    """1 ms a run and 1 us a candidate: 1.1 ms each."""
-    line, model = Line(limit=10**6), queue()
-    line.put(model, work(100), 0.0)
-    line.put(queue(), work(100), 0.0)  # another model's: they wait for the same thread
-
-    with pytest.raises(Refusal) as refused:
-        line.put(model, work(100, expires=3.29e-3), 0.0)
-    line.put(model, work(100, expires=3.31e-3), 0.0)
-
-    assert (refused.value.status, refused.value.reason) == (503, "predicted_late")
-    assert refused.value.headers == {"Retry-After": "1"}
-
-
-def test_with_nothing_before_it_a_request_is_let_in_since_only_runs_correct_what_is_expected() -> None:
-    line, model = Line(limit=10**6), queue()
-
-    line.put(model, work(100, expires=1e-3), 0.0)
-
-    assert sizes(taken(line)) == [100]
-
-
-def test_the_run_under_way_counts_for_what_is_left_of_it() -> None:
-    line, model = Line(limit=10**6), queue()
-    line.put(model, work(1000), 0.0)  # 2 ms
-    taken(line, 0.0)
-
-    assert line.ahead_s(0.5e-3) == pytest.approx(1.5e-3)
-    assert line.ahead_s(2e-3) == pytest.approx(0)
-    assert line.ahead_s(1.002) == pytest.approx(1.0)  # it hangs: who has 100 ms need not wait for it
-
-
-def test_what_has_expired_is_never_run() -> None:
-    line, model = Line(limit=10**6), queue()
-    line.put(model, work(1, expires=1.0), 0.0)
-    line.put(model, work(2, expires=3.0), 0.0)
-    line.put(model, work(3, expires=2.0, shadow=True), 0.0)
-
-    assert sizes(taken(line, 2.0)) == [2]
-    assert line.candidates == 0 or line.take(2.0)[0] is None
-
-
-def test_a_full_line_refuses_and_one_request_of_any_size_is_never_too_long() -> None:
-    line, model = Line(limit=100), queue()
-    line.put(model, work(500), 0.0)
-    taken(line)
-    line.put(model, work(60), 0.0)
-
-    with pytest.raises(Refusal) as refused:
-        line.put(model, work(41), 0.0)
-    line.put(model, work(40), 0.0)
-
-    assert (refused.value.status, refused.value.reason) == (503, "overloaded")
-
-
-def test_shadow_work_goes_when_live_work_needs_the_room() -> None:
-    line, model = Line(limit=100), queue()
-    shadows = [work(10, shadow=True) for _ in range(2)]
-    for shadow in shadows:
-        line.put(model, shadow, 0.0)
-
-    assert line.put(model, work(80), 0.0) == []
-    assert line.put(model, work(5), 0.0) == shadows[:1]
-    assert line.candidates == 95
-
-
-def test_shadow_work_is_not_let_in_while_much_is_waiting() -> None:
-    line, model = Line(limit=100), queue()
-    line.put(model, work(int(100 * SHADOW_SHARE) + 1), 0.0)
-
-    with pytest.raises(Refusal) as refused:
-        line.put(model, work(1, shadow=True), 0.0)
-
-    assert refused.value.reason == "shadow_dropped"
-
-
-def test_shadow_work_takes_no_time_from_what_live_work_is_promised() -> None:
-    line, model = Line(limit=10**6), queue()
-    for _ in range(10):
-        line.put(model, work(100, shadow=True), 0.0)
-
-    line.put(model, work(100, expires=1.2e-3), 0.0)
-
-    assert not taken(line).pieces[0].work.shadow
-
-
-def test_on_a_gpu_a_request_waits_a_moment_for_company_and_a_full_run_does_not() -> None:
-    line, model = Line(limit=10**6), queue(joining(piece=100), wait_s=0.001)
-    line.put(model, work(60), 5.0)
-
-    assert line.take(5.0) == (None, 5.001)
-    line.put(model, work(30), 5.0005)
-    assert line.take(5.0006) == (None, 5.001)
-    line.put(model, work(30), 5.0007)
-
-    assert sizes(taken(line, 5.0007)) == [60, 30]
-    assert line.take(5.0007)[0] is None
-
-
-def test_a_wait_ends_in_a_run() -> None:
-    line, model = Line(limit=10**6), queue(joining(piece=100), wait_s=0.001)
-    line.put(model, work(60), 5.0)
-
-    assert sizes(taken(line, 5.001)) == [60]
-
-
-def test_a_model_has_no_more_runs_under_way_than_it_can() -> None:
-    line, model, other = Line(limit=10**6, threads=3), queue(lanes=1), queue(lanes=2)
-    for one in (model, model, other, other, other):
-        line.put(one, work(1), 0.0)
-
-    batches = [taken(line) for _ in range(3)]
-
-    assert [batch.queue for batch in batches] == [model, other, other]
-    assert line.take(0.0) == (None, math.inf)
-    line.ended(batches[0])
-    assert taken(line).queue is model
-
-
-def test_two_threads_halve_the_wait() -> None:
-    line, model = Line(limit=10**6, threads=2), queue()
-    for _ in range(4):
-        line.put(model, work(100), 0.0)
-
-    assert line.ahead_s(0.0) == pytest.approx(2.2e-3)
+    backend = FakeBackend(joins=True)
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    outcomes = [submitted(scheduler, model, packed(n, user=10 * n))[1] for n in (1, 2, -2, 3)]
+    backend.proceed.release()
+    await first
+
+    one, two, bad, three = await asyncio.gather(*outcomes)
+
+    assert [float(o[0]) for o in (one, two, three)] == [11, 22, 33]  # type: ignore[index]
+    assert isinstance(bad, ModelFailed)
+    assert backend.runs[1] == [1, 2, -2, 3]
+
+
+async def test_a_model_is_drained_when_its_last_run_is_over(scheduler: Scheduler) -> None:
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    draining = asyncio.ensure_future(model.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+
+    backend.proceed.release()
+    await first
+
+    await asyncio.wait_for(draining, 10)
+
+
+async def test_a_closed_scheduler_finishes_what_waits_and_takes_no_more() -> None:
+    scheduler = Scheduler(max_queued_candidates=100, max_candidates=50)
+    backend = FakeBackend()
+    model = served(backend)
+    first = await blocked(scheduler, model)
+    _, waiting = submitted(scheduler, model, packed(1))
+
+    closing = asyncio.ensure_future(scheduler.aclose())
+    await asyncio.sleep(0)
+    with pytest.raises(NotOpen):
+        submitted(scheduler, model, packed(2))
+    backend.proceed.release()
+    await closing
+
+    assert np.array_equal(await waiting, [1])  # type: ignore[arg-type]
+    await first
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, 9),  # whose
+            st.lists(st.sampled_from([0, 1, 2, 3, -2]), min_size=1, max_size=8),
+            st.sampled_from([0.0, 0.002, 30.0]),  # how long it may take
+            st.booleans(),  # shadow
+        ),
+        max_size=25,
+    ),
+    joins=st.booleans(),
+    threads=st.integers(1, 2),
+)
+def test_in_a_storm_each_gets_its_own_scores_or_one_refusal(requests, joins, threads):
+    async def storm() -> list[RunOutcome]:
+        scheduler = Scheduler(max_queued_candidates=60, max_candidates=20, threads=threads)
+        model = served(FakeBackend(joins=joins), base_s=1e-6)
+        outcomes: list[asyncio.Future[RunOutcome]] = []
+        for user, items, within_s, is_shadow in requests:
+            try:
+                _, outcome = submitted(
+                    scheduler, model, packed(*items, user=user), within_s=within_s, is_shadow=is_shadow
+                )
+            except Refusal as refusal:
+                outcome = asyncio.get_running_loop().create_future()
+                outcome.set_result(refusal)
+            outcomes.append(outcome)
+        answers = await asyncio.wait_for(asyncio.gather(*outcomes), 20)
+        await asyncio.wait_for(model.drain(), 10)
+        await scheduler.aclose()
+        assert scheduler.num_queued == 0
+        return list(answers)
+
+    answers = asyncio.run(storm())
+
+    for (user, items, _, _), answer in zip(requests, answers, strict=True):
+        if isinstance(answer, Refusal):
+            expected_kinds = (ModelFailed, DeadlinePassed, WouldBeLate, Overloaded, ShadowDropped)
+            assert isinstance(answer, expected_kinds)
+            assert -2 in items or not isinstance(answer, ModelFailed)
+        else:
+            assert np.array_equal(answer, np.array(items) + user)
+
+
+async def test_two_threads_run_two_models_side_by_side() -> None:
+    scheduler = Scheduler(max_queued_candidates=100, max_candidates=50, threads=2)
+    slow, fast = FakeBackend(), FakeBackend()
+    slow.blocks = True
+    _, waiting = submitted(scheduler, served(slow), packed(1))
+    await entered(slow)
+
+    assert np.array_equal(await submitted(scheduler, served(fast), packed(2))[1], [2])  # type: ignore[arg-type]
+    slow.proceed.release()
+    await waiting
+    await scheduler.aclose()

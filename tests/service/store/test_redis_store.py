@@ -115,7 +115,9 @@ async def test_what_cannot_be_read_is_absent_and_logged(
     )
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"\x01", b"rubbish", EMPTY_HISTORY + b"\x00" * 40, EMPTY_HISTORY + b"\xff" * 40])
+@pytest.mark.parametrize(
+    "rubbish", [b"", b"\x01", b"rubbish", EMPTY_HISTORY + b"\x00" * 40, EMPTY_HISTORY + b"\xff" * 40]
+)
 async def test_a_past_that_cannot_be_read_begins_anew(store: RedisStore, server: redis.Redis, rubbish: bytes):
     server.set(behaviours_key("u1"), rubbish)
 
