@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -349,7 +350,9 @@ def test_what_a_killed_worker_wrote_in_time_is_kept_to_the_last_count(tmp_path: 
         first.scrape()  # both have started
         second.count(100)
         seen = [first.scrape()]
+        deadline = time.monotonic() + 30
         while seen[-1] < 100:  # its next snapshot is a thousandth of a second away
+            assert time.monotonic() < deadline, "the second worker wrote nothing within thirty seconds"
             seen.append(first.scrape())
         second.kill()
         third = Worker(tmp_path, 1, "often")
