@@ -1,10 +1,9 @@
-"""What is kept of items and clicks changes no answer: kept, not kept and merged by hand all give the same arrays."""
+"""What is cached of items and clicks changes no answer: cached, not cached and merged by hand give the same tensors."""
 
 import asyncio
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,65 +19,91 @@ from models.features.history import Event
 from models.features.request import Request
 from models.features.schema import Schema
 from models.features.values import Row
-from service.deadline import Deadline
-from service.errors import Refusal
+from service.errors import InvalidValue
 from service.http import schemas
 from service.http.decoding import Decoder
-from service.observability.metrics import Metrics
-from service.scoring.candidate_cache import MAX_KEY_BYTES, Items
-from service.scoring.feature_merge import Unreadable
-from service.scoring.model_inputs import Inputs
+from service.scoring.candidate_cache import MAX_KEY_BYTES, CandidateCache
+from service.scoring.model_inputs import InputLookup, ModelInput, ModelInputBuilder
+from service.scoring.request import MalformedFeatures, ScoringRequest
+from service.scoring.scorer import NOTHING_FETCHED
 from service.store.codec import Click, pack_row, unpack_row
-from service.store.feature_store import Fetched, StoreUnavailable
+from service.store.feature_store import Fetched, OnFetched, StoreUnavailable
 from service.store.memory_store import MemoryStore
 from tests.service import tiny
 
 NOW = 1000.0
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """As much of a loaded model as reading needs."""
+def item_graph(packed: Arrays) -> np.ndarray:
+    """An item half from which ids and weights can be read back."""
+    return np.concatenate([packed["item_ids"], packed["item_weights"]], axis=1).astype(np.float32)
 
-    encoder: Encoder
+
+ITEM_WIDTH = 8
+PRICE = 5  # the column of the price's weight: ids are item_id, price, two genres
+
+
+def builder(*, rows: int, fresh_s: float, schema: Schema = tiny.SCHEMA) -> ModelInputBuilder:
+    inputs = [SimpleNamespace(name=name) for name in ("request_ids", "history_ids", "items")]
+    manifest = SimpleNamespace(item_width=ITEM_WIDTH, graphs={"model.onnx": SimpleNamespace(inputs=inputs)})
+    artifact: Any = SimpleNamespace(encoder=Encoder(schema), manifest=manifest)
+    return ModelInputBuilder(artifact, item_graph, item_rows=rows, fresh_s=fresh_s)
 
 
 class Store(MemoryStore):
     """Counts what it is asked, and can be down."""
 
-    down = False
+    is_down = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[Sequence[str]] = []
-        self.open = asyncio.Event()  # clear: an answer takes until it is set
-        self.open.set()
-        self.waits = asyncio.Event()  # set whenever one is waited for
+        self.queries: list[Sequence[str]] = []
 
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
-        self.asked.append(list(items))
-        if self.down:
-            raise StoreUnavailable("down")
-        self.waits.set()
-        await self.open.wait()
-        return await super().fetch(user, items, before=before, limit=limit)
+    def fetch_soon(
+        self,
+        user: str | None,
+        items: Sequence[str],
+        on_fetched: OnFetched,
+        *,
+        before: float,
+        limit: int,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.queries.append(list(items))
+        if self.is_down:
+            on_fetched(StoreUnavailable("down"))
+        else:
+            super().fetch_soon(user, items, on_fetched, before=before, limit=limit, timeout_s=timeout_s)
 
 
 class Reader:
-    """Reads requests as the service does, with what it keeps in between."""
+    """Reads requests as the scorer does, with what is cached in between."""
 
     def __init__(self, *, rows: int = 100, fresh_s: float = 10, schema: Schema = tiny.SCHEMA) -> None:
         self.store = Store()
-        self.model: Any = Model(Encoder(schema))
-        self.inputs = Inputs(store=self.store, metrics=Metrics(), item_rows=rows, fresh_s=fresh_s)
+        self.encoder = Encoder(schema)
+        self.inputs = builder(rows=rows, fresh_s=fresh_s, schema=schema)
         self._decoder = Decoder(schemas.PredictRequest)
 
-    def given(self, body: dict[str, Any]) -> Any:
-        return schemas.given(self._decoder.decode(json.dumps(body).encode()), now=NOW, max_candidates=100)
+    def request(self, body: dict[str, Any]) -> ScoringRequest:
+        return schemas.scoring_request(self._decoder.decode(json.dumps(body).encode()), now=NOW, max_candidates=100)
 
-    async def read(self, **body: Any) -> Any:
-        in_time = Deadline.after(30_000, since=time.monotonic())
-        return await self.inputs.read(self.model, self.given({"ts": NOW, **body}), in_time)
+    def find(self, **body: Any) -> tuple[ScoringRequest, InputLookup]:
+        request = self.request({"ts": NOW, **body})
+        return request, self.inputs.find(request, with_ids=True)
+
+    async def build(self, request: ScoringRequest, lookup: InputLookup) -> ModelInput:
+        fetched: Fetched | None = NOTHING_FETCHED
+        if not lookup.needs_store(request):
+            return self.inputs.build(request, lookup, fetched)
+        try:
+            fetched = await self.store.fetch(request.user, lookup.items, before=NOW, limit=lookup.num_clicks)
+        except StoreUnavailable:
+            fetched = None
+        return self.inputs.build(request, lookup, fetched)
+
+    async def read(self, **body: Any) -> ModelInput:
+        return await self.build(*self.find(**body))
 
 
 async def by_hand(store: MemoryStore, body: dict[str, Any], encoder: Encoder) -> tuple[Arrays, bool]:
@@ -104,7 +129,9 @@ async def by_hand(store: MemoryStore, body: dict[str, Any], encoder: Encoder) ->
             items[name].append(value)
     clicked = [Event(item=e.item, ts=e.ts, features=e.features) for e in past]
     request = Request(user={"user_id": user}, context={}, ts=NOW, behaviours=clicked, items=items, num_items=len(ids))
-    return encoder.encode(request), invalid
+    packed = encoder.layout.pack(encoder.encode(request))
+    del packed["user_index"]
+    return {**packed, "items": item_graph(packed)}, invalid
 
 
 def same(one: Arrays, other: Arrays) -> None:
@@ -112,6 +139,10 @@ def same(one: Arrays, other: Arrays) -> None:
     for name, array in one.items():
         assert array.dtype == other[name].dtype, name
         np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def price(read: ModelInput, row: int = 0) -> float:
+    return float(read.arrays["items"][row, PRICE])
 
 
 ids = st.sampled_from(["a1", "a2", "a3", "a4", "new", "newer"])
@@ -165,11 +196,12 @@ def test_what_is_kept_changes_no_array(
         for candidates in [*asked, *asked]:
             body = {"user": {"id": "u1"}, "candidates": candidates}
             kept, fresh = await keeping.read(**body), await forgetting.read(**body)
-            expected, invalid = await by_hand(keeping.store, body, keeping.model.encoder)
+            expected, invalid = await by_hand(keeping.store, body, keeping.encoder)
             same(kept.arrays, fresh.arrays)
             same(kept.arrays, expected)
             assert kept.degraded == fresh.degraded == (["stored_values_invalid"] if invalid else [])
-            assert kept.unnamed == fresh.unnamed
+            assert kept.num_unnamed == fresh.num_unnamed
+            assert kept.unknown == fresh.unknown
 
     asyncio.run(check())
 
@@ -182,36 +214,31 @@ async def test_a_known_item_is_not_asked_for_again() -> None:
         await reader.read(user={"id": "u1"}, candidates=[{"id": "a1"}, {"id": "a1"}, {"id": "new"}])
         await reader.read(user={"id": "u1"}, candidates={"id": ["new", "a1"]})
 
-    assert reader.store.asked == [["a1", "new"], [], [], []]
+    assert reader.store.queries == [["a1", "new"], [], [], []]
 
 
-async def test_a_row_that_the_client_gives_whole_is_never_asked_for() -> None:
+async def test_a_row_that_the_client_sends_complete_is_never_asked_for() -> None:
     reader = Reader()
-    whole = {"price": 1, "genres": []}
+    complete = {"price": 1, "genres": []}
 
-    await reader.read(candidates=[{"id": "a1", "features": whole}])
+    await reader.read(candidates=[{"id": "a1", "features": complete}])
     await reader.read(candidates={"id": ["a2"], "price": [1], "genres": [["x"]]})
     await reader.read(candidates={"id": ["a2", "a3"], "price": [1, None], "genres": [["x"], []]})
 
-    assert reader.store.asked == [["a2", "a3"]]
+    assert reader.store.queries == [["a2", "a3"]]
 
 
-async def test_a_row_whose_place_another_takes_while_the_store_is_asked_stays_the_row() -> None:
+async def test_a_row_whose_slot_another_takes_while_the_store_is_asked_stays_the_row() -> None:
     reader = Reader(rows=2)
     await reader.store.put_items({name: {"price": price} for name, price in (("a1", 1.0), ("a2", 2.0), ("a3", 3.0))})
     alone = (await reader.read(candidates=[{"id": "a1"}])).arrays
-    reader.store.open.clear()
-    reader.store.waits.clear()
 
-    waiting = asyncio.create_task(reader.read(candidates=[{"id": "a1"}, {"id": "a3"}]))
-    await reader.store.waits.wait()
-    whole = {"price": 9, "genres": ["x"]}
-    await reader.read(candidates=[{"id": "a1", "features": whole}, {"id": "a2", "features": whole}])
-    reader.store.open.set()
-    read = (await waiting).arrays
+    request, lookup = reader.find(candidates=[{"id": "a1"}, {"id": "a3"}])
+    complete = {"price": 9, "genres": ["x"]}
+    await reader.read(candidates=[{"id": "a1", "features": complete}, {"id": "a2", "features": complete}])
+    read = (await reader.build(request, lookup)).arrays
 
-    for name in ("item.item_id", "item.price", "item.genres"):
-        np.testing.assert_array_equal(read[name][0], alone[name][0])
+    np.testing.assert_array_equal(read["items"][0], alone["items"][0])
 
 
 async def test_other_features_of_the_same_item_are_another_row() -> None:
@@ -219,7 +246,7 @@ async def test_other_features_of_the_same_item_are_another_row() -> None:
     await reader.store.put_items({"a1": {"price": 2.0}})
 
     prices = [
-        (await reader.read(candidates=[{"id": "a1", "features": features}])).arrays["item.price"].item()
+        price(await reader.read(candidates=[{"id": "a1", "features": features}]))
         for features in ({"price": 9}, None, {"price": 3}, {"price": 9}, {})
     ]
 
@@ -227,36 +254,40 @@ async def test_other_features_of_the_same_item_are_another_row() -> None:
     assert prices[1] == prices[4] not in (prices[0], prices[2])
 
 
+def cache(now: Any) -> CandidateCache:
+    return CandidateCache(Encoder(tiny.SCHEMA), item_graph, item_width=ITEM_WIDTH, capacity=10, fresh_s=10, now=now)
+
+
 async def test_a_row_whose_time_is_over_is_read_again() -> None:
     now = 0.0
-    items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
-    candidates = Reader().given({"candidates": [{"id": "a1"}]}).candidates
+    items = cache(lambda: now)
+    candidates = Reader().request({"candidates": [{"id": "a1"}]}).candidates
 
-    def price(stored: Row | None) -> float:
-        wanted = items.find(candidates)
-        assert wanted.asked == ([] if stored is None else ["a1"])
+    def price_of(stored: Row | None) -> float:
+        lookup = items.find(candidates, with_ids=False)
+        assert lookup.missing_ids == ([] if stored is None else ["a1"])
         known = None if stored is None else {"a1": pack_row(stored)}
-        return float(items.encode(candidates, wanted, known).arrays["item.price"].item())
+        return float(items.rows(candidates, lookup, known).arrays["items"][0, PRICE])
 
-    first = price({"price": 1.0})
+    first = price_of({"price": 1.0})
     now = 9.9
-    assert price(None) == first
+    assert price_of(None) == first
     now = 10.1
-    second = price({"price": 4.0})
+    second = price_of({"price": 4.0})
 
     assert second != first
     now = 20.0
-    assert price(None) == second
+    assert price_of(None) == second
 
 
 async def test_a_row_that_the_store_still_has_is_kept_for_another_time_and_not_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    items = Items(Encoder(tiny.SCHEMA), capacity=10, fresh_s=10, now=lambda: now)
-    candidates = Reader().given({"candidates": [{"id": "a1"}, {"id": "a2", "features": {"price": 7}}]}).candidates
+    items = cache(lambda: now)
+    candidates = Reader().request({"candidates": [{"id": "a1"}, {"id": "a2", "features": {"price": 7}}]}).candidates
     stored = {"a1": pack_row({"price": 1.0, "genres": ["x"]}), "a2": None}
-    first = items.encode(candidates, items.find(candidates), stored).arrays
+    first = items.rows(candidates, items.find(candidates, with_ids=True), stored).arrays
     encoded: list[int] = []
     encode = Encoder.encode_items
 
@@ -267,29 +298,29 @@ async def test_a_row_that_the_store_still_has_is_kept_for_another_time_and_not_m
     monkeypatch.setattr(Encoder, "encode_items", counting)
 
     now = 10.1
-    wanted = items.find(candidates)
-    again = items.encode(candidates, wanted, stored).arrays
+    lookup = items.find(candidates, with_ids=True)
+    again = items.rows(candidates, lookup, stored).arrays
     now = 20.0
-    assert wanted.asked == ["a1", "a2"]
-    assert items.find(candidates).asked == []
+    assert lookup.missing_ids == ["a1", "a2"]
+    assert items.find(candidates, with_ids=False).missing_ids == []
     assert encoded == []
     same(again, first)
 
     now = 20.2
     stored["a2"] = pack_row({"genres": ["y"]})
-    items.encode(candidates, items.find(candidates), stored)
+    items.rows(candidates, items.find(candidates, with_ids=False), stored)
     assert encoded == [1]
 
 
 async def test_while_the_store_is_down_behaviours_that_lack_features_are_named() -> None:
     reader = Reader()
-    reader.store.down = True
-    whole = {"price": 1, "genres": ["x"]}
-    asked: dict[str, Any] = {"candidates": [{"id": "a1", "features": whole}]}
+    reader.store.is_down = True
+    complete = {"price": 1, "genres": ["x"]}
+    asked: dict[str, Any] = {"candidates": [{"id": "a1", "features": complete}]}
 
     read = [
         (await reader.read(**asked, behaviours=behaviours)).degraded
-        for behaviours in ([{"item": "a2", "ts": 5}], [{"item": "a2", "ts": 5, "features": whole}], [])
+        for behaviours in ([{"item": "a2", "ts": 5}], [{"item": "a2", "ts": 5, "features": complete}], [])
     ]
 
     assert read == [["item_features_unavailable"], [], []]
@@ -299,12 +330,12 @@ async def test_while_the_store_is_down_old_rows_stand_in_and_are_named() -> None
     reader = Reader(fresh_s=1e-9)
     await reader.store.put_items({"a1": {"price": 2.0, "genres": ["x"]}})
     up = await reader.read(candidates=[{"id": "a1"}])
-    reader.store.down = True
+    reader.store.is_down = True
 
     old = await reader.read(candidates=[{"id": "a1"}])
     both = await reader.read(candidates=[{"id": "a1"}, {"id": "a2"}])
     never = await reader.read(candidates=[{"id": "a2"}])
-    reader.store.down = False
+    reader.store.is_down = False
     await reader.store.put_items({"a2": {"price": 4.0}})
     healed = await reader.read(candidates=[{"id": "a2"}])
 
@@ -313,13 +344,13 @@ async def test_while_the_store_is_down_old_rows_stand_in_and_are_named() -> None
     assert both.degraded == ["item_features_unavailable", "item_features_stale"]
     assert never.degraded == ["item_features_unavailable"]
     assert healed.degraded == []
-    assert healed.arrays["item.price"].item() != never.arrays["item.price"].item()
+    assert price(healed) != price(never)
 
 
 async def test_rows_within_their_time_need_no_store() -> None:
     reader = Reader()
     await reader.read(candidates=[{"id": "a1"}])
-    reader.store.down = True
+    reader.store.is_down = True
 
     assert (await reader.read(candidates=[{"id": "a1"}])).degraded == []
 
@@ -330,10 +361,10 @@ async def test_a_bad_value_is_told_however_often_it_comes_and_beside_known_rows(
     await reader.read(candidates=[good])
 
     for _ in range(2):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(InvalidValue) as refused:
             await reader.read(candidates=[good, {"id": "a1", "features": {"price": "x"}}])
         assert [e.pointer for e in refused.value.errors] == ["/candidates/1/features/price"]
-        with pytest.raises(Unreadable):
+        with pytest.raises(MalformedFeatures):
             await reader.read(candidates=[good, {"id": "a1", "features": [1]}])
     assert (await reader.read(candidates=[good])).degraded == []
 
@@ -343,9 +374,9 @@ async def test_features_without_end_are_not_kept() -> None:
     large = {"id": "a1", "features": {"smell": "x" * MAX_KEY_BYTES}}
 
     for _ in range(2):
-        assert (await reader.read(candidates=[large])).unnamed == 1
+        assert (await reader.read(candidates=[large])).num_unnamed == 1
 
-    assert reader.store.asked == [["a1"], ["a1"]]
+    assert reader.store.queries == [["a1"], ["a1"]]
 
 
 async def test_ids_without_end_are_not_kept() -> None:
@@ -354,7 +385,7 @@ async def test_ids_without_end_are_not_kept() -> None:
     for _ in range(2):
         await reader.read(candidates=[{"id": 10**MAX_KEY_BYTES}, {"id": "a1"}])
 
-    assert reader.store.asked == [[str(10**MAX_KEY_BYTES), "a1"], [str(10**MAX_KEY_BYTES)]]
+    assert reader.store.queries == [[str(10**MAX_KEY_BYTES), "a1"], [str(10**MAX_KEY_BYTES)]]
 
 
 async def test_a_stored_click_that_cannot_be_encoded_is_named_every_time() -> None:
@@ -365,16 +396,6 @@ async def test_a_stored_click_that_cannot_be_encoded_is_named_every_time() -> No
     told = [(await reader.read(user={"id": "u1"}, candidates=[{"id": "a1"}])).degraded for _ in range(2)]
 
     assert told == [["stored_values_invalid"]] * 2
-
-
-async def test_a_model_that_is_gone_takes_its_rows_with_it() -> None:
-    reader = Reader()
-    await reader.read(candidates=[{"id": "a1"}])
-    assert len(reader.inputs._kept) == 1
-
-    reader.model = None
-
-    assert len(reader.inputs._kept) == 0
 
 
 def test_features_are_left_unread_by_the_decoder_and_refused_with_their_place() -> None:
