@@ -84,7 +84,6 @@ class Run:
             self.is_done = True
             if self.timer is not None:
                 self.timer.cancel()
-            self.model.release()
             self.on_run(outcome, self)
 
 
@@ -151,14 +150,15 @@ class Scheduler:
             self._changed.notify()
         for other in dropped:
             other.resolve(ShadowDropped())
+            other.model.release()
 
     def cancel(self, run: Run) -> None:
-        """Nobody waits for this one any more: it is passed over if it has not begun."""
+        """Nobody waits for this one any more: it is not run, if it has not begun."""
         if not run.is_done:
             run.is_done = True
             if run.timer is not None:
                 run.timer.cancel()
-            run.model.release()
+            self._discard(run)
 
     async def aclose(self) -> None:
         """Refuses new work, finishes what waits and ends the threads. A model that hangs is not waited for."""
@@ -183,6 +183,17 @@ class Scheduler:
 
     def _expire(self, run: Run) -> None:
         run.resolve(DeadlinePassed(run.timeout_ms))
+        self._discard(run)
+
+    def _discard(self, run: Run) -> None:
+        """Takes a run out of its queue. One that is under way keeps its model until it is over."""
+        queue = self._shadow if run.is_shadow else self._live
+        with self._changed:
+            if run not in queue:
+                return
+            queue.remove(run)
+            self.num_queued -= run.num_candidates
+        run.model.release()
 
     def _take(self, queue: deque[Run]) -> Run:
         run = queue.popleft()
@@ -211,8 +222,6 @@ class Scheduler:
         with self._changed:
             while True:
                 for queue in (self._live, self._shadow):
-                    while queue and queue[0].is_done:
-                        self._take(queue)
                     if queue:
                         wait_s = self._wait_s(queue)
                         if wait_s <= 0:
@@ -243,7 +252,7 @@ class Scheduler:
         total = batch[0].num_candidates
         for run in list(queue):
             fits = total + run.num_candidates <= self._max_candidates
-            if run.model is batch[0].model and fits and not run.is_done:
+            if run.model is batch[0].model and fits:
                 queue.remove(run)
                 self.num_queued -= run.num_candidates
                 batch.append(run)
@@ -314,3 +323,4 @@ def _run_in_chunks(run: Run, max_candidates: int) -> RunOutcome:
 def _resolve(batch: list[Run], outcomes: list[RunOutcome]) -> None:
     for run, outcome in zip(batch, outcomes, strict=True):
         run.resolve(outcome)
+        run.model.release()

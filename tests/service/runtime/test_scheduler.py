@@ -149,18 +149,39 @@ async def test_a_model_that_joins_runs_what_waits_together_and_a_bad_request_cos
     assert backend.runs[1] == [1, 2, -2, 3]
 
 
-async def test_a_model_is_drained_when_its_last_run_is_over(scheduler: Scheduler) -> None:
+async def test_draining_waits_for_who_has_a_lease_and_for_a_run_that_nobody_waits_for(scheduler: Scheduler) -> None:
     backend = FakeBackend()
     model = served(backend)
-    first = await blocked(scheduler, model)
-    draining = asyncio.ensure_future(model.drain())
+    with model.lease():
+        draining = asyncio.ensure_future(model.drain())
+        backend.blocks = True
+        run, _ = submitted(scheduler, model, packed(1))
+        await entered(backend)
+        scheduler.cancel(run)
+        queued, _ = submitted(scheduler, model, packed(2))
+        scheduler.cancel(queued)
     await asyncio.sleep(0)
     assert not draining.done()
 
     backend.proceed.release()
-    await first
 
     await asyncio.wait_for(draining, 10)
+    assert backend.runs == [[1]]
+
+
+async def test_a_scheduler_does_not_wait_for_ever_for_a_model_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.runtime.scheduler.STOP_S", 0.01)
+    scheduler = Scheduler(max_queued_candidates=100, max_candidates=50)
+    backend = FakeBackend()
+    first = await blocked(scheduler, served(backend))
+
+    await scheduler.aclose()
+
+    assert "a model still runs" in caplog.text
+    backend.proceed.release()
+    await first
 
 
 async def test_a_closed_scheduler_finishes_what_waits_and_takes_no_more() -> None:
