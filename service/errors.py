@@ -154,12 +154,17 @@ def busy_changing(detail: str) -> Problem:
     return Problem(409, detail, reason="busy_changing", headers={"Retry-After": "1"})
 
 
+def version_mismatch(version: int) -> Problem:
+    detail = f"the control document is at version {version}, which If-Match does not name; read it and decide again"
+    return Problem(412, detail, reason="version_mismatch", headers={"ETag": f'"{version}"'})
+
+
 def not_found(detail: str) -> Problem:
     return Problem(404, detail, reason="not_found")
 
 
 def not_allowed() -> Problem:
-    detail = "no admin_token is set (CLICKSERVE_ADMIN_TOKEN), so nothing can be changed while the service runs"
+    detail = "no admin_token is set (CLICKSERVE_ADMIN_TOKEN, or CLICKSERVE_ADMIN_TOKENS), so nothing can be changed"
     return Problem(403, detail, reason="not_allowed")
 
 

@@ -19,7 +19,7 @@ from prometheus_client import values
 from service.observability import multiprocess
 from service.observability.metrics import STAGES, Metrics
 from service.process.supervisor import SHARED_MEMORY
-from service.worker import Place
+from service.worker import WorkerInfo
 
 REPEATS = 300  # requests of one turn
 CTR = np.random.default_rng(0).beta(1, 20, 100)
@@ -32,7 +32,7 @@ def main() -> None:
     rounds: int = parser.parse_args().rounds
     with TemporaryDirectory(dir=SHARED_MEMORY) as ours, TemporaryDirectory(dir=SHARED_MEMORY) as librarys:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = librarys
-        place = Place(slot=0, workers=2, folder=Path(ours))
+        place = WorkerInfo(slot=0, workers=2, folder=Path(ours))
         (Path(ours) / "metrics").mkdir()
         kinds: dict[str, type] = {
             IN_MEMORY: values.MutexValue,
@@ -72,10 +72,10 @@ def count(metrics: Metrics) -> None:
     metrics.arm("one").scored(CTR)
 
 
-def _scrape_ms(place: Place) -> float:
+def _scrape_ms(place: WorkerInfo) -> float:
     assert place.folder is not None
     for slot in range(place.workers):
-        metrics = Metrics(Place(slot=slot, workers=place.workers, folder=place.folder))
+        metrics = Metrics(WorkerInfo(slot=slot, workers=place.workers, folder=place.folder))
         count(metrics)
     taken = []
     for _ in range(50):

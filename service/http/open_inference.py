@@ -19,8 +19,8 @@ from service.errors import Problem, of_arm
 from service.http import openapi, tensors
 from service.http.middleware import Departure
 from service.http.tensors import DATATYPES, OUTPUTS, Contract, KnownTensor, ModelTensors
-from service.registry.registry import Catalog
-from service.scoring.loaded_model import Model
+from service.registry.registry import ModelRegistry
+from service.scoring.loaded_model import LoadedModel
 from service.settings import Settings
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -35,7 +35,7 @@ class OpenInference:
         self,
         settings: Settings,
         *,
-        catalog: Callable[[], Catalog],
+        catalog: Callable[[], ModelRegistry],
         body: Callable[[Scope, Receive], Awaitable[bytes]],
         ready: Callable[[], Awaitable[Response]],
     ) -> None:
@@ -43,7 +43,7 @@ class OpenInference:
         self._catalog = catalog
         self._body = body
         self._ready = ready
-        self._contracts: WeakKeyDictionary[Model, Contract] = WeakKeyDictionary()
+        self._contracts: WeakKeyDictionary[LoadedModel, Contract] = WeakKeyDictionary()
 
     def add_routes(self, add: Callable[..., None]) -> None:
         add("/v2", self.server, **openapi.V2_SERVER)
@@ -98,7 +98,7 @@ class OpenInference:
             return Response(content, media_type="application/json")
         return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(header)})
 
-    def _model(self, request: Request) -> tuple[str, Model]:
+    def _model(self, request: Request) -> tuple[str, LoadedModel]:
         """Raises Problem: 404 for a model that no arm serves, or in another version than asked for."""
         name, version = request.path_params["model"], request.path_params.get("version")
         models = self._catalog().models

@@ -23,12 +23,14 @@ from service.http.open_inference import OpenInference
 from service.http.schemas import EventsDecoder, PredictRequest
 from service.ingest.events import Events
 from service.observability.metrics import Metrics
-from service.registry.coordination import Peers
-from service.registry.registry import Catalog
+from service.registry.changes import Changes
+from service.registry.follower import ControlFollower
+from service.registry.registry import ModelRegistry
 from service.scoring.explainer import Explainer
 from service.scoring.feature_merge import Unreadable
 from service.scoring.scorer import Scorer
 from service.settings import Settings
+from service.store.control_store import ControlStore
 from service.store.feature_store import FeatureStore, StoreUnavailable
 
 BODY_S = 10.0  # for a client to send a body
@@ -42,8 +44,10 @@ class Parts:
     explainer: Explainer
     events: Events
     running: Running
-    peers: Peers
-    catalog: Catalog
+    changes: Changes
+    control: ControlFollower
+    control_store: ControlStore
+    catalog: ModelRegistry
     store: FeatureStore
 
 
@@ -76,7 +80,7 @@ class Api:
         OpenInference(
             self._settings, catalog=lambda: self._open().catalog, body=self._body, ready=self.readyz
         ).add_routes(add)
-        Admin(self._settings.admin_token, parts=self._open, body=self._body).add_routes(add)
+        Admin(self._settings.tokens_by_name, parts=self._open, body=self._body).add_routes(add)
         add("/metrics", self.metrics, include_in_schema=False)
         add("/", self.index, include_in_schema=False)
         return router
@@ -151,15 +155,16 @@ class Api:
         status = "stopping" if self.stopping else "ready" if failure is None else "degraded"
         store = {"ok": True} if failure is None else {"ok": False, "detail": failure}
         arms = {name: model.artifact.manifest.version for name, model in self.parts.catalog.models.items()}
-        body = msgspec.json.encode({"status": status, "store": store, "arms": arms})
+        described = {"status": status, "store": store, "arms": arms, "control": self.parts.control.describe()}
+        body = msgspec.json.encode(described)
         return _json(body, status=503 if refusing else 200)
 
     async def models(self) -> Response:
-        catalog = self._open().catalog
-        return _json(msgspec.json.encode([catalog.describe(arm) for arm in catalog.models]))
+        parts = self._open()
+        return _json(msgspec.json.encode([parts.control.describe_arm(arm) for arm in parts.catalog.models]))
 
     async def experiments(self) -> Response:
-        return _json(msgspec.json.encode([self._open().running.now.describe()]))
+        return _json(msgspec.json.encode([self._open().control.describe_experiment()]))
 
     async def metrics(self, request: Request) -> Response:
         text, content_type = self._metrics.exposition(request.headers.get("accept", ""))

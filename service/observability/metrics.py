@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from service.observability import multiprocess
-from service.worker import Place
+from service.worker import WorkerInfo
 
 # It doubles the number of series, and no dashboard reads the other half.
 disable_created_metrics()  # type: ignore[no-untyped-call] # the library does not annotate it
@@ -59,7 +59,7 @@ class ArmMetrics:
 class Metrics:
     """All metrics of one process, in a registry of their own; what it exposes are those of all workers of its place."""
 
-    def __init__(self, place: Place | None = None) -> None:
+    def __init__(self, place: WorkerInfo | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         if place is None or place.folder is None:
             ProcessCollector(registry=registry)
@@ -120,6 +120,12 @@ class Metrics:
             ["arm", "model", "version"],
             registry=registry,
             multiprocess_mode="livemax",
+        )
+        self.control_version = Gauge(
+            "clickserve_control_version",
+            "Version of the control document that is followed; of several workers the one that is furthest behind.",
+            registry=registry,
+            multiprocess_mode="livemin",
         )
         self.request_seconds = cache(self._request_seconds.labels)
         self.requests = cache(self._requests.labels)

@@ -16,12 +16,12 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from service.worker import Place
+from service.worker import WorkerInfo
 
 _FILE_BYTES = 1 << 16  # to begin with; the library doubles it when it is full
 
 
-def join(place: Place, *, hidden_at_zero: str) -> CollectorRegistry:
+def join(place: WorkerInfo, *, hidden_at_zero: str) -> CollectorRegistry:
     """From now on every metric made in this process counts in its place's files. Returns what reads all workers'.
 
     Files keep every series they ever held; those of the gauge `hidden_at_zero` are shown while any worker sets them.
@@ -35,7 +35,7 @@ def join(place: Place, *, hidden_at_zero: str) -> CollectorRegistry:
     return registry
 
 
-def leave(place: Place) -> None:
+def leave(place: WorkerInfo) -> None:
     """After a worker's death: its gauges no longer count, while its counters wait for who takes the slot."""
     folder = _folder(place)
     _pid_file(folder, place.slot).unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def _opened(path: Path) -> MmapedDict:
     return MmapedDict(str(path))  # type: ignore[no-untyped-call]
 
 
-def _folder(place: Place) -> Path:
+def _folder(place: WorkerInfo) -> Path:
     assert place.folder is not None, "a process that serves alone has nobody to share with"
     return place.folder / "metrics"
 

@@ -17,7 +17,7 @@ from service.http.protocol import connections_of
 from service.http.routes import Api
 from service.process import sockets
 from service.settings import Settings
-from service.worker import Place
+from service.worker import WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that
 IN_FLIGHT_S = 10  # for requests under way once no new one is taken
 
 
-async def serve(settings: Settings, place: Place, *, listening: Callable[[], None] | None = None) -> None:
+async def serve(settings: Settings, place: WorkerInfo, *, listening: Callable[[], None] | None = None) -> None:
     """Serves until SIGTERM or Ctrl-C, and says when connections are taken.
 
     Raises SettingsError for an address that is taken, and what opening raises.

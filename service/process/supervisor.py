@@ -18,7 +18,7 @@ from service.experiments import assignment
 from service.observability import json_log, multiprocess
 from service.process import cpu_count, sockets
 from service.settings import Settings, SettingsError
-from service.worker import Place
+from service.worker import WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ async def serve(settings: Settings) -> None:
     if workers == 1:
         from service.process import server
 
-        await server.serve(settings, Place.alone())
+        await server.serve(settings, WorkerInfo.alone())
         return
     if sys.platform != "linux":
         raise SettingsError(f"setting workers: more than one needs Linux, and this is {sys.platform}")
@@ -53,7 +53,7 @@ async def serve(settings: Settings) -> None:
     ):
         # Read once: a worker that is replaced serves what the others serve, whatever stands in the file by then.
         read = assignment.given(settings.experiment).model_dump(by_alias=True)
-        places = [Place(slot=slot, workers=workers, folder=Path(folder)) for slot in range(workers)]
+        places = [WorkerInfo(slot=slot, workers=workers, folder=Path(folder)) for slot in range(workers)]
         await _Supervisor(settings.model_copy(update={"port": port, "experiment": read}), places).run()
     log.info("stopped")
 
@@ -88,20 +88,20 @@ async def work() -> None:
             shutil.rmtree(place.folder, ignore_errors=True)
 
 
-def _order(settings: Settings, place: Place) -> bytes:
+def _order(settings: Settings, place: WorkerInfo) -> bytes:
     """On stdin and not the command line, as a URL in the settings may hold a password."""
     seat = {"slot": place.slot, "workers": place.workers, "folder": str(place.folder)}
     return msgspec.json.encode({"settings": settings.model_dump(mode="json"), "place": seat}) + b"\n"
 
 
-def _understood(order: bytes) -> tuple[Settings, Place]:
+def _understood(order: bytes) -> tuple[Settings, WorkerInfo]:
     told = msgspec.json.decode(order)
     place = told["place"]
-    return Settings(**told["settings"]), Place(**{**place, "folder": Path(place["folder"])})
+    return Settings(**told["settings"]), WorkerInfo(**{**place, "folder": Path(place["folder"])})
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, places: list[Place]) -> None:
+    def __init__(self, settings: Settings, places: list[WorkerInfo]) -> None:
         self._settings = settings
         self._places = places
         self._processes: dict[int, Process] = {}
@@ -121,7 +121,7 @@ class _Supervisor:
         except* WorkerError as failed:
             raise failed.exceptions[0] from None
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, place: WorkerInfo) -> None:
         """A worker in that place, and another when it dies."""
         deaths = 0
         served = False
@@ -141,7 +141,7 @@ class _Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait_s)
 
-    async def _run(self, place: Place) -> str:
+    async def _run(self, place: WorkerInfo) -> str:
         """One process from its start to its end. Returns why it ended."""
         try:
             # In a session of its own a worker does not get the terminal's Ctrl-C a second time.
@@ -167,7 +167,7 @@ class _Supervisor:
             multiprocess.leave(place)
         return said or f"worker {place.slot} ended with {_told(code)}"
 
-    async def _listen(self, place: Place, process: Process) -> str:
+    async def _listen(self, place: WorkerInfo, process: Process) -> str:
         """Returns the last thing that it said but that it is ready."""
         said = ""
         assert process.stdout is not None

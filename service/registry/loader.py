@@ -1,4 +1,4 @@
-"""Model loader: reads an artifact, verifies it against its golden rows, measures its latency."""
+"""LoadedModel loader: reads an artifact, verifies it against its golden rows, measures its latency."""
 
 import logging
 import time
@@ -14,13 +14,13 @@ from service.runtime import backends
 from service.runtime.backend import BackendError
 from service.runtime.batcher import Batcher, Runner
 from service.runtime.latency_model import Cost
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loader:
+class ModelLoader:
     """How an artifact becomes a model. Its runs go through the `runner`, each of at most `max_candidates`.
 
     The store keeps `keep_behaviours` clicks of a user: a model that reads more would be served another history than it
@@ -32,7 +32,7 @@ class Loader:
     max_candidates: int
     keep_behaviours: int
 
-    def load(self, arm: Arm, version: str, *, loaded: Iterable[Model] = ()) -> Model:
+    def load(self, arm: Arm, version: str, *, loaded: Iterable[LoadedModel] = ()) -> LoadedModel:
         """That version of the arm's model, verified: hashes, schema, golden rows, finite scores. Takes seconds.
 
         Every load reads the whole folder. If one of the `loaded` models was made of the very same files, it is that
@@ -61,7 +61,7 @@ class Loader:
         log.info("model loaded", extra=told)
         return model
 
-    def _made(self, verified: Artifact, arm: Arm) -> Model:
+    def _made(self, verified: Artifact, arm: Arm) -> LoadedModel:
         backend = backends.load(verified, arm.backend, arm.device)
         try:
             artifact.check_scores(verified, backend.run(verified.golden.arrays))
@@ -74,7 +74,7 @@ class Loader:
         except BaseException:
             backend.close()
             raise
-        return Model(
+        return LoadedModel(
             artifact=verified,
             encoder=verified.encoder,
             backend=backend,

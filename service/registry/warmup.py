@@ -1,4 +1,4 @@
-"""How a new version gets ready beside the one that serves: read, verified, and shown what it is going to meet."""
+"""Warm-up of a new model version beside the one that serves: loaded, verified, run on recent live requests."""
 
 import asyncio
 import logging
@@ -14,11 +14,11 @@ from models.features.arrays import Arrays, concat
 from models.features.column_encoding import EncodingError
 from service.deadline import Deadline
 from service.errors import Problem, artifact_refused, no_such_version
-from service.registry.background_thread import Background
-from service.registry.registry import Catalog
+from service.registry.background_thread import BackgroundThread
+from service.registry.registry import ModelRegistry
 from service.runtime.backend import BackendError
 from service.scoring.feature_merge import Given, Unreadable
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 from service.scoring.model_inputs import Inputs
 from service.scoring.recent_requests import Recent
 
@@ -29,41 +29,48 @@ SIZES = (1, 2, 100, 1000)  # candidates
 JOINED = 8  # requests of one run
 
 
-class Swap:
-    def __init__(self, *, catalog: Catalog, inputs: Inputs, recent: Recent) -> None:
-        self._catalog = catalog
+class ModelWarmer:
+    """Prepares one version at a time; whoever comes while one is prepared waits."""
+
+    def __init__(self, *, registry: ModelRegistry, inputs: Inputs, recent: Recent) -> None:
+        self._registry = registry
         self._inputs = inputs
         self._recent = recent
+        self._one_at_a_time = asyncio.Lock()
 
-    async def prepare(self, arm: str, version: str = CURRENT) -> Model:
-        """The version, verified and warm; `Catalog.flip` makes it serve, and `Catalog.release` drops it.
+    async def prepare(self, arm: str, version: str = CURRENT) -> LoadedModel:
+        """The version, verified and warm; `ModelRegistry.flip` makes it serve, and `ModelRegistry.release` drops it.
 
         The requests that the arm answered last are read and scored anew, at every size, where there were any. Beside
         them the service goes on: all that can wait for it is done by a thread that gives way. Raises Problem: 422 if
         there is no such version, 409 with the reason if its artifact must not serve.
         """
-        root, name = self._catalog.root, self._catalog.arms[arm].model
+        async with self._one_at_a_time:
+            return await self._prepare(arm, version)
+
+    async def _prepare(self, arm: str, version: str) -> LoadedModel:
+        root, name = self._registry.root, self._registry.arms[arm].model
         try:
             path = await asyncio.to_thread(artifact.resolve, root, name, version)
         except ArtifactError as err:
             raise no_such_version(str(err)) from None
         started = time.perf_counter()
-        with Background() as background:
+        with BackgroundThread() as background:
             try:
-                model = await background.run(self._catalog.read, arm, path.name)
+                model = await background.run(self._registry.read, arm, path.name)
             except ArtifactError as err:
                 log.warning("artifact refused", extra={"arm": arm, "version": path.name, "reason": str(err)})
                 raise artifact_refused(str(err)) from None
             try:
                 replayed = await self._replay(arm, model, background)
             except BaseException:
-                self._catalog.release(model)
+                self._registry.release(model)
                 raise
         took = round(time.perf_counter() - started, 3)
         log.info("model ready", extra={"arm": arm, "version": path.name, "requests": replayed, "seconds": took})
         return model
 
-    async def _replay(self, arm: str, model: Model, background: Background) -> int:
+    async def _replay(self, arm: str, model: LoadedModel, background: BackgroundThread) -> int:
         """Raises Problem (409) where a request that the arm has answered cannot be, or gets a score that is none."""
         recent: list[Arrays] = []
         for given in self._recent.of(arm):
@@ -73,7 +80,7 @@ class Swap:
             await self._try(model, arrays, background)
         return len(recent)
 
-    async def _try(self, model: Model, arrays: Arrays, background: Background) -> None:
+    async def _try(self, model: LoadedModel, arrays: Arrays, background: BackgroundThread) -> None:
         try:
             logits = await background.run(model.backend.run, arrays)
         except BackendError as err:
@@ -81,14 +88,14 @@ class Swap:
         if not np.isfinite(logits).all():
             raise _refused(model, "it gives a recent request a score that is no number")
 
-    async def _read(self, model: Model, given: Given) -> Arrays:
+    async def _read(self, model: LoadedModel, given: Given) -> Arrays:
         try:
             return (await self._inputs.read(model, given, Deadline.after(REPLAY_MS, since=time.monotonic()))).arrays
         except (Problem, EncodingError, Unreadable) as err:
             raise _refused(model, f"it cannot take a recent request: {err}") from None
 
 
-def _refused(model: Model, reason: str) -> Problem:
+def _refused(model: LoadedModel, reason: str) -> Problem:
     log.warning("artifact refused", extra={"version": model.version, "reason": reason})
     return artifact_refused(f"{model.artifact.path}: {reason}")
 

@@ -13,7 +13,7 @@ from service.runtime.onnx_cpu import OnnxBackend
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
+class LoadedModel:
     """One artifact, ready to score; two arms may share it."""
 
     artifact: Artifact

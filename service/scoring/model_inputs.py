@@ -23,7 +23,7 @@ from service.scoring import feature_merge
 from service.scoring.candidate_cache import Items, Wanted
 from service.scoring.feature_merge import Given
 from service.scoring.history_cache import Pasts
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 from service.store.codec import NO_CLICKS, unpack_row
 from service.store.feature_store import FeatureStore, Fetched, StoreUnavailable
 
@@ -77,9 +77,9 @@ class Inputs:
         self._metrics = metrics
         self._item_rows = item_rows
         self._fresh_s = fresh_s
-        self._kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[LoadedModel, _Kept] = WeakKeyDictionary()
 
-    async def read(self, model: Model, given: Given, deadline: Deadline) -> Read:
+    async def read(self, model: LoadedModel, given: Given, deadline: Deadline) -> Read:
         """Raises Problem (422) for a value of the client that its field cannot take, and Unreadable."""
         started = time.perf_counter()
         kept = self._of(model)
@@ -99,7 +99,7 @@ class Inputs:
         read.seconds["encode"] = time.perf_counter() - fetched + found - started
         return read
 
-    def _of(self, model: Model) -> _Kept:
+    def _of(self, model: LoadedModel) -> _Kept:
         kept = self._kept.get(model)
         if kept is None:
             kept = self._kept[model] = _Kept(model.encoder, rows=self._item_rows, fresh_s=self._fresh_s)
@@ -176,7 +176,7 @@ class Inputs:
             log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
             return arrays, past, True
 
-    def count(self, model: Model, given: Given, read: Read) -> None:
+    def count(self, model: LoadedModel, given: Given, read: Read) -> None:
         """What the answered request did without, in the metrics."""
         kept = self._of(model)
         for name, named in kept.words:

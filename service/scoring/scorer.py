@@ -16,10 +16,10 @@ from service.errors import Problem, of_arm, shadow_dropped
 from service.experiments.assignment import Experiment, Running
 from service.ids import spelled
 from service.observability.metrics import Metrics
-from service.registry.registry import Catalog
+from service.registry.registry import ModelRegistry
 from service.scoring.admission import Pace
 from service.scoring.feature_merge import Given
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 from service.scoring.model_inputs import Inputs, Read
 from service.scoring.recent_requests import Recent
 
@@ -54,7 +54,7 @@ class Drawn:
     request_id: str | int
     experiment: Experiment
     arm: str
-    model: Model
+    model: LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class Scorer:
     """Where the model cannot be had in time, the model's previous version answers, or its click rate (`fallback`)."""
 
     def __init__(
-        self, *, running: Running, catalog: Catalog, inputs: Inputs, metrics: Metrics, fallback: Fallback
+        self, *, running: Running, catalog: ModelRegistry, inputs: Inputs, metrics: Metrics, fallback: Fallback
     ) -> None:
         self._running = running
         self._catalog = catalog

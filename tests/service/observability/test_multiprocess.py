@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.observability import multiprocess
 from service.observability.metrics import Metrics
-from service.worker import Place
+from service.worker import WorkerInfo
 
 Join = Callable[[int], Metrics]
 
@@ -32,8 +32,8 @@ def join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
         file._f.close()
 
 
-def place(folder: Path, slot: int) -> Place:
-    return Place(slot=slot, workers=2, folder=folder)
+def place(folder: Path, slot: int) -> WorkerInfo:
+    return WorkerInfo(slot=slot, workers=2, folder=folder)
 
 
 def told(metrics: Metrics) -> dict[str, float]:

@@ -13,7 +13,7 @@ import uvloop
 from service.process import server, supervisor
 from service.process.supervisor import WorkerError
 from service.settings import Settings
-from service.worker import Place
+from service.worker import WorkerInfo
 from tests.service.conftest import TWO_ARMS
 
 
@@ -45,11 +45,11 @@ async def test_one_worker_is_this_very_process(monkeypatch: pytest.MonkeyPatch) 
 
     await supervisor.serve(settings)
 
-    assert served == [(settings, Place.alone())]
+    assert served == [(settings, WorkerInfo.alone())]
 
 
 def test_a_worker_is_told_every_setting_of_its_supervisor_and_its_place(tmp_path: Path) -> None:
-    place = Place(slot=1, workers=2, folder=tmp_path)
+    place = WorkerInfo(slot=1, workers=2, folder=tmp_path)
     settings = Settings(
         artifacts_dir=tmp_path, experiment=TWO_ARMS, redis_url="redis://:secret@h/1", admin_token="token"
     )
@@ -82,7 +82,7 @@ def supervisor_of(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(supervisor, "COMMAND", (sys.executable, "-c", program, str(folder / "runs")))
     monkeypatch.setattr(supervisor, "WAITS_S", (0.0, 0.01))
     monkeypatch.setattr(supervisor, "STOP_S", 0.1)
-    return supervisor._Supervisor(Settings(drain_s=0), [Place(slot=0, workers=1, folder=folder)])
+    return supervisor._Supervisor(Settings(drain_s=0), [WorkerInfo(slot=0, workers=1, folder=folder)])
 
 
 async def test_who_served_once_is_started_again_however_often_that_fails(
@@ -132,7 +132,7 @@ def test_a_worker_that_dies_before_it_is_told_anything_costs_no_other(
         supervising._processes[0].kill()
         own = supervising._run
 
-        async def counted(place: Place) -> str:
+        async def counted(place: WorkerInfo) -> str:
             nonlocal starts
             starts += 1
             return await own(place)
