@@ -3,22 +3,26 @@
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
 
 from models.artifact.errors import ArtifactError
 from service import settings
+from service.experiments import assignment
 from service.experiments.assignment import ExperimentError
 from service.ingest import bulk_load
 from service.ingest.bulk_load import LoadError
-from service.observability import json_log
+from service.observability import json_log, multiprocess
 from service.process import supervisor
-from service.process.supervisor import WorkerError
-from service.settings import SettingsError
+from service.process.supervisor import Host, WorkerError
+from service.settings import Settings, SettingsError
 from service.store import redis_store
 from service.store.feature_store import StoreUnavailable
+from service.worker import WorkerInfo
 
+WORKER = (sys.executable, "-m", "service", "serve", "--as-worker")
 LOADING_TIMEOUT_S = 30.0  # a load waits for a busy store; a request does not
 
 
@@ -41,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "serve" and arguments.as_worker:
-        await supervisor.work()
+        await supervisor.work(serve_here, setup=lambda worker: json_log.setup(worker=worker.slot))
         return
     if arguments.command == "serve":
         json_log.setup()
-        given = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
-        await supervisor.serve(settings.load(arguments.config, **given))
+        host = Host(command=WORKER, reload=lambda: _serve_settings(arguments), ended=multiprocess.leave)
+        await supervisor.serve(_serve_settings(arguments), host, serve_here)
         return
     store = redis_store.opened(settings.load(arguments.config), timeout_s=LOADING_TIMEOUT_S)
     try:
@@ -56,6 +60,34 @@ async def _run(arguments: argparse.Namespace) -> None:
             print(f"{await bulk_load.load_features(arguments.kind, arguments.file, store)} {arguments.kind}")
     finally:
         await store.aclose()
+
+
+async def serve_here(settings: Settings, worker: WorkerInfo, listening: Callable[[], None] | None = None) -> None:
+    """The app in this process. Its modules are only loaded here: a supervisor needs none of them."""
+    from service.app import create_app
+    from service.process import server
+
+    app = create_app(settings, worker)
+    await server.serve(
+        app,
+        opened=app.router.lifespan_context(app),
+        protocol=app.state.connection,
+        lifecycle=app.state.api,
+        settings=settings,
+        worker=worker,
+        listening=listening,
+    )
+
+
+def _serve_settings(arguments: argparse.Namespace) -> Settings:
+    """With the experiment written out: a worker that is replaced serves what the others do, whatever the file says.
+
+    Raises SettingsError or ExperimentError.
+    """
+    flags = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
+    loaded = settings.load(arguments.config, **flags)
+    experiment = assignment.given(loaded.experiment).model_dump(mode="json", by_alias=True)
+    return loaded.model_copy(update={"experiment": experiment})
 
 
 def _parser() -> argparse.ArgumentParser:

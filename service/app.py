@@ -19,39 +19,41 @@ from service.http.protocol import protocol_class
 from service.http.routes import Api, OpenService
 from service.ingest.events import EventRecorder
 from service.observability.metrics import Metrics
-from service.registry import coordination
+from service.registry import follower
 from service.registry.changes import Changes
-from service.registry.coordination import Peers
-from service.registry.loader import Loader
-from service.registry.registry import Catalog
-from service.registry.warmup import Swap
+from service.registry.follower import ControlFollower
+from service.registry.loader import ModelLoader
+from service.registry.local_copy import LocalCopy
+from service.registry.registry import ModelRegistry
+from service.registry.warmup import ModelWarmer
 from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
 from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store import redis_store
+from service.store.control_store import ControlStore, MemoryControlStore
 from service.store.feature_store import FeatureStore, StoreUnavailable
 from service.store.memory_store import MemoryStore
-from service.worker import Place
+from service.store.redis_control_store import RedisControlStore
+from service.worker import WorkerInfo
 
 log = logging.getLogger(__name__)
 
 GPU_THREADS = 2  # one feeds the GPU while the other waits for it
-KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first
 
 
-def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
+def create_app(settings: Settings, worker: WorkerInfo | None = None) -> FastAPI:
     """The service as an ASGI app. It opens in its lifespan, which raises what is wrong with settings or artifacts.
 
     `app.state.connection` is the class of its HTTP connections, which answer POST /predict without the framework.
     """
-    metrics = Metrics(place)
+    metrics = Metrics(worker)
     api = Api(settings, metrics)
     router = api.router()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with open_service(settings, metrics, place or Place.alone()) as service:
+        async with open_service(settings, metrics) as service:
             api.service = service
             try:
                 yield
@@ -80,19 +82,18 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
         metrics,
         refusals,
         max_age_s=settings.max_connection_s,
-        keep_alive_s=KEEP_ALIVE_S,
         max_body_bytes=settings.max_body_bytes,
     )
     return app
 
 
 @asynccontextmanager
-async def open_service(settings: Settings, metrics: Metrics, place: Place) -> AsyncIterator[OpenService]:
+async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[OpenService]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
         stack.enter_context(metrics.shared())
-        running = Running(assignment.given(settings.experiment))
-        served = coordination.served(place)
+        experiment = assignment.given(settings.experiment)
+        running = Running(experiment)
         store, writing = _stores(settings)
         for opened in (store, writing):
             stack.push_async_callback(opened.aclose)
@@ -100,36 +101,40 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
             await store.ping()
         except StoreUnavailable as err:
             log.warning("starting without the store", extra={"error": str(err)})
-        on_gpu = any(arm.device == "cuda" for arm in running.now.served)
+        control_store = _control_store(settings, experiment.name)
+        stack.push_async_callback(control_store.aclose)
+        local_copy = LocalCopy.of(settings.state_dir, experiment=experiment.name)
+        start = await follower.find_start(control_store, local_copy, experiment)
+        on_gpu = any(arm.device == "cuda" for arm in experiment.served)
         scheduler = Scheduler(
             max_queued_candidates=settings.max_queued_candidates,
             max_candidates=settings.max_batch_candidates,
             threads=GPU_THREADS if on_gpu else 1,
         )
         stack.push_async_callback(scheduler.aclose)
-        loader = Loader(
+        loader = ModelLoader(
             root=settings.artifacts_dir,
             max_candidates=settings.max_batch_candidates,
             keep_behaviours=settings.keep_behaviours,
             item_rows=settings.item_cache_rows,
             fresh_s=settings.item_cache_s,
         )
-        catalog = await asyncio.to_thread(
-            Catalog.load,
+        registry = await asyncio.to_thread(
+            ModelRegistry.load,
             loader,
-            running.now.served,
+            experiment.served,
             keep_versions=settings.keep_versions,
-            versions=None if served is None else served.state.versions,
+            versions=None if start.document is None else start.document.state.models,
         )
-        stack.push_async_callback(catalog.aclose)
+        stack.push_async_callback(registry.aclose)
         stack.push_async_callback(scheduler.aclose)  # before it: a model is closed when nothing runs on it
-        for arm, model in catalog.models.items():
+        for arm, model in registry.models.items():
             metrics.arm(arm)
             metrics.model_serves(arm=arm, model=model.name, version=model.version)
             metrics.declare_fields(f.name for f in model.artifact.schema.fields if f.vocabulary is not None)
         scorer = Scorer(
             running=running,
-            models=catalog,
+            models=registry,
             store=store,
             scheduler=scheduler,
             metrics=metrics,
@@ -138,9 +143,18 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
         )
         explainer = Explainer(scorer)
         stack.callback(explainer.close)
-        swap = Swap(catalog=catalog, scorer=scorer)
-        among = Peers(place, Changes(running=running, catalog=catalog, swap=swap, metrics=metrics))
-        await stack.enter_async_context(among.joined())
+        warmer = ModelWarmer(registry=registry, scorer=scorer)
+        control = ControlFollower(
+            store=control_store,
+            experiment=experiment,
+            running=running,
+            registry=registry,
+            warmer=warmer,
+            metrics=metrics,
+            local_copy=local_copy,
+        )
+        await control.join(start)
+        await stack.enter_async_context(control.following())
         yield OpenService(
             scorer=scorer,
             scheduler=scheduler,
@@ -149,8 +163,12 @@ async def open_service(settings: Settings, metrics: Metrics, place: Place) -> As
                 store=writing, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
             ),
             running=running,
-            peers=among,
-            catalog=catalog,
+            changes=Changes(
+                store=control_store, follower=control, experiment=experiment, registry=registry, warmer=warmer
+            ),
+            control=control,
+            control_store=control_store,
+            registry=registry,
             store=store,
         )
 
@@ -166,3 +184,12 @@ def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:
         for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
     )
     return reading, writing
+
+
+def _control_store(settings: Settings, experiment: str) -> ControlStore:
+    if settings.redis_url is None:
+        return MemoryControlStore()
+    if settings.state_dir is None:
+        log.warning("no state_dir: a restart while the store is down serves what the experiment file says")
+    timeout_s = settings.store_write_timeout_ms / 1000
+    return RedisControlStore.connect(settings.redis_url, experiment=experiment, timeout_s=timeout_s)

@@ -33,6 +33,7 @@ class Reason(StrEnum):
     NOT_JSON = "not_json"
     NOT_OPEN = "not_open"
     OTHER = "other"
+    OTHER_EXPERIMENT = "other_experiment"
     OVERLOADED = "overloaded"
     PREDICTED_LATE = "predicted_late"
     SHADOW_DROPPED = "shadow_dropped"
@@ -117,10 +118,28 @@ class NotExplained(Conflict):
         )
 
 
+class OtherExperiment(Conflict):
+    """The control document is of another experiment file than this worker's."""
+
+    reason = Reason.OTHER_EXPERIMENT
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"version {version} of the control document is of another experiment file than this worker's, which"
+            " follows it no more"
+        )
+
+
 class VersionConflict(Conflict):
-    """A change of a document that somebody else has changed meanwhile."""
+    """A change that was meant for another version of the control document than `version`, its present one."""
 
     reason = Reason.VERSION_CONFLICT
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"the control document is at version {version}, which If-Match does not name; read it and decide again"
+        )
+        self.version = version
 
 
 class Unavailable(Refusal):

@@ -2,14 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "CLICKSERVE_"
+ADMIN = "admin"  # the name of whoever has `admin_token`
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 
 class SettingsError(ValueError):
@@ -58,7 +66,17 @@ class Settings(BaseSettings):
     fallback: Literal["none", "prior"] = Field(
         default="none", description="late, overloaded or broken: refuse, or answer 200 with the model's click rate"
     )
-    admin_token: SecretStr | None = Field(default=None, min_length=1, description="without it nothing can be changed")
+    admin_token: SecretStr | None = Field(default=None, min_length=1, description="without any nothing can be changed")
+    admin_tokens: Annotated[dict[Annotated[str, Field(pattern=NAME)], SecretStr], NoDecode] = Field(
+        default={}, description="more of them, by the name that the audit trail shows; admin_token's is admin"
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="keeps what was decided last, for a restart without the store; none: it is not kept",
+    )
+    watchdog_s: float = Field(
+        default=10, ge=0, le=3600, description="a process whose event loop hangs for so long is ended; 0: never"
+    )
     keep_versions: int = Field(default=2, ge=0, le=10, description="earlier models of an arm that stay loaded")
     drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
 
@@ -68,12 +86,18 @@ class Settings(BaseSettings):
         """What stands in an experiment file may come as text too, as from the environment: as YAML, so as JSON too."""
         if not isinstance(given, str) or not ("\n" in given or given.lstrip().startswith("{")):
             return given
-        try:
-            content = yaml.safe_load(given)
-        except yaml.YAMLError:
-            content = None
+        content = _parsed(given)
         if not isinstance(content, dict):
             raise PydanticCustomError("no_experiment", "expected a file's name, or YAML as it would stand there")
+        return content
+
+    @field_validator("admin_tokens", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """From the environment they come as text: as YAML, so as JSON too."""
+        content = _parsed(given) if isinstance(given, str) else given
+        if not isinstance(content, dict):
+            raise PydanticCustomError("no_tokens", "expected tokens by name, as `{alice: ..., bob: ...}`")
         return content
 
     @field_validator("admin_token")
@@ -84,10 +108,40 @@ class Settings(BaseSettings):
             raise PydanticCustomError("unsendable", "expected visible ASCII characters and no spaces")
         return token
 
+    @field_validator("admin_tokens")
+    @classmethod
+    def _all_sendable(cls, tokens: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, token in tokens.items():
+            if not token.get_secret_value():
+                raise PydanticCustomError("empty", "expected a token of {name}, got an empty one", {"name": name})
+            cls._sendable(token)
+        return tokens
+
+    @model_validator(mode="after")
+    def _tokens_differ(self) -> Self:
+        """Or the audit trail could not say who it was."""
+        if self.admin_token is not None and ADMIN in self.admin_tokens:
+            raise ValueError(f"admin_tokens names {ADMIN}, which is the name of admin_token: choose another")
+        names: dict[str, str] = {}
+        for name, token in self.tokens_by_name.items():
+            other = names.setdefault(token.get_secret_value(), name)
+            if other != name:
+                raise ValueError(f"admin_tokens of {other} and {name} are the same: each needs its own")
+        return self
+
+    @property
+    def tokens_by_name(self) -> dict[str, SecretStr]:
+        """Every admin token; none where nothing can be changed."""
+        return self.admin_tokens if self.admin_token is None else {**self.admin_tokens, ADMIN: self.admin_token}
+
     @field_serializer("admin_token", when_used="json-unless-none")
     def _readable(self, token: SecretStr) -> str:
         """The supervisor tells its workers the settings as JSON; a log or a traceback shows asterisks."""
         return token.get_secret_value()
+
+    @field_serializer("admin_tokens", when_used="json")
+    def _all_readable(self, tokens: dict[str, SecretStr]) -> dict[str, str]:
+        return {name: token.get_secret_value() for name, token in tokens.items()}
 
 
 def load(file: Path | None = None, **flags: Any) -> Settings:
@@ -116,6 +170,13 @@ def load(file: Path | None = None, **flags: Any) -> Settings:
         raise SettingsError(_sentence(err, file, given)) from None
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -129,6 +190,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _sentence(err: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
     errors = err.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    if not first["loc"]:  # settings that do not fit together
+        return first["msg"].removeprefix("Value error, ")
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"{file}: no setting is called {name}; there are {', '.join(sorted(Settings.model_fields))}"

@@ -1,4 +1,4 @@
-"""Where a process stands among those that serve together."""
+"""Identity of one worker process: its slot, how many workers there are, and the folder they share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WorkerInfo:
     """`slot` is 0 to `workers` - 1 and stays the same when a dead worker is replaced.
 
     `folder` belongs to all workers of one service, and to nobody else: made before the first starts, removed when the

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.observability.metrics import STAGES, Metrics
 from service.process.supervisor import SHARED_MEMORY
-from service.worker import Place
+from service.worker import WorkerInfo
 
 REPEATS = 300  # requests of one turn
 EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -89,7 +89,7 @@ class LibraryObjects:
 
 def print_shared(ctr: NDArray[np.float64]) -> None:
     with TemporaryDirectory(dir=SHARED_MEMORY) as folder:
-        workers = [Metrics(Place(slot=slot, workers=2, folder=Path(folder))) for slot in range(2)]
+        workers = [Metrics(WorkerInfo(slot=slot, workers=2, folder=Path(folder))) for slot in range(2)]
         for metrics in workers:
             count(metrics, ctr)
         print(f"\nGET /metrics of two workers: {_median_ms(lambda: workers[0].exposition('')):.1f} ms")

@@ -1,10 +1,9 @@
-"""Who gets which arm: the experiment file, and the sticky draw by hashing."""
+"""Experiment and assignment: the experiment file, and the sticky draw of an arm by hashing the user's id."""
 
 import hashlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,9 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe as a metric's label, in a path and in a URL
-MAX_SHARE = 1e9  # so that the sum of all is a number
-LOOK_BACK_S = 86_400.0  # events of an older request are not waited for
-MOST_CHANGES = 100
+SUM_TOLERANCE = 1e-6  # percent: three arms of 33.333333 or so are a whole
+LOOK_BACK_S = 86_400.0  # an event of an older request is counted as the experiment runs now
 
 
 class ExperimentError(ValueError):
@@ -23,7 +21,7 @@ class ExperimentError(ValueError):
 
 
 class Arm(BaseModel):
-    """A model under test: its artifact, what runs it, and its share of the users (relative to the other arms').
+    """A model under test: its artifact, what runs it, and its share of the users in percent.
 
     A shadow arm's share is the percentage of all requests that it scores too.
     """
@@ -33,7 +31,7 @@ class Arm(BaseModel):
     name: str = Field(pattern=NAME)
     model: str = Field(pattern=NAME)
     version: str = Field(default="current", pattern=NAME)
-    share: float = Field(ge=0, le=MAX_SHARE, allow_inf_nan=False)
+    share: float = Field(ge=0, le=100, allow_inf_nan=False)
     backend: Literal["onnx", "torchscript"] = "onnx"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -41,7 +39,9 @@ class Arm(BaseModel):
 class Experiment(BaseModel):
     """One experiment, as its file says it. Holds no state: any process draws the same arm for the same unit.
 
-    Shadow arms score a sample of the requests beside the arm that answers, and never answer.
+    The arms' shares sum to 100. Shadow arms score a sample of the requests beside the arm that answers, and never
+    answer. A killed arm, of either kind, keeps its share for the day it comes back, and until then has no users: those
+    it had go to the others, and nobody else moves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
@@ -52,6 +52,7 @@ class Experiment(BaseModel):
     arms: tuple[Arm, ...] = Field(min_length=1)
     shadow: tuple[Arm, ...] = ()
     overrides: dict[str, str] = {}
+    killed: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _arms_fit_together(self) -> Self:
@@ -59,11 +60,15 @@ class Experiment(BaseModel):
         every = [arm.name for arm in self.served]
         if len(set(every)) < len(every):
             raise ValueError(f"arm names must differ, got {', '.join(every)}")
-        if not any(arm.share for arm in self.arms):
-            raise ValueError("at least one arm needs a share above 0")
-        for arm in self.shadow:
-            if arm.share > 100:
-                raise ValueError(f"shadow arm {arm.name} has share {arm.share:g}: it is a percentage, at most 100")
+        total = math.fsum(arm.share for arm in self.arms)
+        if abs(total - 100) > SUM_TOLERANCE:
+            listed = ", ".join(f"{arm.name} {arm.share:g}" for arm in self.arms)
+            raise ValueError(f"the arms' shares are percentages that sum to 100, got {total:.10g} ({listed})")
+        for name in self.killed:
+            if name not in every:
+                raise ValueError(f"killed names arm {name}; there are {', '.join(every)}")
+        if not self._drawn:
+            raise ValueError("at least one arm with a share above 0 must not be killed")
         for unit, name in self.overrides.items():
             if name not in names:
                 raise ValueError(f"override of {unit} names arm {name}; there are {', '.join(names)}")
@@ -96,7 +101,7 @@ class Experiment(BaseModel):
 
     def propensity(self, arm: Arm) -> float:
         """The probability with which an arm is drawn. Overridden users are not drawn: keep them out of any analysis."""
-        return arm.share / math.fsum(a.share for a in self.arms)
+        return 0.0 if arm.name in self.killed else arm.share / math.fsum(share for _, _, share in self._drawn)
 
     def describe(self) -> dict[str, Any]:
         """What /experiments tells of it."""
@@ -105,22 +110,28 @@ class Experiment(BaseModel):
             "unit": self.unit,
             "arms": [{**arm.model_dump(), "propensity": self.propensity(arm)} for arm in self.arms],
             "shadow": [arm.model_dump() for arm in self.shadow],
+            "killed": list(self.killed),
         }
 
-    def with_shares(self, *, shares: Mapping[str, float], shadow: Mapping[str, float]) -> "Experiment":
-        """The same with other shares, by arm and by shadow arm; who is not named keeps its own.
+    def with_shares(
+        self, *, shares: Mapping[str, float], shadow: Mapping[str, float], killed: Iterable[str] | None = None
+    ) -> "Experiment":
+        """The same with other shares, by arm and by shadow arm; an arm that is not named keeps its share.
 
-        Raises ExperimentError for a name that is none, and for shares that no file could have.
+        `killed` replaces the killed arms. Raises ExperimentError for an arm that does not exist, and for shares that no
+        file could have.
         """
-        told = self.model_dump(by_alias=True)
-        for part, given in (("arms", shares), ("shadow", shadow)):
-            by_name = {arm["name"]: arm for arm in told[part]}
-            for name, share in given.items():
+        content = self.model_dump(by_alias=True)
+        if killed is not None:
+            content["killed"] = sorted(set(killed))
+        for part, changes in (("arms", shares), ("shadow", shadow)):
+            by_name = {arm["name"]: arm for arm in content[part]}
+            for name, share in changes.items():
                 if name not in by_name:
                     known = f"there are {', '.join(by_name)}" if by_name else "there are none"
                     raise ExperimentError(f"{part} has no {name}; {known}")
                 by_name[name]["share"] = share
-        return parse(told, source="the new shares")
+        return parse(content, source="the new shares")
 
     @cached_property
     def _by_name(self) -> dict[str, Arm]:
@@ -129,39 +140,32 @@ class Experiment(BaseModel):
     @cached_property
     def _drawn(self) -> "list[tuple[Arm, hashlib.blake2b, float]]":
         """The arms that take part, in the order of their names, each with its hash begun and its share."""
-        arms = sorted((arm for arm in self.arms if arm.share), key=lambda arm: arm.name)
+        arms = sorted((arm for arm in self.arms if self._is_live(arm)), key=lambda arm: arm.name)
         return [(arm, self._begun(arm, ""), arm.share) for arm in arms]
 
     @cached_property
     def _sampled(self) -> "list[tuple[Arm, hashlib.blake2b]]":
-        return [(arm, self._begun(arm, "shadow:")) for arm in self.shadow if arm.share]
+        return [(arm, self._begun(arm, "shadow:")) for arm in self.shadow if self._is_live(arm)]
+
+    def _is_live(self, arm: Arm) -> bool:
+        return arm.share > 0 and arm.name not in self.killed
 
     def _begun(self, arm: Arm, purpose: str) -> "hashlib.blake2b":
         return hashlib.blake2b(f"{len(self.salt)}:{self.salt}:{arm.name}:{purpose}".encode(), digest_size=8)
 
 
 class Running:
-    """The experiment as it runs. `now` is replaced whole: who reads it once sees one state of it."""
+    """The experiment as it runs. `now` is replaced as a whole: whoever reads it once sees one state of it."""
 
     def __init__(self, experiment: Experiment, *, clock: Callable[[], float] = time.time) -> None:
         self.now = experiment
         self._clock = clock
-        self._past: deque[tuple[float, Experiment]] = deque(maxlen=MOST_CHANGES)  # each until when
+        self._past: list[tuple[float, Experiment]] = []  # each until when, the earliest first
 
-    def change(self, experiment: Experiment) -> None:
-        self._past.append((self._clock(), self.now))
+    def replace(self, experiment: Experiment, past: Iterable[tuple[float, Experiment]]) -> None:
+        """From now on as the control document has it. `past` is how it ran before and until when, earliest first."""
         self.now = experiment
-
-    @property
-    def past(self) -> Sequence[tuple[float, Experiment]]:
-        """How it ran before, and until when, the earliest first."""
-        return list(self._past)
-
-    def take_over(self, experiment: Experiment, past: Iterable[tuple[float, Experiment]]) -> None:
-        """From now on as it runs elsewhere, and as it ran there."""
-        self.now = experiment
-        self._past.clear()
-        self._past.extend(past)
+        self._past = list(past)
 
     def at(self, ts: float) -> Experiment:
         """As it ran at a time of the last day, in Unix seconds; for an earlier one, which a replay brings, as now."""

@@ -1,7 +1,7 @@
-"""The routes that change a running service, for who has the token."""
+"""Admin routes: what should serve, read and changed by operators who have a token."""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -11,96 +11,143 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope
 
 from models.artifact.folder import CURRENT
-from service.errors import FieldError, InvalidValue, NotFound, pointer, shown
-from service.experiments.assignment import MAX_SHARE, Running
+from service.errors import StoreDown
+from service.experiments.assignment import Running
 from service.http import openapi
 from service.http.decoding import Decoder
 from service.http.problems import NotAllowed, Unauthorized
-from service.registry.changes import Load, Reshare, Rollback
-from service.registry.coordination import Peers
-from service.registry.registry import Catalog
+from service.registry import control
+from service.registry.changes import Changes, check_experiment
+from service.registry.follower import ControlFollower
+from service.store.control_store import ControlStore
+from service.store.feature_store import StoreUnavailable
+
+Percent = Annotated[float, Meta(ge=0, le=100)]
 
 
 class LoadRequest(Struct, frozen=True, forbid_unknown_fields=True):
     version: str = CURRENT
 
 
-class SharesRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Who is not named keeps its share. To kill is to set a share of 0; it wins over the other two."""
+class SetShares(Struct, frozen=True, forbid_unknown_fields=True):
+    """An arm that is not named stays as it is; the shares that result sum to 100.
 
-    shares: dict[str, Annotated[float, Meta(ge=0, le=MAX_SHARE)]] = {}
-    shadow: dict[str, Annotated[float, Meta(ge=0, le=100)]] = {}
+    `kill` and `unkill` name arms of either kind. A killed arm keeps its share, and answers nobody until it comes back.
+    """
+
+    shares: dict[str, Percent] = {}
+    shadow: dict[str, Percent] = {}
     kill: list[str] = []
+    unkill: list[str] = []
 
 
-class Changeable(Protocol):
+class ControlParts(Protocol):
     """What of an open service this needs."""
 
     @property
-    def peers(self) -> Peers: ...
+    def changes(self) -> Changes: ...
     @property
-    def catalog(self) -> Catalog: ...
+    def control(self) -> ControlFollower: ...
+    @property
+    def control_store(self) -> ControlStore: ...
     @property
     def running(self) -> Running: ...
 
 
 class Admin:
+    """`tokens` are those of operators by name; without any nobody may change anything."""
+
     def __init__(
         self,
-        token: SecretStr | None,
+        tokens: Mapping[str, SecretStr],
         *,
-        parts: Callable[[], Changeable],
+        parts: Callable[[], ControlParts],
         body: Callable[[Scope, Receive], Awaitable[bytes]],
     ) -> None:
-        self._token = token
+        self._tokens = {name: token.get_secret_value().encode() for name, token in tokens.items()}
         self._parts = parts
         self._body = body
         self._load_decoder = Decoder(LoadRequest)
-        self._shares_decoder = Decoder(SharesRequest)
+        self._shares_decoder = Decoder(SetShares)
 
     def add_routes(self, add: Callable[..., None]) -> None:
         add("/models/{arm}/load", self.load, methods=["POST"], **openapi.LOAD)
-        add("/models/{arm}/rollback", self.rollback, methods=["POST"], **openapi.ROLLBACK)
-        add("/experiments/{name}", self.reshare, methods=["PUT"], **openapi.RESHARE)
+        add("/models/{arm}/rollback", self.roll_back, methods=["POST"], **openapi.ROLLBACK)
+        add("/experiments/{name}", self.experiment, **openapi.EXPERIMENT)
+        add("/experiments/{name}", self.set_shares, methods=["PUT"], **openapi.SET_SHARES)
+        add("/experiments/{name}/audit", self.audit, **openapi.AUDIT)
 
     async def load(self, request: Request, arm: str) -> Response:
-        parts = self._allowed(request)
-        asked = self._load_decoder.decode(await self._body(request.scope, request.receive) or b"{}")
-        await parts.peers.make(Load(arm=arm, version=asked.version))
-        return _json(parts.catalog.describe(arm))
+        parts, name = self._allowed(request)
+        sent = self._load_decoder.decode(await self._body(request.scope, request.receive) or b"{}")
+        try:
+            await parts.changes.load(arm, sent.version, changed_by=name, expected=_expected(request))
+        except StoreUnavailable as err:
+            raise StoreDown from err
+        return _json(parts.control.describe_arm(arm), parts.control)
 
-    async def rollback(self, request: Request, arm: str) -> Response:
-        parts = self._allowed(request)
-        await parts.peers.make(Rollback(arm=arm))
-        return _json(parts.catalog.describe(arm))
+    async def roll_back(self, request: Request, arm: str) -> Response:
+        parts, name = self._allowed(request)
+        try:
+            await parts.changes.roll_back(arm, changed_by=name, expected=_expected(request))
+        except StoreUnavailable as err:
+            raise StoreDown from err
+        return _json(parts.control.describe_arm(arm), parts.control)
 
-    async def reshare(self, request: Request, name: str) -> Response:
-        parts = self._allowed(request)
-        asked = self._shares_decoder.decode(await self._body(request.scope, request.receive))
-        now = parts.running.now
-        if name != now.name:
-            raise NotFound(f"there is no experiment {shown(name)}; {now.name} runs")
-        shares, shadow = dict(asked.shares), dict(asked.shadow)
-        arms, shadows = {arm.name for arm in now.arms}, {arm.name for arm in now.shadow}
-        for position, killed in enumerate(asked.kill):
-            if killed not in arms | shadows:
-                known = f"one of {', '.join(sorted(arms | shadows))}"
-                raise InvalidValue([FieldError(pointer=pointer("kill", position), expected=known, got=shown(killed))])
-            (shares if killed in arms else shadow)[killed] = 0.0
-        await parts.peers.make(Reshare(experiment=name, shares=shares, shadow=shadow))
-        return _json(parts.running.now.describe())
+    async def experiment(self, name: str) -> Response:
+        parts = self._parts()
+        check_experiment(name, parts.running.now)
+        return _json(parts.control.describe_experiment(), parts.control)
 
-    def _allowed(self, request: Request) -> Changeable:
-        """Raises Problem: 403 where nobody may, 401 without the token. Before the body is read."""
-        if self._token is None:
-            raise NotAllowed()
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    async def set_shares(self, request: Request, name: str) -> Response:
+        parts, changed_by = self._allowed(request)
+        sent = self._shares_decoder.decode(await self._body(request.scope, request.receive))
+        experiment = parts.running.now
+        check_experiment(name, experiment)
+        edit = control.set_shares(
+            experiment, shares=sent.shares, shadow=sent.shadow, kill=sent.kill, unkill=sent.unkill
+        )
+        try:
+            await parts.changes.set_shares(edit, changed_by=changed_by, expected=_expected(request))
+        except StoreUnavailable as err:
+            raise StoreDown from err
+        return _json(parts.control.describe_experiment(), parts.control)
+
+    async def audit(self, request: Request, name: str) -> Response:
+        parts, _ = self._allowed(request)
+        check_experiment(name, parts.running.now)
+        try:
+            return _json(await parts.control_store.audit())
+        except StoreUnavailable as err:
+            raise StoreDown from err
+
+    def _allowed(self, request: Request) -> tuple[ControlParts, str]:
+        """The open service, and the name of whoever asks. Before the body is read.
+
+        Raises Refusal: 403 where nobody may, 401 without a token.
+        """
+        if not self._tokens:
+            raise NotAllowed
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            raise Unauthorized("send the admin token as `Authorization: Bearer ...`")
-        if not hmac.compare_digest(given.strip().encode(), self._token.get_secret_value().encode()):
-            raise Unauthorized("that is not the admin token")
-        return self._parts()
+            raise Unauthorized("send an admin token as `Authorization: Bearer ...`")
+        token = sent.strip().encode()
+        # All of them are compared, so that the time it takes tells nothing.
+        names = [name for name, known in self._tokens.items() if hmac.compare_digest(token, known)]
+        if not names:
+            raise Unauthorized("that is not an admin token")
+        return self._parts(), names[0]
 
 
-def _json(told: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(told), media_type="application/json")
+def _expected(request: Request) -> frozenset[int] | None:
+    """The versions that If-Match names; None where the header is absent, or is `*`. A weak tag never matches."""
+    header = request.headers.get("if-match")
+    if header is None or header.strip() == "*":
+        return None
+    tags = (tag.strip().strip('"') for tag in header.split(","))
+    return frozenset(int(tag) for tag in tags if tag.isascii() and tag.isdigit())
+
+
+def _json(content: Any, version_of: ControlFollower | None = None) -> Response:
+    headers = {} if version_of is None else {"etag": f'"{version_of.document.version}"'}
+    return Response(msgspec.json.encode(content), media_type="application/json", headers=headers)

@@ -20,7 +20,7 @@ from service.http import openapi, tensors
 from service.http.middleware import CancelOnDisconnect
 from service.http.problems import NoSuchModel
 from service.http.tensors import DATATYPES, OUTPUTS, Contract, KnownTensor, ModelTensors
-from service.registry.registry import Catalog
+from service.registry.registry import ModelRegistry
 from service.runtime.scheduler import Scheduler
 from service.scoring.loaded_model import LoadedModel
 from service.scoring.tensor_scoring import score_tensors
@@ -38,7 +38,7 @@ class OpenInference:
         self,
         settings: Settings,
         *,
-        models: Callable[[], Catalog],
+        models: Callable[[], ModelRegistry],
         scheduler: Callable[[], Scheduler],
         body: Callable[[Scope, Receive], Awaitable[bytes]],
         ready: Callable[[], Awaitable[Response]],

@@ -163,47 +163,80 @@ V2_INFER: Json = {
     ),
 }
 _CHANGED = {
-    "without_the_token_401": _PROBLEM,
+    "without_a_token_401": _PROBLEM,
     "no_token_is_set_403": _PROBLEM,
     "no_such_arm_or_experiment_404": _PROBLEM,
-    "starting_or_stopping_503": _PROBLEM,
+    "If_Match_names_another_version_412": _PROBLEM,
+    "the_store_does_not_answer_or_the_service_starts_or_stops_503": _PROBLEM,
+}
+_IF_MATCH: Json = {
+    "parameters": [
+        {
+            "name": "If-Match",
+            "in": "header",
+            "required": False,
+            "description": "the control version, as `ETag` tells it, that the change is meant for",
+            "schema": {"type": "string"},
+            "example": '"7"',
+        }
+    ],
+    "security": [{"token": []}],
 }
 _OPTIONAL_VERSION = {"type": "object", "properties": {"version": {"type": "string", "default": "current"}}}
 LOAD: Json = {
     "summary": "Swap an arm to a version of its model's artifact",
     "description": (
-        "The artifact is verified, and warmed by the requests that the arm answered last, while the old one serves;"
-        " then one step makes it serve, in every process or in none. What must not serve is refused, and changes"
-        " nothing. It lasts until the service stops: export with, or let the experiment file name, what is to stay."
+        "The artifact is verified, and warmed by the requests that the arm answered last, while the old one serves."
+        " What must not serve is refused, and changes nothing. Then the change is written to the store, and one step"
+        " makes the version serve here; every other worker loads it for itself and follows. It lasts."
     ),
     "openapi_extra": {
         "requestBody": {"required": False, "content": {"application/json": {"schema": _OPTIONAL_VERSION}}},
-        "security": [{"token": []}],
+        **_IF_MATCH,
     },
     "responses": _answers(
         serving_200={"type": "object"},
         **{**_REFUSED, **_CHANGED},
-        the_artifact_must_not_serve_or_another_change_is_under_way_409=_PROBLEM,
+        the_artifact_must_not_serve_409=_PROBLEM,
         no_such_version_422=_PROBLEM,
     ),
 }
 ROLLBACK: Json = {
-    "summary": "Back to the version that the arm served before, at once",
-    "description": "It is still loaded. What served is given up; it comes back by loading it.",
-    "openapi_extra": {"security": [{"token": []}]},
+    "summary": "Back to the version that the arm served before",
+    "description": "At once where it is still loaded. What served is given up; it comes back by loading it.",
+    "openapi_extra": _IF_MATCH,
     "responses": _answers(
         serving_200={"type": "object"},
         **_CHANGED,
-        another_change_is_under_way_409=_PROBLEM,
+        the_artifact_must_not_serve_409=_PROBLEM,
         there_is_no_previous_version_422=_PROBLEM,
     ),
 }
-RESHARE: Json = {
+EXPERIMENT: Json = {
+    "summary": "Who gets which arm, and the control version in `ETag`",
+    "responses": _answers(
+        running_200={"type": "object"}, no_such_experiment_404=_PROBLEM, starting_or_stopping_503=_PROBLEM
+    ),
+}
+AUDIT: Json = {
+    "summary": "Who changed what, the latest first",
+    "openapi_extra": {"security": [{"token": []}]},
+    "responses": _answers(
+        changes_200={"type": "array"},
+        without_a_token_401=_PROBLEM,
+        no_token_is_set_403=_PROBLEM,
+        no_such_experiment_404=_PROBLEM,
+        the_store_does_not_answer_or_the_service_starts_or_stops_503=_PROBLEM,
+    ),
+}
+_PERCENT = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0, "maximum": 100}}
+SET_SHARES: Json = {
     "summary": "Other shares, and the kill switch",
     "description": (
-        "`shares` by arm, relative to each other; `shadow` by shadow arm, in percent of the requests; `kill` names arms"
-        " of either kind whose share becomes 0. Who is not named keeps its share. No more users move than must: those"
-        " of a killed arm, and none between the others. Overrides stay. It lasts until the service stops."
+        "`shares` by arm, in percent that sum to 100; `shadow` by shadow arm, in percent of the requests; `kill` and"
+        " `unkill` name arms of either kind. An arm that is not named stays as it is. A killed arm keeps its share and"
+        " answers nobody: its users go to the others, and nobody else moves, until it comes back. Overrides stay."
+        " Every worker of every host follows within a second, and it lasts."
     ),
     "openapi_extra": {
         **_body(
@@ -211,22 +244,20 @@ RESHARE: Json = {
                 "type": "object",
                 "additionalProperties": False,
                 "properties": {
-                    "shares": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
-                    "shadow": {
-                        "type": "object",
-                        "additionalProperties": {"type": "number", "minimum": 0, "maximum": 100},
-                    },
+                    "shares": _PERCENT,
+                    "shadow": _PERCENT,
                     "kill": {"type": "array", "items": {"type": "string"}},
+                    "unkill": {"type": "array", "items": {"type": "string"}},
                 },
             },
             {"shares": {"shares": {"mian": 60, "stec": 40}}, "kill switch": {"kill": ["stec"]}},
         ),
-        "security": [{"token": []}],
+        **_IF_MATCH,
     },
     "responses": _answers(
         running_200={"type": "object"},
         **{**_REFUSED, **_CHANGED},
-        another_change_is_under_way_409=_PROBLEM,
+        this_worker_has_another_experiment_file_409=_PROBLEM,
     ),
 }
 

@@ -87,7 +87,7 @@ class NotAllowed(Refusal):
 
     def __init__(self) -> None:
         super().__init__(
-            "no admin_token is set (CLICKSERVE_ADMIN_TOKEN), so nothing can be changed while the service runs"
+            "no admin_token is set (CLICKSERVE_ADMIN_TOKEN, or CLICKSERVE_ADMIN_TOKENS), so nothing can be changed"
         )
 
 
@@ -167,6 +167,8 @@ def headers_of(refusal: Refusal) -> dict[str, str]:
         headers["Retry-After"] = str(max(math.ceil(refusal.retry_after_s), 1))
     if isinstance(refusal, Conflict) and refusal.reason is Reason.BUSY_CHANGING:
         headers["Retry-After"] = "1"
+    if isinstance(refusal, VersionConflict):
+        headers["ETag"] = f'"{refusal.version}"'
     if rule.closes:
         headers["Connection"] = "close"
     return headers

@@ -139,7 +139,7 @@ class PredictProtocol(HttpToolsProtocol):
     A kept connection stays with the process that took it, so one that starts later would get none of those there are:
     after `max_age_s` seconds, or up to half of it earlier, `connection: close` goes with an answer, and the client
     connects anew for its next request. A head without end is refused, as the time and memory it takes grow with the
-    square of its length; a client that connects and says nothing has `keep_alive_s`.
+    square of its length; a client that connects and says nothing has the time of a kept connection.
 
     Hooks into uvicorn's own class; tests/service/http/test_protocol.py holds each to the version that is locked.
     """
@@ -150,7 +150,6 @@ class PredictProtocol(HttpToolsProtocol):
     refusals: RefusalLog
     lag: "LoopLag"
     max_age_s: float
-    keep_alive_s: float
     max_body_bytes: int
 
     _in_head = False
@@ -163,7 +162,7 @@ class PredictProtocol(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type] # it narrows the type itself
         age_s = self.max_age_s * random.uniform(0.5, 1)  # or those made together would go together
         self._close_at = time.monotonic() + age_s if self.max_age_s else math.inf
-        self.timeout_keep_alive_task = self.loop.call_later(self.keep_alive_s, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -261,7 +260,6 @@ def protocol_class(
     refusals: RefusalLog,
     *,
     max_age_s: float,
-    keep_alive_s: float,
     max_body_bytes: int,
 ) -> type[HttpToolsProtocol]:
     """The class of connections for uvicorn's setting `http`."""
@@ -271,7 +269,6 @@ def protocol_class(
         "refusals": refusals,
         "lag": LoopLag(),
         "max_age_s": max_age_s,
-        "keep_alive_s": keep_alive_s,
         "max_body_bytes": max_body_bytes,
     }
     return type("Connection", (PredictProtocol,), members)

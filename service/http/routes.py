@@ -24,12 +24,14 @@ from service.http.problems import BodyTooLarge, BodyTooSlow, Compressed, Upgradi
 from service.http.protocol import BODY_S
 from service.ingest.events import EventRecorder
 from service.observability.metrics import Metrics
-from service.registry.coordination import Peers
-from service.registry.registry import Catalog
+from service.registry.changes import Changes
+from service.registry.follower import ControlFollower
+from service.registry.registry import ModelRegistry
 from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
 from service.scoring.scorer import Scorer
 from service.settings import Settings
+from service.store.control_store import ControlStore
 from service.store.feature_store import FeatureStore, StoreUnavailable
 
 
@@ -42,8 +44,10 @@ class OpenService:
     explainer: Explainer
     events: EventRecorder
     running: Running
-    peers: Peers
-    catalog: Catalog
+    changes: Changes
+    control: ControlFollower
+    control_store: ControlStore
+    registry: ModelRegistry
     store: FeatureStore
 
 
@@ -99,12 +103,12 @@ class Api:
         add("/experiments", self.experiments, **openapi.EXPERIMENTS)
         OpenInference(
             self._settings,
-            models=lambda: self._open().catalog,
+            models=lambda: self._open().registry,
             scheduler=lambda: self._open().scheduler,
             body=self._body,
             ready=self.readyz,
         ).add_routes(add)
-        Admin(self._settings.admin_token, parts=self._open, body=self._body).add_routes(add)
+        Admin(self._settings.tokens_by_name, parts=self._open, body=self._body).add_routes(add)
         add("/metrics", self.metrics, include_in_schema=False)
         add("/", self.index, include_in_schema=False)
         return router
@@ -146,22 +150,23 @@ class Api:
 
     async def readyz(self) -> Response:
         """Ready without a store, unless the settings say otherwise: an ad server must keep getting answers."""
-        if self._service is None:
+        service = self._service
+        if service is None:
             return _json(b'{"status":"starting"}', status=503)
-        failure = await self._store_failure(self._service.store)
+        failure = await self._store_failure(service.store)
         refusing = self.stopping or (failure is not None and self._settings.require_store)
         status = "stopping" if self.stopping else "ready" if failure is None else "degraded"
         store = {"ok": True} if failure is None else {"ok": False, "detail": failure}
-        arms = {name: model.artifact.manifest.version for name, model in self._service.catalog.models.items()}
-        body = msgspec.json.encode({"status": status, "store": store, "arms": arms})
-        return _json(body, status=503 if refusing else 200)
+        arms = {name: model.version for name, model in service.registry.models.items()}
+        document = {"status": status, "store": store, "arms": arms, "control": service.control.describe()}
+        return _json(msgspec.json.encode(document), status=503 if refusing else 200)
 
     async def models(self) -> Response:
-        catalog = self._open().catalog
-        return _json(msgspec.json.encode([catalog.describe(arm) for arm in catalog.models]))
+        service = self._open()
+        return _json(msgspec.json.encode([service.control.describe_arm(arm) for arm in service.registry.models]))
 
     async def experiments(self) -> Response:
-        return _json(msgspec.json.encode([self._open().running.now.describe()]))
+        return _json(msgspec.json.encode([self._open().control.describe_experiment()]))
 
     async def metrics(self, request: Request) -> Response:
         text, content_type = self._metrics.exposition(request.headers.get("accept", ""))

@@ -20,7 +20,7 @@ from service.observability import exposition
 from service.observability.exposition import NumbersCollector
 from service.observability.instruments import OTHER, Counter, Families, Histogram
 from service.observability.multiprocess import WorkerFiles, WorkerProcesses
-from service.worker import Place
+from service.worker import WorkerInfo
 
 Stage = Literal["parse", "fetch", "encode", "queue", "infer", "respond"]
 STAGES: tuple[Stage, ...] = ("parse", "fetch", "encode", "queue", "infer", "respond")
@@ -56,7 +56,7 @@ class ArmMetrics:
 class Metrics:
     """All metrics of one process. What it exposes are those of all workers, where its place has several."""
 
-    def __init__(self, place: Place | None = None) -> None:
+    def __init__(self, place: WorkerInfo | None = None) -> None:
         families = Families()
         self._requests = families.counter("clickserve_requests", "Requests answered.", "route", "status", "arm")
         self._request_seconds = families.histogram(

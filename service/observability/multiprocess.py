@@ -23,7 +23,7 @@ from prometheus_client import Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
 from service.observability.instruments import AnyFamily, Combine, Labels
-from service.worker import Place
+from service.worker import WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerFiles:
     """The file of this worker, and those of the others in the folder that they share."""
 
-    def __init__(self, place: Place, families: Sequence[AnyFamily]) -> None:
+    def __init__(self, place: WorkerInfo, families: Sequence[AnyFamily]) -> None:
         self._folder = folder_of(place)
         self._slot = place.slot
         self._workers = place.workers
@@ -110,7 +110,7 @@ class WorkerProcesses(Collector):
     Memory or CPU of all workers together would hide the one that leaks, and go back when one is replaced.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerInfo) -> None:
         self._folder = folder_of(place)
         self._workers = place.workers
 
@@ -128,7 +128,7 @@ class WorkerProcesses(Collector):
         return families.values()
 
 
-def leave(place: Place) -> None:
+def leave(place: WorkerInfo) -> None:
     """After a worker's death: its gauges no longer count, while its totals wait for who takes the slot."""
     _pid_file(folder_of(place), place.slot).unlink(missing_ok=True)
 
@@ -167,7 +167,7 @@ def merged(snapshots: Sequence[Numbers], families: Iterable[AnyFamily]) -> Numbe
     return together
 
 
-def folder_of(place: Place) -> Path:
+def folder_of(place: WorkerInfo) -> Path:
     assert place.folder is not None, "a process that serves alone has nobody to share with"
     return place.folder / "metrics"
 

@@ -1,4 +1,4 @@
-"""How many cores this process may use, which in a container is fewer than the machine has."""
+"""CPU count: how many cores this process may use, by affinity and cgroup quota."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The host and port of a service: its own from the start, and shared by its workers only."""
+"""Listening sockets: a port that belongs to one service from its start, shared by its workers with SO_REUSEPORT."""
 
 import socket
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from service.settings import SettingsError
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """Bound at once, so that a taken address is told before models load; it listens when there are answers.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound at once, so that a taken address is an error before models load; uvicorn makes it listen.
 
     Raises SettingsError for an address that is taken, or is none of this machine's.
     """
-    listener = _opened(host)
+    listener = _open(host)
     try:
         listener.bind((host, port))
     except OSError as err:
@@ -22,11 +22,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def reserved(host: str, port: int) -> Iterator[int]:
-    """The port, chosen if it was 0, for `joined` to be used with until the block ends. Raises SettingsError."""
+def reserve_port(host: str, port: int) -> Iterator[int]:
+    """The port, chosen if it was 0, for `bind_shared` until the block ends. Raises SettingsError."""
     # Bound without SO_REUSEPORT, which would not notice another service of ours, and opened to our workers after that.
     # It never listens, so no connection waits here.
-    with bound(host, port) as holder, socket.socket(socket.AF_UNIX) as claim:
+    with bind(host, port) as holder, socket.socket(socket.AF_UNIX) as claim:
         port = holder.getsockname()[1]
         try:
             # Nor does the kernel notice two services while neither listens yet. A name can only be bound once, is of
@@ -38,15 +38,15 @@ def reserved(host: str, port: int) -> Iterator[int]:
         yield port
 
 
-def joined(host: str, port: int) -> socket.socket:
+def bind_shared(host: str, port: int) -> socket.socket:
     """One more socket on a reserved address: the kernel spreads new connections over those that listen."""
-    listener = _opened(host)
+    listener = _open(host)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
     return listener
 
 
-def _opened(host: str) -> socket.socket:
+def _open(host: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return listener

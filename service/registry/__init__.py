@@ -1,1 +1,1 @@
-"""Which model versions serve: registry, loader, warmup, changes, coordination, background_thread."""
+"""Which model versions serve: registry, loader, warmup, background_thread; control, follower, changes, local_copy."""

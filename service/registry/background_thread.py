@@ -1,4 +1,4 @@
-"""A thread for long work beside requests: it gives way to them."""
+"""Low-priority thread for long work beside requests."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ SWITCH_S = 0.0005
 LOWEST = 19
 
 
-class Background:
+class BackgroundThread:
     """Open it with `with`, one at a time in a process. The thread ends with the work under way."""
 
     def __init__(self) -> None:

@@ -1,172 +1,130 @@
-"""What can be changed while the service runs: first prepared, which may refuse, then made in one step."""
+"""Operators' changes of what should serve: each is checked here, then written to the store by compare-and-set."""
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
-import msgspec
+import asyncio
+from collections.abc import Set as AbstractSet
 
 from models.artifact.folder import CURRENT
-from service.errors import FieldError, InvalidValue, NoSuchVersion, NotFound, pointer, shown
-from service.experiments.assignment import ExperimentError, Running
-from service.observability.metrics import Metrics
-from service.registry.registry import Catalog
-from service.registry.warmup import Swap
+from service.errors import ArtifactRefused, Conflict, NoSuchVersion, NotFound, OtherExperiment, VersionConflict, shown
+from service.experiments.assignment import Experiment
+from service.registry import control
+from service.registry.control import Edit
+from service.registry.follower import ControlFollower, Warmer
+from service.registry.registry import ModelRegistry
 from service.scoring.loaded_model import LoadedModel
+from service.store.control_store import ControlDocument, ControlStore
 
-log = logging.getLogger(__name__)
+MAX_TRIES = 100  # of a change that others always come before
 
-Share = float
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
-    """The arm gets that version of its model."""
-
-    arm: str
-    version: str = CURRENT
-
-
-class Rollback(msgspec.Struct, frozen=True, kw_only=True, tag="rollback"):
-    """The arm gets the version back that it served before, and where one is named only that one."""
-
-    arm: str
-    version: str | None = None
-
-
-class Reshare(msgspec.Struct, frozen=True, kw_only=True, tag="reshare"):
-    """The experiment gets other shares; who is not named keeps its own."""
-
-    experiment: str
-    shares: dict[str, Share] = {}
-    shadow: dict[str, Share] = {}
-
-
-Change = Load | Rollback | Reshare
-
-
-class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What serves: of every arm its version and those before, the latest first, and the shares, now and until when."""
-
-    versions: dict[str, list[str]]
-    shares: dict[str, Share]
-    shadow: dict[str, Share]
-    before: list[tuple[float, dict[str, Share]]] = []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A change that nothing can stop any more. One of the two is to be called; neither takes time."""
-
-    change: Change  # in words that mean the same in every process
-    commit: Callable[[], None]
-    discard: Callable[[], None] = lambda: None
+Versions = AbstractSet[int] | None
+"""Control versions one of which a change expects; None for any."""
 
 
 class Changes:
-    """The changes of this process. They are prepared one at a time: whoever calls sees to it."""
+    """Every method returns when this worker serves what was asked for; the others follow within a second.
 
-    def __init__(self, *, running: Running, catalog: Catalog, swap: Swap, metrics: Metrics) -> None:
-        self._running = running
-        self._catalog = catalog
-        self._swap = swap
-        self._metrics = metrics
+    Each raises StoreUnavailable, with the change possibly made, where the store does not answer, and Refusal: 412 where
+    the document is of none of the `expected` versions, 409 where it is of another experiment file.
+    """
 
-    def state(self) -> State:
-        now = self._running.now
-        return State(
-            versions=self._catalog.versions(),
-            shares={arm.name: arm.share for arm in now.arms},
-            shadow={arm.name: arm.share for arm in now.shadow},
-            before=[(until, {arm.name: arm.share for arm in ran.arms}) for until, ran in self._running.past],
-        )
+    def __init__(
+        self,
+        *,
+        store: ControlStore,
+        follower: ControlFollower,
+        experiment: Experiment,
+        registry: ModelRegistry,
+        warmer: Warmer,
+    ) -> None:
+        self._store = store
+        self._follower = follower
+        self._experiment = experiment
+        self._fingerprint = control.fingerprint(experiment)
+        self._registry = registry
+        self._warmer = warmer
 
-    async def prepare(self, change: Change) -> Prepared:
-        """Raises Problem: 404 for an arm or experiment that is none, 422 or 409 with the reason for what cannot be."""
-        match change:
-            case Load():
-                self._check_arm(change.arm)
-                model = await self._swap.prepare(change.arm, change.version)
-                return self._flip(change.arm, model)
-            case Rollback():
-                return self._rollback(change)
-            case Reshare():
-                return self._reshare(change)
+    async def set_shares(self, edit: Edit, *, changed_by: str, expected: Versions = None) -> None:
+        """Raises Refusal: 422 for shares that do not fit together."""
+        self._follower.adopt(await self._write(edit, changed_by=changed_by, expected=expected))
 
-    async def catch_up(self, state: State) -> None:
-        """Makes what serves elsewhere serve here. Raises Problem where an artifact is gone meanwhile."""
-        for arm, (serving, *_) in state.versions.items():
-            if self._catalog.models[arm].version != serving:
-                (await self.prepare(Load(arm=arm, version=serving))).commit()
-        own = self._running.now
-        before = [(until, own.with_shares(shares=shares, shadow={})) for until, shares in state.before]
-        self._running.take_over(own.with_shares(shares=state.shares, shadow=state.shadow), before)
+    async def load(self, arm: str, version: str = CURRENT, *, changed_by: str, expected: Versions = None) -> None:
+        """The arm gets that version of its model, which is verified and warmed here first.
 
-    def _flip(self, arm: str, model: LoadedModel) -> Prepared:
-        def commit() -> None:
-            before = self._catalog.models[arm]
-            self._catalog.flip(arm, model)
-            self._tell(arm, before)
+        Raises Refusal: 404 for an arm that does not exist, 422 for such a version, 409 for one that must not serve.
+        """
+        self._check_arm(arm)
+        _check_version(await self._read(), expected)  # before seconds of work that would be for nothing
+        await self._serve(arm, await self._warmer.prepare(arm, version), None, changed_by=changed_by, expected=expected)
 
-        load = Load(arm=arm, version=model.version)
-        return Prepared(change=load, commit=commit, discard=lambda: self._catalog.release(model))
+    async def roll_back(self, arm: str, *, changed_by: str, expected: Versions = None) -> None:
+        """The arm gets the version back that it served before. What served is given up: a load brings it back.
 
-    def _rollback(self, change: Rollback) -> Prepared:
-        self._check_arm(change.arm)
-        previous = self._catalog.previous(change.arm)
-        if previous is None:
-            raise NoSuchVersion(f"{change.arm} has no previous version that is still loaded")
-        if change.version not in (None, previous.version):  # a process that started later may lack one
-            told = f"one process would go back to {previous.version}, not to {change.version}: load one of them"
-            raise NoSuchVersion(f"{change.arm}: {told}")
+        Raises Refusal: 404 for an arm that does not exist, 422 where there is no version before, 409 where that one is
+        no longer loaded and must not serve.
+        """
+        self._check_arm(arm)
+        document = await self._read()
+        _check_version(document, expected)
+        _, *previous = document.state.models[arm]
+        if not previous:
+            raise NoSuchVersion(f"{arm} has no previous version")
+        edit = control.roll_back(arm, previous[0])
+        if self._registry.loaded(arm, previous[0]) is not None:
+            self._follower.adopt(await self._write(edit, changed_by=changed_by, expected=expected))
+        else:
+            model = await self._warmer.prepare(arm, previous[0])
+            await self._serve(arm, model, edit, changed_by=changed_by, expected=expected)
 
-        def commit() -> None:
-            before = self._catalog.models[change.arm]
-            self._catalog.roll_back(change.arm)
-            self._tell(change.arm, before)
-
-        return Prepared(change=Rollback(arm=change.arm, version=previous.version), commit=commit)
-
-    def _tell(self, arm: str, before: LoadedModel) -> None:
-        """Logs and metrics of a swap: the new one's series comes before the old one's goes."""
-        now = self._catalog.models[arm]
-        if now is before:
-            return
-        model = now.artifact.manifest.model
-        self._metrics.model_serves(arm=arm, model=model, version=now.version)
-        if now.version != before.version:
-            self._metrics.model_stops(arm=arm, model=model, version=before.version)
-        log.info("model swapped", extra={"arm": arm, "model": model, "version": now.version, "was": before.version})
-
-    def _reshare(self, change: Reshare) -> Prepared:
-        now = self._running.now
-        if change.experiment != now.name:
-            raise NotFound(f"there is no experiment {shown(change.experiment)}; {now.name} runs")
-        for part, names, given in (
-            ("shares", {arm.name for arm in now.arms}, change.shares),
-            ("shadow", {arm.name for arm in now.shadow}, change.shadow),
-        ):
-            _check_names(part, names, given)
+    async def _serve(
+        self, arm: str, model: LoadedModel, edit: Edit | None, *, changed_by: str, expected: Versions
+    ) -> None:
+        """Writes the change for a model that is warm, and flips to it here. `edit` is by default a load's."""
+        edit = edit or control.set_version(arm, model.version)
         try:
-            after = now.with_shares(shares=change.shares, shadow=change.shadow)
-        except ExperimentError as err:
-            raise InvalidValue([FieldError(pointer="", expected="shares that fit together", got=str(err))]) from None
+            self._check_files(arm, model)
+            document = await self._write(edit, changed_by=changed_by, expected=expected)
+        except BaseException:
+            self._registry.release(model)
+            raise
+        self._follower.adopt(document, {arm: model})
 
-        def commit() -> None:
-            self._running.change(after)
-            state = self.state()
-            log.info("shares changed", extra={"experiment": now.name, "shares": state.shares, "shadow": state.shadow})
+    def _check_files(self, arm: str, model: LoadedModel) -> None:
+        """A version is one artifact for ever: the other workers would see nothing to load."""
+        serving = self._registry.models[arm]
+        if model.version == serving.version and model is not serving:
+            reason = "its files are not those that serve under this version; export it as another one"
+            raise ArtifactRefused(f"{model.artifact.path}: {reason}")
 
-        return Prepared(change=change, commit=commit)
+    async def _write(self, edit: Edit, *, changed_by: str, expected: Versions) -> ControlDocument:
+        """The document with the change in it: a new version, or the one there is where nothing changes."""
+        for _ in range(MAX_TRIES):
+            before = await self._read()
+            _check_version(before, expected)
+            after = control.change(before, edit, changed_by=changed_by)
+            if after is None or await self._store.replace(after, expected=before):
+                return after or before
+            await asyncio.sleep(0)
+        raise Conflict(f"{MAX_TRIES} other changes came before this one; try again")
+
+    async def _read(self) -> ControlDocument:
+        stored = await self._store.read()
+        if stored is None:  # it lost its data
+            await self._follower.poll()
+            stored = await self._store.read() or self._follower.document
+        if stored.fingerprint != self._fingerprint:
+            raise OtherExperiment(stored.version)
+        return stored
 
     def _check_arm(self, arm: str) -> None:
-        if arm not in self._catalog.arms:
-            raise NotFound(f"there is no arm {shown(arm)}; there are {', '.join(self._catalog.arms)}")
+        if arm not in self._registry.arms:
+            raise NotFound(f"there is no arm {shown(arm)}; there are {', '.join(self._registry.arms)}")
 
 
-def _check_names(part: str, names: set[str], given: Mapping[str, Share]) -> None:
-    known = f"one of {', '.join(sorted(names))}" if names else "nothing: there are none"
-    errors = [
-        FieldError(pointer=pointer(part, name), expected=known, got=shown(name)) for name in given if name not in names
-    ]
-    if errors:
-        raise InvalidValue(errors)
+def check_experiment(name: str, experiment: Experiment) -> None:
+    """Raises Refusal: 404."""
+    if name != experiment.name:
+        raise NotFound(f"there is no experiment {shown(name)}; {experiment.name} runs")
+
+
+def _check_version(document: ControlDocument, expected: Versions) -> None:
+    if expected is not None and document.version not in expected:
+        raise VersionConflict(document.version)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loader:
+class ModelLoader:
     """How an artifact becomes a model, whose runs are of at most `max_candidates`.
 
     Of each model `item_rows` candidates and as many clicks are kept encoded, candidates for `fresh_s` seconds.

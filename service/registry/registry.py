@@ -1,27 +1,27 @@
-"""The models that serve: one for each arm, replaced while requests are answered, and those before them."""
+"""Model registry: the model of each arm, replaced while requests are answered, and those it had before."""
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from models.artifact.errors import ArtifactError
 from service.experiments.assignment import Arm
-from service.registry.loader import Loader
+from service.registry.loader import ModelLoader
 from service.scoring.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 
-class Catalog:
+class ModelRegistry:
     """Every arm's model by the arm's name, in `models`: one assignment there is a swap.
 
-    `keep_versions` models that an arm had before stay loaded, to go back to at once. What no arm has any more is
-    closed when the last of its requests is answered. All but `read` is for the event loop's thread.
+    `keep_versions` models that an arm had before stay loaded, to go back to at once. A model that no arm has any more
+    is closed when the last of its requests is answered. All but `read` is for the event loop's thread.
     """
 
-    def __init__(self, loader: Loader, arms: Sequence[Arm], *, keep_versions: int) -> None:
+    def __init__(self, loader: ModelLoader, arms: Sequence[Arm], *, keep_versions: int) -> None:
         self.models: dict[str, LoadedModel] = {}
         self.arms = {arm.name: arm for arm in arms}
         self._loader = loader
@@ -32,26 +32,40 @@ class Catalog:
     @classmethod
     def load(
         cls,
-        loader: Loader,
+        loader: ModelLoader,
         arms: Sequence[Arm],
         *,
         keep_versions: int = 2,
         versions: Mapping[str, Sequence[str]] | None = None,
     ) -> Self:
-        """Takes seconds. `versions` are those that serve already elsewhere, by arm: the serving one, then those before.
+        """Takes seconds. `versions` are those of a control document, by arm: the serving one, then the previous.
 
-        Raises ArtifactError if any arm's artifact is missing, damaged, or scores as it should not.
+        Where the serving one is missing or refused, the first that can serve does: a previous one, or the arm's own
+        version. Raises ArtifactError, with what was wrong with the first of them, if an arm has none.
         """
-        catalog = cls(loader, arms, keep_versions=keep_versions)
+        registry = cls(loader, arms, keep_versions=keep_versions)
         for arm in arms:
             serving, *previous = (versions or {}).get(arm.name) or [arm.version]
-            catalog.models[arm.name] = catalog.read(arm.name, serving)
-            for version in previous[:keep_versions]:
+            model = registry._load_first(arm.name, dict.fromkeys([serving, *previous, arm.version]))
+            registry.models[arm.name] = model
+            for version in [version for version in previous if version != model.version][:keep_versions]:
                 try:
-                    catalog._previous[arm.name].append(catalog.read(arm.name, version))
+                    registry._previous[arm.name].append(registry.read(arm.name, version))
                 except ArtifactError as err:
                     log.warning("no previous version", extra={"arm": arm.name, "version": version, "reason": str(err)})
-        return catalog
+        return registry
+
+    def _load_first(self, arm: str, versions: Iterable[str]) -> LoadedModel:
+        refusal: ArtifactError | None = None
+        for version in versions:
+            try:
+                return self.read(arm, version)
+            except ArtifactError as err:
+                told = {"arm": arm, "version": version, "reason": str(err)}
+                log.error("artifact refused", extra=told)  # noqa: TRY400 - the reason says it all
+                refusal = refusal or err
+        assert refusal is not None, "an arm has a version"
+        raise refusal
 
     @property
     def root(self) -> Path:
@@ -61,15 +75,6 @@ class Catalog:
         """That version for the arm, loaded and verified, or the one that is loaded already. Raises ArtifactError."""
         return self._loader.load(self.arms[arm], version, loaded=self._loaded())
 
-    def versions(self) -> dict[str, list[str]]:
-        """Of every arm the serving one, then those before, the latest first."""
-        return {arm: [m.version for m in (model, *self._previous[arm])] for arm, model in self.models.items()}
-
-    def describe(self, arm: str) -> dict[str, Any]:
-        """What it serves, and the versions that it can go back to, the latest first."""
-        previous = [model.version for model in self._previous[arm]]
-        return {"arm": arm, **self.models[arm].describe(), "previous": previous}
-
     def get(self, arm: str) -> LoadedModel:
         return self.models[arm]
 
@@ -77,22 +82,34 @@ class Catalog:
         """What the arm served before, still loaded."""
         return self._previous[arm][0] if self._previous[arm] else None
 
-    def flip(self, arm: str, model: LoadedModel) -> None:
-        """From now on new requests of the arm get this model; those under way end with theirs."""
-        old = self.models[arm]
-        if model is old:
-            return
-        self.models[arm] = model
-        kept = [old, *(other for other in self._previous[arm] if other is not model)]
-        self._previous[arm] = kept[: self._keep]
-        self.release(*kept[self._keep :])
+    def loaded(self, arm: str, version: str) -> LoadedModel | None:
+        """That version of the arm's model, if the arm has it still."""
+        candidates = (self.models[arm], *self._previous[arm])
+        return next((model for model in candidates if model.version == version), None)
 
-    def roll_back(self, arm: str) -> None:
-        """To the previous model. The one that served is not kept: a step back twice leads two versions back."""
-        old, (model, *rest) = self.models[arm], self._previous[arm]
+    def versions(self) -> dict[str, list[str]]:
+        """Of every arm the serving one, then those before, the latest first."""
+        return {arm: [m.version for m in (model, *self._previous[arm])] for arm, model in self.models.items()}
+
+    def describe(self, arm: str) -> dict[str, Any]:
+        """What it serves, and the versions that stay loaded to go back to, the latest first."""
+        previous = [model.version for model in self._previous[arm]]
+        return {"arm": arm, **self.models[arm].describe(), "previous": previous}
+
+    def flip(self, arm: str, model: LoadedModel, *, previous: Sequence[str] | None = None) -> None:
+        """From now on new requests of the arm get this model; those under way end with theirs.
+
+        Of the versions that the arm had, those that `previous` lists stay loaded, as far as `keep_versions` allows;
+        without it all of them.
+        """
+        before = [self.models[arm], *self._previous[arm]]
         self.models[arm] = model
-        self._previous[arm] = rest
-        self.release(old)
+        others = [other for other in before if other is not model]
+        if previous is not None:
+            by_version = {other.version: other for other in reversed(others)}
+            others = [by_version[version] for version in previous if version in by_version]
+        self._previous[arm] = others[: self._keep]
+        self.release(*before)
 
     def release(self, *models: LoadedModel) -> None:
         """Closes those that no arm has, once none of their requests is under way."""
@@ -124,4 +141,4 @@ class Catalog:
 async def _retire(model: LoadedModel) -> None:
     await model.served.drain()
     model.close()
-    log.info("model closed", extra={"model": model.artifact.manifest.model, "version": model.version})
+    log.info("model closed", extra={"model": model.name, "version": model.version})

@@ -1,4 +1,4 @@
-"""How a new version gets ready beside the one that serves: read, verified, and shown what it is going to meet."""
+"""Warm-up of a new model version beside the one that serves: loaded, verified, run on recent live requests."""
 
 import asyncio
 import logging
@@ -14,8 +14,8 @@ from models.features.column_encoding import EncodingError
 from models.features.packing import num_candidates, slice_candidates
 from service.deadline import Deadline
 from service.errors import ArtifactRefused, NoSuchVersion, Refusal
-from service.registry.background_thread import Background
-from service.registry.registry import Catalog
+from service.registry.background_thread import BackgroundThread
+from service.registry.registry import ModelRegistry
 from service.runtime.scheduler import run_once
 from service.scoring.loaded_model import LoadedModel
 from service.scoring.request import MalformedFeatures, ScoringRequest
@@ -27,40 +27,47 @@ REPLAY_MS = 10_000.0  # for what one request needs of the store
 SIZES = (1, 2, 100, 1000)  # candidates
 
 
-class Swap:
-    def __init__(self, *, catalog: Catalog, scorer: Scorer) -> None:
-        self._catalog = catalog
+class ModelWarmer:
+    """Prepares one version at a time; whoever comes while one is prepared waits."""
+
+    def __init__(self, *, registry: ModelRegistry, scorer: Scorer) -> None:
+        self._registry = registry
         self._scorer = scorer
+        self._one_at_a_time = asyncio.Lock()
 
     async def prepare(self, arm: str, version: str = CURRENT) -> LoadedModel:
-        """The version, verified and warm; `Catalog.flip` makes it serve, and `Catalog.release` drops it.
+        """The version, verified and warm; `ModelRegistry.flip` makes it serve, and `ModelRegistry.release` drops it.
 
         The requests that the arm answered last are read and scored anew, at every size, where there were any. Beside
         them the service goes on: all that can wait for it is done by a thread that gives way. Raises Refusal: 422 if
         there is no such version, 409 with the reason if its artifact must not serve.
         """
-        root, name = self._catalog.root, self._catalog.arms[arm].model
+        async with self._one_at_a_time:
+            return await self._prepare(arm, version)
+
+    async def _prepare(self, arm: str, version: str) -> LoadedModel:
+        root, name = self._registry.root, self._registry.arms[arm].model
         try:
             path = await asyncio.to_thread(artifact.resolve, root, name, version)
         except ArtifactError as err:
             raise NoSuchVersion(str(err)) from None
         started = time.perf_counter()
-        with Background() as background:
+        with BackgroundThread() as background:
             try:
-                model = await background.run(self._catalog.read, arm, path.name)
+                model = await background.run(self._registry.read, arm, path.name)
             except ArtifactError as err:
                 log.warning("artifact refused", extra={"arm": arm, "version": path.name, "reason": str(err)})
                 raise ArtifactRefused(str(err)) from None
             try:
                 replayed = await self._replay(arm, model, background)
             except BaseException:
-                self._catalog.release(model)
+                self._registry.release(model)
                 raise
         took = round(time.perf_counter() - started, 3)
         log.info("model ready", extra={"arm": arm, "version": path.name, "requests": replayed, "seconds": took})
         return model
 
-    async def _replay(self, arm: str, model: LoadedModel, background: Background) -> int:
+    async def _replay(self, arm: str, model: LoadedModel, background: BackgroundThread) -> int:
         """Raises ArtifactRefused where a request that the arm has answered cannot be, or gets a score that is none."""
         inputs: list[Arrays] = []
         for request in self._scorer.recent.of(arm):
@@ -73,7 +80,7 @@ class Swap:
                 await self._try(model, slice_candidates(arrays, rows), background)
         return len(inputs)
 
-    async def _try(self, model: LoadedModel, arrays: Arrays, background: Background) -> None:
+    async def _try(self, model: LoadedModel, arrays: Arrays, background: BackgroundThread) -> None:
         outcome = await background.run(run_once, model.served.backend, arrays, num_candidates(arrays))
         if isinstance(outcome, Refusal):
             raise _refused(model, f"it does not run on a recent request: {outcome.__cause__}")

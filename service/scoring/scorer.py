@@ -21,14 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.deadline import Deadline
-from service.errors import (
-    Degraded,
-    ModelFailed,
-    Reason,
-    Refusal,
-    ShadowDropped,
-    WouldBeLate,
-)
+from service.errors import Degraded, ModelFailed, Reason, Refusal, ShadowDropped, WouldBeLate
 from service.experiments.assignment import Experiment, Running
 from service.ids import spelled
 from service.observability.metrics import OTHER_FIELD, Metrics

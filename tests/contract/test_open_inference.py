@@ -34,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a real port, in a thread."""
     root = tmp_path_factory.mktemp("artifacts")
     tiny.write(root)
-    alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+    alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
     app = create_app(Settings(artifacts_dir=root, experiment=alone, timeout_ms=30_000))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects early waits in its queue

@@ -56,7 +56,7 @@ def test_an_empty_file_sets_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("prot: 9\nport: x", "no setting is called prot; there are admin_token, artifacts_dir,"),
+        ("prot: 9\nport: x", "no setting is called prot; there are admin_token, admin_tokens, artifacts_dir,"),
         ("port: nine", "CLICKSERVE_PORT: setting port: Input should be a valid integer"),
         ("port: 99999", "setting port: Input should be less than or equal to 65535, got 99999"),
         ("item_cache_s: .inf", "setting item_cache_s: Input should be less than or equal to 86400, got inf"),
@@ -102,6 +102,30 @@ def test_a_token_of_digits_that_yaml_takes_for_a_number_is_not_repeated(file: Pa
         load(file)
 
     assert "8675309" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"admin_tokens": {"alice": "s3 cret"}}, "setting admin_tokens: expected visible ASCII"),
+        ({"admin_tokens": {"alice": ""}}, "setting admin_tokens: expected a token of alice, got an empty one"),
+        ({"admin_tokens": {"a b": "s3cret"}}, "setting admin_tokens: String should match pattern"),
+        ({"admin_tokens": ["s3cret"]}, "setting admin_tokens: expected tokens by name"),
+        ({"admin_tokens": "s3cret"}, "setting admin_tokens: expected tokens by name"),
+        ({"admin_tokens": {"alice": 8675309}}, "setting admin_tokens: Input should be a valid string"),
+        ({"admin_token": "s3cret", "admin_tokens": {"admin": "other"}}, "admin_tokens names admin, which is the name"),
+        ({"admin_token": "s3cret", "admin_tokens": {"alice": "s3cret"}}, "alice and admin are the same"),
+        ({"admin_tokens": {"alice": "s3cret", "bob": "s3cret"}}, "alice and bob are the same"),
+    ],
+)
+def test_wrong_admin_tokens_are_refused_and_not_repeated(file: Path, content: dict[str, object], told: str) -> None:
+    file.write_text(yaml.safe_dump(content))
+
+    with pytest.raises(SettingsError, match=told) as wrong:
+        load(file)
+
+    assert not any(secret in str(wrong.value) for secret in ("s3cret", "s3 cret", "8675309"))
+    assert "\n" not in str(wrong.value)
 
 
 def test_an_absent_file_is_told_by_its_name(tmp_path: Path) -> None:

@@ -75,14 +75,13 @@ class Client:
         self.scopes: list[Scope] = []
         self.asked = asyncio.Event()
         self.endpoint, self.metrics = Endpoint(), Metrics()
-        config = uvicorn.Config(self._app, interface="asgi3", log_config=None)
+        config = uvicorn.Config(self._app, interface="asgi3", log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
         endpoint: Any = self.endpoint
         kind: Any = protocol_class(
             endpoint,
             self.metrics,
             RefusalLog(),
             max_age_s=max_age_s,
-            keep_alive_s=keep_alive_s,
             max_body_bytes=1000,
         )
         self.state = ServerState()

@@ -95,7 +95,7 @@ async def test_after_a_change_of_shares_events_count_for_the_arm_that_served_at_
     running = Running(experiment, clock=lambda: now)
     events = Events(store=store, running=running, metrics=metrics, now=lambda: NOW)
     user = next(f"u{number}" for number in range(100) if experiment.assign(f"u{number}").name == "mian")
-    running.change(experiment.with_shares(shares={"mian": 0}, shadow={}))  # killed
+    running.replace(experiment.with_shares(shares={}, shadow={}, killed=["mian"]), [(now, experiment)])
     now = NOW
 
     of_times = (NOW - 61, NOW - 59, NOW - 2 * 86_400)  # before it, after it, and of a replay
@@ -197,7 +197,7 @@ EVENT = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in ev
 @example(sent=[{**event(), "\ud800": 1}])
 @example(sent=[event(features={"x": 10**400})])
 async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[Any]):
-    arms = [{"name": "mian", "model": "mian", "share": 1}]
+    arms = [{"name": "mian", "model": "mian", "share": 100}]
     experiment = parse({"experiment": "test", "salt": "s", "arms": arms}, source="test")
     events = Events(store=MemoryStore(), running=Running(experiment), metrics=Metrics(), now=lambda: NOW)
 

@@ -20,14 +20,14 @@ from service.observability import multiprocess
 from service.observability.instruments import Families
 from service.observability.metrics import Metrics
 from service.observability.multiprocess import Numbers, Series, merged
-from service.worker import Place
+from service.worker import WorkerInfo
 
 DEGRADED = "clickserve_degraded_total [('reason', 'behaviours_unavailable')]"
 WORKERS = 2
 
 
-def place(folder: Path, slot: int) -> Place:
-    return Place(slot=slot, workers=WORKERS, folder=folder)
+def place(folder: Path, slot: int) -> WorkerInfo:
+    return WorkerInfo(slot=slot, workers=WORKERS, folder=folder)
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -250,11 +250,11 @@ COUNTING_WORKER = textwrap.dedent("""
     from pathlib import Path
     from service.observability import multiprocess
     from service.observability.metrics import Metrics
-    from service.worker import Place
+    from service.worker import WorkerInfo
 
     async def main():
         multiprocess.WRITE_EVERY_S = 3600.0 if sys.argv[3] == "never" else 0.001
-        metrics = Metrics(Place(slot=int(sys.argv[2]), workers=2, folder=Path(sys.argv[1])))
+        metrics = Metrics(WorkerInfo(slot=int(sys.argv[2]), workers=2, folder=Path(sys.argv[1])))
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         with metrics.shared():

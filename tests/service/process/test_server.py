@@ -1,32 +1,30 @@
 """What a process does before it serves, and when it is told to stop."""
 
+import asyncio
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from service.app import create_app
 from service.process.server import Server
-from service.settings import Settings
-from service.worker import Place
 
-ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 
 
 def test_the_garbage_collector_leaves_alone_what_is_there_before_the_first_request(artifacts: Path) -> None:
     """A full collection of modules and models takes longer than a request may."""
     script = f"""
 import asyncio, gc, os, signal
-from service.place import Place
-from service.server import serve
+from service.__main__ import serve_here
 from service.settings import Settings
+from service.worker import WorkerInfo
 
 def listening():
     print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)
     os.kill(os.getpid(), signal.SIGINT)
 
 settings = Settings(artifacts_dir={str(artifacts)!r}, port=0, experiment={ONE_ARM!r})
-asyncio.run(serve(settings, Place.alone(), listening=listening))
+asyncio.run(serve_here(settings, WorkerInfo.alone(), listening))
 """
     ran = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
 
@@ -35,14 +33,23 @@ asyncio.run(serve(settings, Place.alone(), listening=listening))
     assert looked_through < frozen / 10
 
 
-def test_being_told_again_to_stop_puts_the_end_off_no_further(artifacts: Path) -> None:
-    settings = Settings(artifacts_dir=artifacts, experiment=ONE_ARM, drain_s=5)
-    server = Server(create_app(settings, Place.alone()), settings, lambda: None)
+class Lifecycle:
+    stopping = False
+
+
+async def app(*_: object) -> None:
+    raise AssertionError("nobody asks")
+
+
+def test_a_second_stop_puts_the_end_off_no_further() -> None:
+    lifecycle = Lifecycle()
+    server = Server(app, protocol=asyncio.Protocol, lifecycle=lifecycle, drain_s=5, listening=lambda: None)
 
     server.handle_exit(signal.SIGTERM, None)
     ends = server._stop_at
     server.handle_exit(signal.SIGTERM, None)
 
+    assert lifecycle.stopping
     assert server._stop_at == ends
     server.handle_exit(signal.SIGINT, None)
     assert server._stop_at < ends

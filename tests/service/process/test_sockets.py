@@ -12,8 +12,8 @@ HOST = "127.0.0.1"
 
 
 def test_a_port_is_chosen_once_and_joined_by_many_who_all_get_connections() -> None:
-    with sockets.reserved(HOST, 0) as port:
-        joined = [sockets.joined(HOST, port) for _ in range(2)]
+    with sockets.reserve_port(HOST, 0) as port:
+        joined = [sockets.bind_shared(HOST, port) for _ in range(2)]
         for listener in joined:
             listener.listen()
             listener.settimeout(10)
@@ -25,37 +25,37 @@ def test_a_port_is_chosen_once_and_joined_by_many_who_all_get_connections() -> N
 
 @pytest.mark.parametrize("listens", [False, True], ids=["which loads", "which listens"])
 def test_another_service_with_workers_is_noticed(listens: bool) -> None:
-    with sockets.reserved(HOST, 0) as port, closing(sockets.joined(HOST, port)) as worker:
+    with sockets.reserve_port(HOST, 0) as port, closing(sockets.bind_shared(HOST, port)) as worker:
         if listens:
             worker.listen()
 
         taken = pytest.raises(SettingsError, match=f"cannot listen on {HOST}:{port}: Address already in use")
-        with taken, sockets.reserved(HOST, port):
+        with taken, sockets.reserve_port(HOST, port):
             pass
 
 
 def test_a_service_alone_and_one_with_workers_notice_each_other() -> None:
-    with closing(sockets.bound(HOST, 0)) as alone:
+    with closing(sockets.bind(HOST, 0)) as alone:
         alone.listen()
-        with pytest.raises(SettingsError, match="cannot listen on"), sockets.reserved(HOST, alone.getsockname()[1]):
+        with pytest.raises(SettingsError, match="cannot listen on"), sockets.reserve_port(HOST, alone.getsockname()[1]):
             pass
-    with sockets.reserved(HOST, 0) as port, closing(sockets.joined(HOST, port)) as worker:
+    with sockets.reserve_port(HOST, 0) as port, closing(sockets.bind_shared(HOST, port)) as worker:
         worker.listen()
         with pytest.raises(SettingsError, match="cannot listen on"):
-            sockets.bound(HOST, port)
+            sockets.bind(HOST, port)
 
 
 def test_an_address_is_free_again_as_soon_as_its_service_ended() -> None:
-    with sockets.reserved(HOST, 0) as port, closing(sockets.joined(HOST, port)) as worker:
+    with sockets.reserve_port(HOST, 0) as port, closing(sockets.bind_shared(HOST, port)) as worker:
         worker.listen()
         client = socket.create_connection((HOST, port))
         worker.accept()[0].close()  # which closes first waits: the address is in TIME_WAIT
         client.close()
 
-    with sockets.reserved(HOST, port) as again:
+    with sockets.reserve_port(HOST, port) as again:
         assert again == port
 
 
 def test_an_address_of_another_machine_is_told() -> None:
     with pytest.raises(SettingsError, match="settings host and port: cannot listen on 192.0.2.1:1"):
-        sockets.bound("192.0.2.1", 1)
+        sockets.bind("192.0.2.1", 1)

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.observability import multiprocess
 from service.settings import PREFIX
+from service.store.local_server import RedisServer
 from tests.service import tiny
 from tests.service.conftest import TWO_ARMS
 
@@ -36,13 +37,12 @@ class Service:
 
     def wait_for(self, event: str, *, times: int = 1) -> dict[str, Any]:
         """The last of so many log entries of that event."""
+        until(lambda: len(self.logged(event)) >= times or self.process.poll() is not None)
+        return self.logged(event)[times - 1]
 
-        def entries() -> list[dict[str, Any]]:
-            lines = self._log.read_text().splitlines()
-            return [entry for line in lines if line.startswith("{") and (entry := json.loads(line))["event"] == event]
-
-        until(lambda: len(entries()) >= times or self.process.poll() is not None)
-        return entries()[times - 1]
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        lines = self._log.read_text().splitlines()
+        return [entry for line in lines if line.startswith("{") and (entry := json.loads(line))["event"] == event]
 
     def opened(self) -> Self:
         serving = self.wait_for("serving")
@@ -116,11 +116,12 @@ def started(folder: Path, artifacts: Path, *arguments: str, **given: Any) -> Ite
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, artifacts: Path) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, artifacts: Path, session_redis: RedisServer) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("workers")
     experiment = folder / "experiment.yaml"
     experiment.write_text(yaml.safe_dump(TWO_ARMS))
-    with started(folder, artifacts, max_connection_s=0.2, experiment=str(experiment)) as running:
+    settings = {"max_connection_s": 0.2, "experiment": str(experiment), "redis_url": session_redis.url}
+    with started(folder, artifacts, **settings) as running:
         running.opened()
         experiment.unlink()  # it was read once: who replaces a worker serves what the others serve
         yield running
@@ -169,9 +170,9 @@ def test_an_old_connection_is_told_to_close_with_an_answer(service: Service) -> 
 
 
 def test_a_second_service_on_the_port_is_refused_in_one_sentence(
-    service: Service, tmp_path: Path, artifacts: Path
+    service: Service, tmp_path: Path, artifacts: Path, redis_url: str
 ) -> None:
-    with started(tmp_path, artifacts, "--port", str(service.port)) as second:
+    with started(tmp_path, artifacts, "--port", str(service.port), redis_url=redis_url) as second:
         second.process.wait(30)
 
     told = [line for line in (tmp_path / "service.log").read_text().splitlines() if not line.startswith("{")]
@@ -179,10 +180,10 @@ def test_a_second_service_on_the_port_is_refused_in_one_sentence(
     assert told == [f"error: settings host and port: cannot listen on 127.0.0.1:{service.port}: Address already in use"]
 
 
-def test_an_artifact_that_is_bad_ends_all_with_one_sentence(tmp_path: Path) -> None:
+def test_an_artifact_that_is_bad_ends_all_with_one_sentence(tmp_path: Path, redis_url: str) -> None:
     tiny.write(tmp_path / "bad", "tiny", offset=1.0)
 
-    with started(tmp_path, tmp_path / "bad") as running:
+    with started(tmp_path, tmp_path / "bad", redis_url=redis_url) as running:
         running.process.wait(30)
 
     told = [line for line in (tmp_path / "service.log").read_text().splitlines() if not line.startswith("{")]
@@ -191,10 +192,10 @@ def test_an_artifact_that_is_bad_ends_all_with_one_sentence(tmp_path: Path) -> N
     assert told[0].startswith(f"error: {tmp_path}/bad/tiny/")
 
 
-def test_a_stop_finishes_what_is_under_way_in_every_worker(tmp_path: Path, artifacts: Path) -> None:
+def test_a_stop_finishes_what_is_under_way_in_every_worker(tmp_path: Path, artifacts: Path, redis_url: str) -> None:
     body = json.dumps(REQUEST).encode()
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
-    with started(tmp_path, artifacts, drain_s=0.3) as running:
+    with started(tmp_path, artifacts, drain_s=0.3, redis_url=redis_url) as running:
         running.opened()
         pids = [running.pid(slot) for slot in range(2)]
         half_sent = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(16)]
@@ -219,8 +220,8 @@ def test_a_stop_finishes_what_is_under_way_in_every_worker(tmp_path: Path, artif
     assert not running.folder.exists()
 
 
-def test_workers_whose_supervisor_is_killed_end_by_themselves(tmp_path: Path, artifacts: Path) -> None:
-    with started(tmp_path, artifacts) as running:
+def test_workers_whose_supervisor_is_killed_end_by_themselves(tmp_path: Path, artifacts: Path, redis_url: str) -> None:
+    with started(tmp_path, artifacts, redis_url=redis_url) as running:
         running.opened()
         pids = [running.pid(slot) for slot in range(2)]
 
@@ -228,3 +229,38 @@ def test_workers_whose_supervisor_is_killed_end_by_themselves(tmp_path: Path, ar
 
         until(lambda: all(is_gone(pid) for pid in pids))
         until(lambda: not running.folder.exists())
+
+
+def test_a_reload_goes_on_answering_and_a_worker_that_hangs_is_replaced(
+    tmp_path: Path, artifacts: Path, redis_url: str
+) -> None:
+    """A stopped process is one whose loop never returns: it does not even run its own watchdog."""
+    with started(tmp_path, artifacts, redis_url=redis_url, watchdog_s=1, drain_s=0.5) as running:
+        running.opened()
+        before = [running.pid(slot) for slot in range(2)]
+
+        running.process.send_signal(signal.SIGHUP)
+        statuses, resets = set(), 0
+        while not running.logged("reloaded"):
+            try:
+                statuses.add(running.predict().status_code)
+            except httpx.TransportError:  # the kernel resets what a closing socket had not accepted yet
+                resets += 1
+        after = [running.pid(slot) for slot in range(2)]
+        os.kill(after[0], signal.SIGSTOP)
+        died = running.wait_for("worker died")
+        running.wait_for("worker serving", times=5)
+
+    assert statuses == {200}
+    assert resets <= 2  # one a worker
+    assert not set(before) & set(after)
+    assert all(is_gone(pid) for pid in before)
+    assert (died["worker"], died["reason"]) == (0, "worker 0 ended with signal SIGKILL")
+
+
+def test_several_workers_without_a_store_are_refused_in_one_sentence(tmp_path: Path, artifacts: Path) -> None:
+    with started(tmp_path, artifacts) as running:
+        running.process.wait(30)
+
+    assert running.process.returncode == 2
+    assert "error: setting workers: 2 processes need a store" in (tmp_path / "service.log").read_text()

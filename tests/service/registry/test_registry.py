@@ -14,24 +14,26 @@ from models.artifact.errors import ArtifactError
 from models.artifact.folder import make_current
 from service.experiments.assignment import Arm
 from service.observability.metrics import Metrics
-from service.registry.loader import Loader
-from service.registry.registry import Catalog
+from service.registry.loader import ModelLoader
+from service.registry.registry import ModelRegistry
 from service.runtime.batcher import Runner
 from tests.service import tiny
 
 pytestmark = pytest.mark.usefixtures("measured_once")
 
-Load = Callable[[list[Arm]], Catalog]
+Load = Callable[[list[Arm]], ModelRegistry]
 
 
 def arm(name: str = "one", **changes: object) -> Arm:
-    return Arm.model_validate({"name": name, "model": "tiny", "share": 1, **changes})
+    return Arm.model_validate({"name": name, "model": "tiny", "share": 100, **changes})
 
 
 @pytest.fixture
 async def load(tmp_path: Path) -> AsyncIterator[Load]:
     runner = Runner(Metrics(), max_queued_candidates=1000)
-    yield partial(Catalog.load, Loader(root=tmp_path, runner=runner, max_candidates=1000, keep_behaviours=200))
+    yield partial(
+        ModelRegistry.load, ModelLoader(root=tmp_path, runner=runner, max_candidates=1000, keep_behaviours=200)
+    )
     await runner.aclose()
 
 
@@ -133,7 +135,7 @@ def test_a_model_that_reads_more_clicks_than_the_store_keeps_is_refused(load: Lo
     few = replace(bound.args[0], keep_behaviours=tiny.T - 1)
 
     with pytest.raises(ArtifactError, match=f"reads the last {tiny.T} clicks of a user and the store keeps"):
-        Catalog.load(few, [arm()])
+        ModelRegistry.load(few, [arm()])
 
 
 def test_an_unknown_version_is_refused_by_its_path(load: Load, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import shutil
 import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -16,15 +17,15 @@ import pytest
 
 from models.artifact.folder import make_current
 from models.features.schema import Schema
-from service.registry.warmup import Swap
-from service.scoring.loaded_model import Model
+from service.registry.warmup import ModelWarmer
+from service.scoring.loaded_model import LoadedModel
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
 pytestmark = pytest.mark.usefixtures("measured_once")
 
 TOKEN = {"authorization": "Bearer secret"}
-ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+ONE_ARM = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 ASKED: dict[str, Any] = {"ts": 5e6, "user": {"id": "u1"}, "candidates": [{"id": "a1"}, {"id": "a4"}]}
 
 
@@ -60,7 +61,7 @@ async def predict(service: Running) -> tuple[str, list[float]]:
     return answer.json()["version"], [row["ctr"] for row in answer.json()["predictions"]]
 
 
-def model(service: Running) -> Model:
+def model(service: Running) -> LoadedModel:
     return service.parts.catalog.models["one"]
 
 
@@ -276,29 +277,44 @@ async def test_recent_requests_are_replayed_at_every_size(service: Running, monk
     for size in (3, 7):
         await service.predict(user={"id": "u1"}, candidates=[{"id": f"a{n}"} for n in range(size)])
     sizes: list[tuple[int, int]] = []
-    original = Swap._try
+    original = ModelWarmer._try
 
-    async def noting(self: Swap, new: Model, arrays: Any, background: Any) -> None:
+    async def noting(self: ModelWarmer, new: LoadedModel, arrays: Any, background: Any) -> None:
         sizes.append((len(arrays["user.user_id"]), len(arrays["user_index"])))
         await original(self, new, arrays, background)
 
-    monkeypatch.setattr(Swap, "_try", noting)
+    monkeypatch.setattr(ModelWarmer, "_try", noting)
 
     await load(service, write(service, seed=2))
 
     assert sizes == [(1, 3), (1, 7), (2, 10), (1, 1), (1, 2), (1, 100), (1, 1000)]
 
 
-async def test_one_change_at_a_time(service: Running) -> None:
+async def test_loads_at_once_are_made_one_after_the_other(service: Running) -> None:
+    first = model(service).version
     versions = [write(service, seed=seed) for seed in (2, 3)]
 
     answers = await asyncio.gather(*(load(service, version) for version in versions))
 
-    assert sorted(answer.status_code for answer in answers) == [200, 409]
-    busy = next(answer for answer in answers if answer.status_code == 409)
-    assert "another change is under way" in busy.json()["detail"]
-    assert busy.headers["retry-after"] == "1"
-    assert (await load(service, versions[0])).status_code == 200
+    assert [answer.status_code for answer in answers] == [200, 200]
+    serving, *before = service.parts.catalog.versions()["one"]
+    assert {serving, *before} == {first, *versions}
+    assert serving in versions
+
+
+async def test_files_that_changed_under_a_version_that_serves_are_refused(service: Running) -> None:
+    serving = model(service)
+    folder = serving.artifact.path
+    draft = tiny.write(folder.parents[1] / "draft", seed=7)
+    shutil.rmtree(folder)
+    draft.rename(folder)
+    change_manifest(folder, lambda told: told.update(version=folder.name))
+
+    refused = await load(service, serving.version)
+
+    assert refused.status_code == 409
+    assert "export it as another one" in refused.json()["detail"]
+    assert model(service) is serving
 
 
 @pytest.mark.parametrize("version", ["20200101-1", "../tiny", "", ".hidden"])
@@ -369,7 +385,7 @@ async def test_twenty_swaps_leave_no_more_models_than_are_kept(service: Running)
 
 async def test_arms_of_one_artifact_share_a_model_until_the_last_gives_it_up(start: Start, tmp_path: Path) -> None:
     tiny.write(tmp_path, seed=1)
-    arms = [{"name": name, "model": "tiny", "share": 1} for name in ("one", "two")]
+    arms = [{"name": name, "model": "tiny", "share": 50} for name in ("one", "two")]
     settings = {"artifacts_dir": tmp_path, "experiment": {**ONE_ARM, "arms": arms}, "keep_versions": 0}
     async with start(**settings, admin_token="secret") as service:
         shared = model(service)

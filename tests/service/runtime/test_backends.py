@@ -123,7 +123,7 @@ def to_torchscript(seed: int) -> bytes:
 async def test_torchscript_answers_over_http_as_onnx_does(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     tiny.write(tmp_path, files={"model.onnx": tiny.to_onnx(1), "model.ts": to_torchscript(1)})
-    arms = [{"name": kind, "model": "tiny", "share": 1, "backend": kind} for kind in ("onnx", "torchscript")]
+    arms = [{"name": kind, "model": "tiny", "share": 50, "backend": kind} for kind in ("onnx", "torchscript")]
     overrides = {"new-1": "onnx", "new-2": "torchscript"}  # both unknown to the model, and so alike
     request: dict[str, Any] = {
         "ts": 99.0,

@@ -8,15 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import (
-    DeadlinePassed,
-    ModelFailed,
-    NotOpen,
-    Overloaded,
-    Refusal,
-    ShadowDropped,
-    WouldBeLate,
-)
+from service.errors import DeadlinePassed, ModelFailed, NotOpen, Overloaded, Refusal, ShadowDropped, WouldBeLate
 from service.runtime.scheduler import RunOutcome, Scheduler
 from tests.service.fake_backend import FakeBackend, blocked, entered, packed, served, submitted
 

@@ -14,12 +14,12 @@ from models.artifact.errors import ArtifactError
 from models.features.field import FIRST
 from service.runtime.onnx_cpu import OnnxBackend
 from service.scoring import explainer
-from service.scoring.loaded_model import Model
+from service.scoring.loaded_model import LoadedModel
 from service.store.feature_store import StoreUnavailable
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
-ALONE = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+ALONE = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 PAST = [{"item": "a3", "ts": 1.0}, {"item": "a1", "ts": 2.0}]
 ASKED: dict[str, Any] = {
     "request_id": 7,
@@ -138,7 +138,7 @@ async def test_an_arm_without_explanations_says_so(service: Running) -> None:
 
 async def test_a_prediction_loads_nothing_that_explains(service: Running) -> None:
     assert service.api.parts is not None
-    model: Model = service.api.parts.catalog.models["one"]
+    model: LoadedModel = service.api.parts.catalog.models["one"]
 
     await service.predict(**ASKED)
     assert "explaining" not in vars(model)

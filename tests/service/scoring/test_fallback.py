@@ -18,7 +18,7 @@ from service.scoring.model_inputs import Inputs
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
-ALONE = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+ALONE = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 POISONED = [{"id": "a1"}, {"id": "a4"}]  # the second is what the broken version scores as no number
 
 

@@ -163,7 +163,7 @@ async def test_a_request_that_reads_the_store_during_a_swap_is_scored_by_the_mod
     store = Slow()
     monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     old, new = (tiny.write(tmp_path, seed=seed).name for seed in (1, 2))
-    one = {"name": "one", "model": "tiny", "version": old, "share": 1}
+    one = {"name": "one", "model": "tiny", "version": old, "share": 100}
 
     async with start(
         artifacts_dir=tmp_path, experiment={"experiment": "test", "salt": "s", "arms": [one]}, keep_versions=0
@@ -279,7 +279,7 @@ async def test_a_deadline_that_has_passed_is_a_504(service: Running) -> None:
 
 async def test_a_score_that_is_no_number_is_never_sent(start: Start, tmp_path: Path) -> None:
     tiny.write(tmp_path, files={"model.onnx": tiny.to_onnx(1, poisoned="a4")})
-    alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 1}]}
+    alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 
     async with start(artifacts_dir=tmp_path, experiment=alone) as service:
         good = await service.predict(candidates=[{"id": "a1"}])
