@@ -75,8 +75,9 @@ class FieldEmbeddings(nn.Module):
     def item(self, inputs: Inputs) -> Tensor:
         """The item fields' vectors in the schema's order: [C, I, D]; I may be 0."""
         if not self.num_item:
-            num_candidates = inputs["user_index"].shape[0]
-            return torch.zeros(num_candidates, 0, self.width, device=inputs["user_index"].device)
+            dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+            index_C = inputs["user_index"]
+            return torch.zeros(index_C.shape[0], 0, self.width, dtype=dtype, device=index_C.device)
         return self._read("item", inputs)
 
     def embed(self, field: Field, values: Tensor) -> Tensor:
