@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class SplitLinear(nn.Linear):
-    """One nn.Linear, with its parameters' names and start; `request(r) + item(i) + cross(x)` is the whole map."""
+    """One nn.Linear, with its parameters and their start; `request(r) + item(i) + cross(x)` is its output."""
 
     def __init__(
         self, request_width: int, item_width: int, out: int, *, cross_width: int = 0, bias: bool = True
@@ -38,10 +38,14 @@ class SplitLinear(nn.Linear):
 
 def request_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
     """`layer.request(x)` of several layers side by side, [n, sum of their O], in one matrix product."""
-    return F.linear(x_nX, torch.cat([layer.part(0) for layer in layers]))
+    return F.linear(x_nX, _stacked([layer.part(0) for layer in layers]))
 
 
 def item_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
     """`layer.item(x)` of several layers side by side, [n, sum of their O], in one matrix product."""
     biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-    return F.linear(x_nX, torch.cat([layer.part(1) for layer in layers]), torch.cat(biases))
+    return F.linear(x_nX, _stacked([layer.part(1) for layer in layers]), _stacked(biases))
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
