@@ -43,7 +43,9 @@ def request_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
 
 def item_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
     """`layer.item(x)` of several layers side by side, [n, sum of their O], in one matrix product."""
-    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    biases: list[Tensor] = [
+        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers
+    ]
     return F.linear(x_nX, _stacked([layer.part(1) for layer in layers]), _stacked(biases))
 
 

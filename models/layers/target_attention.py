@@ -1,6 +1,6 @@
 """DIN's local activation unit: how much a candidate attends to each past click."""
 
-# U requests, C candidates, T history length, E width of a click, A width of an attention layer
+# U requests, C candidates, T history length, E width of a click, A width of an attention layer, X = T * A
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -37,10 +37,21 @@ class TargetAttention(nn.Module):
         return F.linear(clicks_UTE, of_click - of_difference)
 
     def forward(self, target_CE: Tensor, clicks_CTE: Tensor, read_CTA: Tensor, mask_CT: Tensor) -> Tensor:
+        """The weights [C, T] of each candidate's clicks; `read` is what `self.read` makes of them."""
         of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         target_C1A = F.linear(target_CE, of_target + of_difference, self.first.bias).unsqueeze(1)
         product_CTA = F.linear(target_CE.unsqueeze(1) * clicks_CTE, of_product)
-        scores_CT: Tensor = self.rest(read_CTA + target_C1A + product_CTA).squeeze(-1)
+        return self._weigh(read_CTA + target_C1A + product_CTA, mask_CT)
+
+    def of_one_request(self, target_CE: Tensor, clicks_TE: Tensor, read_TA: Tensor, mask_T: Tensor) -> Tensor:
+        """The same where all candidates have the same clicks: then the first layer is one map of the target."""
+        of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
+        weight_TAE = of_product * clicks_TE.unsqueeze(1) + (of_target + of_difference)
+        z_CX = F.linear(target_CE, weight_TAE.flatten(0, 1), (read_TA + self.first.bias).flatten())
+        return self._weigh(torch.unflatten(z_CX, -1, (-1, self.first.out_features)), mask_T)
+
+    def _weigh(self, z_CTA: Tensor, mask_CT: Tensor) -> Tensor:
+        scores_CT: Tensor = self.rest(z_CTA).squeeze(-1)
         return masked_softmax(scores_CT, mask_CT) if self.softmax else scores_CT * mask_CT
 
 
