@@ -64,3 +64,8 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     # -inf would give NaN in a row without a single true (models.md section 9, X1); half precision ends at -65504 (X3).
     low = -1e4 if dtype == torch.float16 else -1e9
     return torch.where(mask, 0.0, low).to(dtype)
+
+
+def masked_mean(x_nTD: Tensor, mask_nT: Tensor) -> Tensor:
+    """The mean over T of x, which is zero where the mask is false: [n, D], zero where nothing is true."""
+    return x_nTD.sum(dim=1) / mask_nT.sum(dim=1, keepdim=True).clamp(min=1)

@@ -21,9 +21,16 @@ def matmul_by_request(x_C: Tensor, matrix_U: Tensor, user_index: Tensor | None) 
 
     A copy of the matrix for every candidate often costs more than the product; candidates of one request need none.
     """
-    return x_C @ (matrix_U[0] if user_index is None else matrix_U.index_select(0, user_index))
+    return x_C @ (matrix_U.squeeze(0) if user_index is None else matrix_U.index_select(0, user_index))
+
+
+def vector_by_request(x_CK: Tensor, matrix_U: Tensor, user_index: Tensor | None) -> Tensor:
+    """Each candidate's x [C, K] times the matrix of its own request [U, K, O]: [C, O]."""
+    if user_index is None:
+        return x_CK @ matrix_U.squeeze(0)
+    return (x_CK.unsqueeze(1) @ matrix_U.index_select(0, user_index)).squeeze(1)
 
 
 def dot_by_request(x_CK: Tensor, y_UK: Tensor, user_index: Tensor | None) -> Tensor:
     """Each candidate's x [C, K] and the vector y of its request [U, K], multiplied and summed over K: [C]."""
-    return x_CK @ y_UK[0] if user_index is None else (x_CK * y_UK.index_select(0, user_index)).sum(dim=-1)
+    return x_CK @ y_UK.squeeze(0) if user_index is None else (x_CK * y_UK.index_select(0, user_index)).sum(dim=-1)
