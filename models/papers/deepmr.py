@@ -128,7 +128,7 @@ class DeepMR(CTRModel):
             outputs.append(self.attention(shared, parts[:4], self._direction()))
         if self.deep is not None:
             z_CD = parts[-1] + of_request(state["deep"], user_index) if state else parts[-1]
-            outputs.append(self.deep(z_CD) @ self._direction())
+            outputs.append(F.linear(self.deep(z_CD), self._direction().unsqueeze(0)).squeeze(-1))
         if len(outputs) == 2:
             outputs = [self.beta * outputs[0], (1 - self.beta) * outputs[1]]
         if is_recording():
@@ -302,18 +302,24 @@ class Block(nn.Module):
 
     def feed(self, z_nXD: Tensor) -> Tensor:
         """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2 + z."""
-        out_nXD: Tensor = self.ffn(z_nXD) + z_nXD
+        last = self.ffn[-1]
+        out_nXD: Tensor = last(self._inside(z_nXD)) + z_nXD
         return out_nXD
 
     def feed_summed(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
         """The same, summed over the fields and read in one direction [n]."""
-        *inner, last = self.ffn
+        last = self.ffn[-1]
         assert isinstance(last, nn.Linear)
-        hidden_nXD = z_nXD
-        for layer in inner:
-            hidden_nXD = layer(hidden_nXD)
-        read_n = hidden_nXD.sum(dim=1) @ (direction_D @ last.weight) + z_nXD.sum(dim=1) @ direction_D
-        return read_n + z_nXD.shape[1] * (direction_D @ last.bias)
+        num_fields = z_nXD.shape[1]
+        kernel_1X = (direction_D @ last.weight).repeat(1, num_fields)
+        bias_1 = (num_fields * (direction_D @ last.bias)).unsqueeze(0)
+        read_n1 = F.linear(self._inside(z_nXD).flatten(1), kernel_1X, bias_1)
+        return (read_n1 + F.linear(z_nXD.flatten(1), direction_D.repeat(1, num_fields))).squeeze(-1)
+
+    def _inside(self, z_nXD: Tensor) -> Tensor:
+        """LeakyReLU(W_1 z + b_1)."""
+        # As one matrix of all fields: of more dimensions a runtime adds biases after the product, in a pass more.
+        return torch.unflatten(self.ffn[:-1](z_nXD.flatten(0, 1)), 0, z_nXD.shape[:2])
 
     def _join(self, x_nXD: Tensor, s_nXD: Tensor) -> Tensor:
         if self.kind == "none":

@@ -262,7 +262,10 @@ class Block(nn.Module):
         if self.norm == "post":
             x_nXD = self.norms[0](x_nXD)
         if self.ffn is not None:
-            x_nXD = x_nXD + self.dropout(self.ffn(self.norms[1](x_nXD) if self.norm == "pre" else x_nXD))
+            read_nXD = self.norms[1](x_nXD) if self.norm == "pre" else x_nXD
+            # As one matrix of all fields: of more dimensions a runtime adds biases after the product, in a pass more.
+            fed_nXD = torch.unflatten(self.ffn(read_nXD.flatten(0, 1)), 0, read_nXD.shape[:2])
+            x_nXD = x_nXD + self.dropout(fed_nXD)
             if self.norm == "post":
                 x_nXD = self.norms[1](x_nXD)
         return x_nXD, weights_nHXY
