@@ -19,7 +19,7 @@ from models.layers.base import Inputs, UserState, history_mask
 from models.layers.config import Weight
 from models.layers.initialisation import start_linears
 from models.layers.intermediates import record
-from models.layers.request_matmul import matmul_by_request, of_request
+from models.layers.request_matmul import of_request, vector_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class DIEN(SequenceModel):
     def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
         target_CE, deep_CH = torch.split(items_CW, [self.event_width, self.mlp.first.out_features], dim=-1)
         keys_UET = state["keys"].transpose(-1, -2)
-        scores_CT = matmul_by_request(target_CE.unsqueeze(1), keys_UET, user_index).squeeze(1)
+        scores_CT = vector_by_request(target_CE, keys_UET, user_index)
         read_CTG, mask_CT = (of_request(state[name], user_index) for name in ("read", "mask"))
         attention_CT = masked_softmax(scores_CT, mask_CT)
         record("alpha_behaviour", attention_CT)

@@ -16,7 +16,7 @@ from models.layers.base import Inputs, UserState, history_mask
 from models.layers.config import Count
 from models.layers.initialisation import start_linears
 from models.layers.intermediates import record
-from models.layers.request_matmul import matmul_by_request, of_request
+from models.layers.request_matmul import of_request, vector_by_request
 from models.layers.target_attention import TargetAttention
 
 
@@ -63,7 +63,7 @@ class DIN(SequenceModel):
         else:
             weights_CT = self.attention(target_CE, *(of_request(tensor, user_index) for tensor in history))
         record("alpha_behaviour", weights_CT)
-        interest_CE = matmul_by_request(weights_CT.unsqueeze(1), state["clicks"], user_index).squeeze(1)
+        interest_CE = vector_by_request(weights_CT, state["clicks"], user_index)
         return self.finish(state, deep_CH, interest_CE, user_index)
 
     def explanations(self) -> tuple[Explanation, ...]:

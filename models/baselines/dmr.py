@@ -16,7 +16,7 @@ from models.layers.base import Inputs, UserState, history_mask
 from models.layers.config import Count, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears, tiny_normal
-from models.layers.request_matmul import dot_by_request, matmul_by_request, of_request
+from models.layers.request_matmul import dot_by_request, of_request, vector_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class DMR(SequenceModel):
         read_CTA, mask_CT = (of_request(state[name], user_index) for name in ("read", "mask"))
         user_relevance_C = dot_by_request(output_CE, state["user"], user_index)
         scores_CT = self.item_score(torch.tanh(read_CTA + target_CA.unsqueeze(1))).squeeze(-1)
-        weights_C1T = masked_softmax(scores_CT, mask_CT).unsqueeze(1)
-        interest_CE = matmul_by_request(weights_C1T, state["clicks"], user_index).squeeze(1)
+        weights_CT = masked_softmax(scores_CT, mask_CT)
+        interest_CE = vector_by_request(weights_CT, state["clicks"], user_index)
         relevances_C2 = torch.stack([user_relevance_C, (scores_CT * mask_CT).sum(dim=-1)], dim=-1)
         return self.finish(state, deep_CH, torch.cat([interest_CE, relevances_C2], dim=-1), user_index)
 
