@@ -3,16 +3,18 @@
 CIKM 2019, arXiv 1810.11921. With an MLP beside the attention it is the paper's AutoInt+.
 """
 
-# U requests, C candidates, F flat fields (request's first), D embedding width, A attention width, H heads
+# U requests, C candidates, R request fields, I item fields, F = R + I, D embedding width, Y = I * D, A attention width
+# H heads, in items' rows the MLP's first hidden layer
 
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.artifact.explanation import CANDIDATE, LOOKS, Axis, Explanation, numbered
-from models.baselines.flat_model import Deep, DeepConfig, FlatModel, request_names
+from models.baselines.flat_model import DeepConfig, FlatModel, add_request, request_names
 from models.features.schema import Schema
 from models.layers.attention import merge_heads, split_heads
 from models.layers.base import Inputs, UserState
@@ -45,20 +47,36 @@ class AutoInt(FlatModel):
         self.heads = config.heads
         self.layers = nn.ModuleList(Interacting(config, width) for width in widths)
         self.out = nn.Linear(self.num_fields * config.attention_dim, 1)
-        self.deep = Deep(self, config) if config.hidden else None
+        self.deep = self.make_mlp(config) if config.hidden else None
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        state = self.look_up(inputs)
-        return state if self.deep is None else state | self.deep.read(state)
+        fields_URD = self.request_fields(inputs)
+        if fields_URD is None:
+            return {}
+        state = {"fields": fields_URD}
+        return state if self.deep is None else state | {"deep": self.deep.first.request(fields_URD.flatten(1))}
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
-        x_CFA = self.join(state, items, user_index)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, Y] or [C, Y + H]: the embeddings; the item's part of the MLP's first layer.
+
+        Not what the first layer makes of them, which is a dozen times as wide and hardly sooner read than computed.
+        """
+        x_CY = self.fields.item(inputs).flatten(1)
+        return x_CY if self.deep is None else torch.cat([x_CY, self.deep.first.item(x_CY)], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        deep_width = 0 if self.deep is None else self.deep.first.out_features
+        x_CY, deep_CH = torch.split(items_CW, [self.item_width, deep_width], dim=-1)
+        x_CFA = self.join(state, torch.unflatten(x_CY, -1, (self.num_item, self.config.emb_dim)), user_index)
         for layer in self.layers:
             x_CFA = layer(x_CFA)
         logits_C: Tensor = self.out(x_CFA.flatten(1)).squeeze(-1)
-        return logits_C if self.deep is None else logits_C + self.deep.score(state, items, user_index)
+        return (
+            logits_C
+            if self.deep is None
+            else logits_C + self.deep.finish(add_request(deep_CH, state, "deep", user_index))
+        )
 
     def explanations(self) -> tuple[Explanation, ...]:
         schema = self.fields.schema

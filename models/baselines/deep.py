@@ -1,20 +1,18 @@
 """An MLP beside the linear model: Wide & Deep, and with all pairs DeepFM."""
 
-# U requests, C candidates, F flat fields (request's first), D embedding width; n: U or C
+# U requests, C candidates, R request fields, D embedding width, H first hidden layer
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.baselines.flat_model import Deep, DeepConfig, FlatModel
-from models.baselines.linear import LR, LRConfig
+from models.baselines.flat_model import DeepConfig, FlatModel, add_request
+from models.baselines.linear import LR, LRConfig, sum_and_pairs
 from models.features.schema import Schema
-from models.layers.base import CTRModel, Inputs, UserState
-from models.layers.embeddings import FieldEmbeddings
-from models.layers.initialisation import start_linears, tiny_normal
-from models.layers.mlp import MLP
+from models.layers.base import Inputs, UserState
+from models.layers.initialisation import start_linears
+from models.layers.request_matmul import dot_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,63 +31,59 @@ class WideDeep(FlatModel):
     def __init__(self, config: WideDeepConfig, schema: Schema) -> None:
         super().__init__(config, schema)
         self.linear = LR(LRConfig(use_history=config.use_history, l2_emb=config.l2_emb), schema)
-        self.deep = Deep(self, config)
+        self.deep = self.make_mlp(config)
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        return self.linear.encode_user(inputs) | self.deep.read(self.look_up(inputs))
+        state, fields_URD = self.linear.encode_user(inputs), self.request_fields(inputs)
+        return state if fields_URD is None else state | {"deep": self.deep.first.request(fields_URD.flatten(1))}
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        items = self.fields.group("item", inputs)
-        return self.linear.score(state, inputs) + self.deep.score(state, items, inputs["user_index"])
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, 1 + H]: LR's row; the item's part of the MLP's first layer."""
+        deep_CH = self.deep.first.item(self.fields.item(inputs).flatten(1))
+        return torch.cat([self.linear.encode_items(inputs), deep_CH], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        linear_C1, deep_CH = torch.split(items_CW, [1, self.deep.first.out_features], dim=-1)
+        logits_C = self.linear.score(state, linear_C1, user_index)
+        return logits_C + self.deep.finish(add_request(deep_CH, state, "deep", user_index))
 
     def penalty(self) -> Tensor:
         return super().penalty() + self.linear.penalty()
 
 
-class DeepFM(CTRModel):
-    """LR + FM + MLP over the same embeddings. H. Guo et al., "DeepFM", IJCAI 2017.
-
-    FM's pairs are half of (sum e)^2 - sum e^2, and both sums, like the MLP's first layer, split by fields.
-    """
+class DeepFM(FlatModel):
+    """LR + FM + MLP over the same embeddings. H. Guo et al., "DeepFM", IJCAI 2017."""
 
     def __init__(self, config: DeepFMConfig, schema: Schema) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, schema)
         self.linear = LR(LRConfig(use_history=config.use_history, l2_emb=config.l2_emb), schema)
-        self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
-        flat = [f for f in schema.fields if f.group != "behaviour" or config.use_history]
-        self.mlp = MLP(len(flat) * config.emb_dim, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
-        self.request_width = sum(f.group != "item" for f in flat) * config.emb_dim
+        self.mlp = self.make_mlp(config)
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        state = self.linear.encode_user(inputs)
-        fields = self.fields.request(inputs, use_history=self.config.use_history)
-        if fields:
-            state |= self._read(torch.stack(fields, dim=1), self.mlp.first.weight[:, : self.request_width])
-        return state
+        """`sum` [U, D], `first_order` [U]: FM's; `deep` [U, H]: the request's part of the MLP's first layer."""
+        state, fields_URD = self.linear.encode_user(inputs), self.request_fields(inputs)
+        if fields_URD is None:
+            return state
+        sum_UD, pairs_U = sum_and_pairs(fields_URD)
+        deep_UH = self.mlp.first.request(fields_URD.flatten(1))
+        return {"sum": sum_UD, "first_order": state["first_order"] + pairs_U, "deep": deep_UH}
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index = inputs["user_index"]
-        parts = (
-            [{name: state[name].index_select(0, user_index) for name in ("sum", "squares", "deep")}]
-            if "sum" in state
-            else []
-        )
-        items = self.fields.group("item", inputs)
-        if items:
-            parts.append(self._read(torch.stack(items, dim=1), self.mlp.first.weight[:, self.request_width :]))
-        total = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
-        pairs_C = (total["sum"].square() - total["squares"]).sum(dim=-1) / 2
-        return self.linear.score(state, inputs) + pairs_C + self.mlp.finish(total["deep"] + self.mlp.first.bias)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, 1 + D + H]: FM's row; the item's part of the MLP's first layer."""
+        items_CID = self.fields.item(inputs)
+        sum_CD, pairs_C = sum_and_pairs(items_CID)
+        first_order_C1 = self.linear.encode_items(inputs) + pairs_C.unsqueeze(-1)
+        return torch.cat([first_order_C1, sum_CD, self.mlp.first.item(items_CID.flatten(1))], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        widths = [1, self.config.emb_dim, self.mlp.first.out_features]
+        first_order_C1, sum_CD, deep_CH = torch.split(items_CW, widths, dim=-1)
+        logits_C = self.linear.score(state, first_order_C1, user_index)
+        if "sum" in state:
+            logits_C = logits_C + dot_by_request(sum_CD, state["sum"], user_index)
+        return logits_C + self.mlp.finish(add_request(deep_CH, state, "deep", user_index))
 
     def penalty(self) -> Tensor:
-        return self.fields.penalty(self.config.l2_emb) + self.linear.penalty()
-
-    def _read(self, fields_nFD: Tensor, weight: Tensor) -> UserState:
-        return {
-            "sum": fields_nFD.sum(dim=1),
-            "squares": fields_nFD.square().sum(dim=1),
-            "deep": F.linear(fields_nFD.flatten(1), weight),
-        }
+        return super().penalty() + self.linear.penalty()

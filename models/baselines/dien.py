@@ -3,7 +3,8 @@
 arXiv 1809.03672.
 """
 
-# U requests, C candidates, T history length, E width of a click and of a state, G = 3 E; n: U or C
+# U requests, C candidates, T history length, I item fields, D embedding width, E width of a click and of a state
+# G = 3 E, X = 2 E, H first hidden layer of the MLP; n: U or C
 
 from dataclasses import dataclass
 
@@ -14,10 +15,11 @@ from models.artifact.explanation import BEHAVIOUR, CANDIDATE, Explanation
 from models.baselines.sequence_model import SequenceConfig, SequenceModel, sampled_loss
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax
-from models.layers.base import Inputs, UserState
+from models.layers.base import Inputs, UserState, history_mask
 from models.layers.config import Weight
 from models.layers.initialisation import start_linears
 from models.layers.intermediates import record
+from models.layers.request_matmul import of_request, vector_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,15 @@ class DIEN(SequenceModel):
     config: DIENConfig
 
     def __init__(self, config: DIENConfig, schema: Schema) -> None:
-        super().__init__(config, schema, found=len(schema.group("behaviour")) * config.emb_dim, paper="DIEN")
+        width = len(schema.group("behaviour")) * config.emb_dim
+        super().__init__(config, schema, interest_width=width, paper="DIEN")
         self.extraction = GRU(self.event_width)
         self.relevance = nn.Linear(self.event_width, self.event_width, bias=False)  # W^T
         self.evolution = GRU(self.event_width)
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        mask_UT = inputs["hist_mask"]
+        mask_UT = history_mask(inputs)
         clicks_UTE = self.clicks(inputs)
         interests_UTE = torch.stack(self.extraction(self.extraction.read(clicks_UTE), mask_UT), dim=1)
         history = {
@@ -56,14 +59,20 @@ class DIEN(SequenceModel):
         }
         return self.read_request(inputs) | history
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
-        keys_CTE, read_CTG, mask_CT = (state[n].index_select(0, user_index) for n in ("keys", "read", "mask"))
-        scores_CT = (keys_CTE @ self.target(items).unsqueeze(-1)).squeeze(-1)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, E + H]: the target; the item's part of the MLP's first layer."""
+        items_CID = self.fields.item(inputs)
+        return torch.cat([self.target(items_CID), self.read_item(items_CID)], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        target_CE, deep_CH = torch.split(items_CW, [self.event_width, self.mlp.first.out_features], dim=-1)
+        keys_UET = state["keys"].transpose(-1, -2)
+        scores_CT = vector_by_request(target_CE, keys_UET, user_index)
+        read_CTG, mask_CT = (of_request(state[name], user_index) for name in ("read", "mask"))
         attention_CT = masked_softmax(scores_CT, mask_CT)
         record("alpha_behaviour", attention_CT)
         evolved_CE = self.evolution(read_CTG, mask_CT, attention_CT)[-1]
-        return self.finish(state, items, evolved_CE, user_index)
+        return self.finish(state, deep_CH, evolved_CE, user_index)
 
     def auxiliary_loss(self, state: UserState, inputs: Inputs) -> Tensor:
         if not self.config.aux_weight:
@@ -99,15 +108,16 @@ class GRU(nn.Module):
         return read_nTG
 
     def forward(self, read_nTG: Tensor, mask_nT: Tensor, attention_nT: Tensor | None = None) -> list[Tensor]:
-        """The state [n, E] after each of the T steps."""
-        h_nE = torch.zeros_like(read_nTG[:, 0].chunk(3, dim=-1)[0])
-        states = []
+        """The state [n, E] after each of the T steps; with attention, `read` may be of n = 1 for all candidates."""
         open_nT = mask_nT.to(read_nTG.dtype) if attention_nT is None else attention_nT * mask_nT
-        for x_nG, open_n in zip(read_nTG.unbind(1), open_nT.unbind(1), strict=True):
-            of_update, of_reset, of_state = x_nG.chunk(3, dim=-1)
-            by_update, by_reset, by_state = self.state(h_nE).chunk(3, dim=-1)
-            update_nE = torch.sigmoid(of_update + by_update) * open_n.unsqueeze(-1)
-            fresh_nE = torch.tanh(of_state + torch.sigmoid(of_reset + by_reset) * by_state)
-            h_nE = (1 - update_nE) * h_nE + update_nE * fresh_nE
+        width = self.state.in_features
+        h_nE = read_nTG.new_zeros(1, width).expand(open_nT.shape[0], -1)
+        states = []
+        for x_nG, open_n1 in zip(read_nTG.unbind(1), torch.split(open_nT, 1, dim=1), strict=True):
+            of_gates_nX, of_state_nE = torch.split(x_nG, [2 * width, width], dim=-1)
+            by_gates_nX, by_state_nE = torch.split(self.state(h_nE), [2 * width, width], dim=-1)
+            update_nE, reset_nE = torch.sigmoid(of_gates_nX + by_gates_nX).chunk(2, dim=-1)
+            fresh_nE = torch.tanh(of_state_nE + reset_nE * by_state_nE)
+            h_nE = h_nE + update_nE * open_n1 * (fresh_nE - h_nE)
             states.append(h_nE)
         return states

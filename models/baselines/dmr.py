@@ -1,6 +1,7 @@
 """DMR: Z. Lyu et al., "Deep Match to Rank Model for Personalized Click-Through Rate Prediction", AAAI 2020."""
 
-# U requests, C candidates, T history length, E width of a click, A attention width
+# U requests, C candidates, T history length, I item fields, S sequence fields, D embedding width, E width of a click
+# A attention width, H first hidden layer of the MLP; n: U or C
 
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from models.baselines.sequence_model import SequenceConfig, SequenceModel, sampl
 from models.features.field import input_name
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax
-from models.layers.base import Inputs, UserState
+from models.layers.base import Inputs, UserState, history_mask
 from models.layers.config import Count, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears, tiny_normal
+from models.layers.request_matmul import dot_by_request, of_request, vector_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class DMRConfig(SequenceConfig):
 
 
 class DMR(SequenceModel):
-    """How relevant the candidate is to the user, in two ways, beside what its attention finds in the history.
+    """How relevant the candidate is to the user, in two ways, beside the clicks that its attention picks.
 
     - user to item: a_t = z^T tanh(W [p_t; e_t] + b), u = PReLU(V sum_t softmax(a)_t e_t + c), r = u^T v, with v the
       candidate in output tables of its own. All but the last product is computed once per request.
@@ -42,10 +44,12 @@ class DMR(SequenceModel):
 
     def __init__(self, config: DMRConfig, schema: Schema) -> None:
         width = len(schema.group("behaviour")) * config.emb_dim
-        super().__init__(config, schema, found=width + 2, paper="DMR")
-        paired = tuple(schema.field(str(f.of)) for f in schema.group("behaviour"))
-        read = Schema(user_key=None, item_key=None, history_length=0, fields=paired)
-        self.output_fields = FieldEmbeddings(read, config.emb_dim, init=tiny_normal)
+        super().__init__(config, schema, interest_width=width + 2, paper="DMR")
+        paired = [schema.field(str(f.of)) for f in schema.group("behaviour")]
+        self.output_fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal, fields=paired)
+        # They are read in the schema's order; a click's fields stand in that of the sequences.
+        stored = [f for f in schema.group("item") if f in paired]
+        self.output_order = [stored.index(f) for f in paired]
         # Histories are left-padded, so position T - 1 is always the newest click.
         self.positions = nn.Parameter(torch.empty(schema.history_length, width))
         tiny_normal(self.positions.data)
@@ -58,7 +62,7 @@ class DMR(SequenceModel):
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        clicks_UTE, mask_UT = self.clicks(inputs), inputs["hist_mask"]
+        clicks_UTE, mask_UT = self.clicks(inputs), history_mask(inputs)
         placed_UTX = torch.cat([torch.zeros_like(clicks_UTE) + self.positions, clicks_UTE], dim=-1)
         scores_UT = self.user_score(torch.tanh(self.user_read(placed_UTX))).squeeze(-1)
         history = {
@@ -70,18 +74,23 @@ class DMR(SequenceModel):
         }
         return self.read_request(inputs) | history
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
-        names = ("user", "clicks", "read", "mask")
-        user_CE, clicks_CTE, read_CTA, mask_CT = (state[name].index_select(0, user_index) for name in names)
-        output_CE = torch.cat(self.output_fields.group("item", inputs), dim=-1)
-        user_relevance_C1 = (user_CE * output_CE).sum(dim=-1, keepdim=True)
-        target_C1A = self.item_target(self.target(items)).unsqueeze(1)
-        scores_CT = self.item_score(torch.tanh(read_CTA + target_C1A)).squeeze(-1)
-        found_CE = (masked_softmax(scores_CT, mask_CT).unsqueeze(1) @ clicks_CTE).squeeze(1)
-        item_relevance_C1 = (scores_CT * mask_CT).sum(dim=-1, keepdim=True)
-        found_CX = torch.cat([found_CE, user_relevance_C1, item_relevance_C1], dim=-1)
-        return self.finish(state, items, found_CX, user_index)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, A + E + H]: what the attention reads of the target; output embeddings; the MLP's first layer."""
+        items_CID, outputs_CSD = self.fields.item(inputs), self.output_fields.item(inputs)
+        output_CE = torch.cat([outputs_CSD[:, index] for index in self.output_order], dim=-1)
+        target_CA = self.item_target(self.target(items_CID))
+        return torch.cat([target_CA, output_CE, self.read_item(items_CID)], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        widths = [self.config.attention_dim, self.event_width, self.mlp.first.out_features]
+        target_CA, output_CE, deep_CH = torch.split(items_CW, widths, dim=-1)
+        read_CTA, mask_CT = (of_request(state[name], user_index) for name in ("read", "mask"))
+        user_relevance_C = dot_by_request(output_CE, state["user"], user_index)
+        scores_CT = self.item_score(torch.tanh(read_CTA + target_CA.unsqueeze(1))).squeeze(-1)
+        weights_CT = masked_softmax(scores_CT, mask_CT)
+        interest_CE = vector_by_request(weights_CT, state["clicks"], user_index)
+        relevances_C2 = torch.stack([user_relevance_C, (scores_CT * mask_CT).sum(dim=-1)], dim=-1)
+        return self.finish(state, deep_CH, torch.cat([interest_CE, relevances_C2], dim=-1), user_index)
 
     def auxiliary_loss(self, state: UserState, inputs: Inputs) -> Tensor:
         if not self.config.aux_weight:
@@ -89,8 +98,11 @@ class DMR(SequenceModel):
         scores_UT, clicks_UTE, mask_UT = (state[name] for name in ("scores", "clicks", "mask"))
         before_UE = self._user(scores_UT[:, :-1], clicks_UTE[:, :-1], mask_UT[:, :-1])
         sequences = self.fields.schema.group("behaviour")
-        newest = {f"item.{f.of}": inputs[input_name(f)][:, -1] for f in sequences}
-        newest_UE = torch.cat(self.output_fields.group("item", newest), dim=-1)
+        newest = [
+            self.output_fields.embed(self.fields.schema.field(str(f.of)), inputs[input_name(f)][:, -1])
+            for f in sequences
+        ]
+        newest_UE = torch.cat(newest, dim=-1)
         known_U = mask_UT[:, -1] & mask_UT[:, :-1].any(dim=1)
         draws = range(self.config.aux_negatives)
         drawn_KU = torch.stack([torch.randperm(len(newest_UE), device=newest_UE.device) for _ in draws])

@@ -1,12 +1,10 @@
-"""What the flat baselines share: each field a vector; what depends on the request's vectors alone, computed once."""
+"""Base of the flat baselines: each field is one vector; what the request or the ad alone decides is computed apart."""
 
-# U requests, C candidates, R request fields, I item fields, F = R + I, D embedding width, H first hidden layer
+# U requests, C candidates, R request fields, I item fields, F = R + I, D embedding width; n: U or C
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.features.schema import Schema
@@ -15,6 +13,7 @@ from models.layers.config import Config, Count, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import tiny_normal
 from models.layers.mlp import MLP
+from models.layers.request_matmul import of_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,53 +37,50 @@ class FlatModel(CTRModel):
         super().__init__()
         self.config = config
         self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
-        flat = [f for f in schema.fields if f.group != "behaviour" or config.use_history]
-        self.num_fields = len(flat)
-        self.num_request = sum(f.group != "item" for f in flat)
+        self.num_request = self.fields.num_request + (self.fields.num_sequences if config.use_history else 0)
+        self.num_item = self.fields.num_item
+        self.num_fields = self.num_request + self.num_item
+        self.request_width, self.item_width = self.num_request * config.emb_dim, self.num_item * config.emb_dim
 
-    def look_up(self, inputs: Inputs) -> UserState:
-        """The request's vectors, where it has any fields."""
-        fields = self.fields.request(inputs, use_history=self.config.use_history)
-        return {"fields": torch.stack(fields, dim=1)} if fields else {}
+    def request_fields(self, inputs: Inputs) -> Tensor | None:
+        return request_fields(self.fields, inputs, use_history=self.config.use_history)
 
-    def join(self, state: UserState, items: Sequence[Tensor], user_index: Tensor) -> Tensor:
-        """The matrices x [C, F, D]: each candidate's vectors under those of its request."""
-        parts = [state["fields"].index_select(0, user_index)] if "fields" in state else []
-        if items:
-            parts.append(torch.stack(list(items), dim=1))
-        return torch.cat(parts, dim=1)
+    def join(self, state: UserState, items_CX: Tensor, user_index: Tensor | None) -> Tensor:
+        """Each candidate's vectors after those of its request, the state's `fields`: [C, F, D], or flat."""
+        if "fields" not in state:
+            return items_CX
+        return torch.cat([of_request(state["fields"], user_index, items_CX.shape[0]), items_CX], dim=1)
+
+    def make_mlp(self, config: DeepConfig) -> MLP:
+        """An MLP over x flattened, whose first layer is split into the request's part and the item's."""
+        width = self.request_width + self.item_width
+        return MLP(
+            width,
+            config.hidden,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
+            request_width=self.request_width,
+        )
 
     def penalty(self) -> Tensor:
         return self.fields.penalty(self.config.l2_emb)
 
 
-class Deep(MLP):
-    """The MLP over x flattened, its first layer in two halves: W [e_request; e_item] = W_r e_request + W_i e_item."""
+def request_fields(fields: FieldEmbeddings, inputs: Inputs, *, use_history: bool) -> Tensor | None:
+    """The vectors [U, R, D] that the candidates of a request share: user, context and pooled history; None if none."""
+    parts = [fields.request(inputs)] if fields.num_request else []
+    if use_history and fields.num_sequences:
+        parts.append(fields.pooled_history(inputs))
+    return torch.cat(parts, dim=1) if parts else None
 
-    def __init__(self, model: FlatModel, config: DeepConfig) -> None:
-        super().__init__(
-            model.num_fields * config.emb_dim, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm
-        )
-        self.request_width = model.num_request * config.emb_dim
 
-    def read(self, state: UserState) -> UserState:
-        """What the first layer makes of the request's vectors."""
-        if "fields" not in state:
-            return {}
-        return {"deep": F.linear(state["fields"].flatten(1), self.first.weight[:, : self.request_width])}
-
-    def score(self, state: UserState, items: Sequence[Tensor], user_index: Tensor) -> Tensor:
-        """The logits [C], given what `read` left in the state."""
-        z_CH: Tensor = self.first.bias
-        if items:
-            z_CH = F.linear(torch.cat(list(items), dim=1), self.first.weight[:, self.request_width :], z_CH)
-        if "deep" in state:
-            z_CH = z_CH + state["deep"].index_select(0, user_index)
-        return self.finish(z_CH)
+def add_request(x: Tensor, state: UserState, name: str, user_index: Tensor | None) -> Tensor:
+    """A candidate's sums [C, ...] and those of its request, where the state has any of that name."""
+    return x + of_request(state[name], user_index) if name in state else x
 
 
 def request_names(schema: Schema, *, use_history: bool) -> tuple[str, ...]:
-    """What `FieldEmbeddings.request` gives, by name."""
+    """What `request_fields` gives, by name."""
     names = [field.name for field in (*schema.group("user"), *schema.group("context"))]
     past = schema.group("behaviour") if use_history else ()
     return (*names, *(f"past {field.name}" for field in past))

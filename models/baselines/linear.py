@@ -1,6 +1,6 @@
 """Weights and pairs: logistic regression and the factorisation machine."""
 
-# U requests, C candidates, F flat fields (request's first), D embedding width; n: U or C
+# U requests, C candidates, R request fields, I item fields, F: R or I, D embedding width; n: U or C
 
 from dataclasses import dataclass
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from models.artifact.explanation import BIAS, CANDIDATE, REQUEST, Axis, Explanation, of_fields
-from models.baselines.flat_model import FlatConfig, request_names
+from models.baselines.flat_model import FlatConfig, FlatModel, add_request, request_fields, request_names
 from models.features.schema import Schema
 from models.layers.base import CTRModel, Inputs, UserState
 from models.layers.config import Config, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import tiny_normal
 from models.layers.intermediates import record
+from models.layers.request_matmul import dot_by_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +39,23 @@ class LR(CTRModel):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.request(inputs, use_history=self.config.use_history)
-        if not fields:
+        weights_UR1 = request_fields(self.fields, inputs, use_history=self.config.use_history)
+        if weights_UR1 is None:
             return {}
-        weights_UF = torch.cat(fields, dim=1)
-        record("request_contrib", weights_UF)
-        return {"first_order": weights_UF.sum(dim=1)}
+        weights_UR = weights_UR1.squeeze(-1)
+        record("request_contrib", weights_UR)
+        return {"first_order": weights_UR.sum(dim=1)}
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        parts = [state["first_order"].index_select(0, inputs["user_index"])] if "first_order" in state else []
-        items = self.fields.group("item", inputs)
-        if items:
-            weights_CF = torch.cat(items, dim=1)
-            record("item_contrib", weights_CF)
-            parts.append(weights_CF.sum(dim=1))
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, 1]: the sum of the item's weights, and b."""
+        weights_CI = self.fields.item(inputs).squeeze(-1)
+        if self.fields.num_item:
+            record("item_contrib", weights_CI)
         record("bias", self.bias.squeeze)
-        return torch.stack(parts).sum(dim=0) + self.bias
+        return weights_CI.sum(dim=1, keepdim=True) + self.bias
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        return add_request(items_CW.squeeze(-1), state, "first_order", user_index)
 
     def explanations(self) -> tuple[Explanation, ...]:
         schema, shown = self.fields.schema, []
@@ -72,36 +74,39 @@ class LR(CTRModel):
         return self.fields.penalty(self.config.l2_emb)
 
 
-class FM(CTRModel):
+class FM(FlatModel):
     """LR + sum_{i<j} <e_i, e_j>. S. Rendle, "Factorization Machines", ICDM 2010.
 
-    The pairs are half of (sum e)^2 - sum e^2, and both sums split by fields.
+    With s the sum of a side's vectors, the pairs are those within the request, those within the item, <s_r, s_i>.
     """
 
     def __init__(self, config: FMConfig, schema: Schema) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, schema)
         self.linear = LR(LRConfig(use_history=config.use_history, l2_emb=config.l2_emb), schema)
-        self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.request(inputs, use_history=self.config.use_history)
-        return self.linear.encode_user(inputs) | (_sums(torch.stack(fields, dim=1)) if fields else {})
+        """`sum` s_r [U, D]; `first_order` [U]: weights and the pairs within the request."""
+        state, fields_URD = self.linear.encode_user(inputs), self.request_fields(inputs)
+        if fields_URD is None:
+            return state
+        sum_UD, pairs_U = sum_and_pairs(fields_URD)
+        return {"sum": sum_UD, "first_order": state["first_order"] + pairs_U}
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        parts = []
-        if "sum" in state:
-            parts.append({name: state[name].index_select(0, inputs["user_index"]) for name in ("sum", "squares")})
-        items = self.fields.group("item", inputs)
-        if items:
-            parts.append(_sums(torch.stack(items, dim=1)))
-        total = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in ("sum", "squares")}
-        pairs_C = (total["sum"].square() - total["squares"]).sum(dim=-1) / 2
-        return self.linear.score(state, inputs) + pairs_C
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """[C, 1 + D]: weights, b and the pairs within the item; s_i."""
+        sum_CD, pairs_C = sum_and_pairs(self.fields.item(inputs))
+        return torch.cat([self.linear.encode_items(inputs) + pairs_C.unsqueeze(-1), sum_CD], dim=-1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        first_order_C1, sum_CD = torch.split(items_CW, [1, self.config.emb_dim], dim=-1)
+        logits_C = self.linear.score(state, first_order_C1, user_index)
+        return logits_C + dot_by_request(sum_CD, state["sum"], user_index) if "sum" in state else logits_C
 
     def penalty(self) -> Tensor:
-        return self.fields.penalty(self.config.l2_emb) + self.linear.penalty()
+        return super().penalty() + self.linear.penalty()
 
 
-def _sums(fields_nFD: Tensor) -> UserState:
-    return {"sum": fields_nFD.sum(dim=1), "squares": fields_nFD.square().sum(dim=1)}
+def sum_and_pairs(fields_nFD: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum [n, D] of a side's vectors and the sum [n] of the products of each two of them."""
+    sum_nD = fields_nFD.sum(dim=1)
+    return sum_nD, (sum_nD.square() - fields_nFD.square().sum(dim=1)).sum(dim=-1) / 2

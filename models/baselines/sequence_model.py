@@ -1,9 +1,8 @@
-"""What the history baselines share: a click and a candidate described by the same fields, in the same order."""
+"""Base of the history baselines: a click and a candidate described by the same fields, in the same order."""
 
-# U requests, C candidates, T history length, R request fields, D width of a field, E = sequence fields * D
-# I = item fields * D, H first hidden layer
+# U requests, C candidates, T history length, I item fields, S sequence fields, D width of a field, E = S * D
+# X width of the interest, H first hidden layer
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from models.layers.config import Config, Count, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import tiny_normal
 from models.layers.mlp import MLP
+from models.layers.request_matmul import of_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,12 @@ class SequenceConfig(Config):
 
 
 class SequenceModel(CTRModel):
-    """An MLP over [request fields; item fields; what the candidate found in the history].
+    """An MLP over [request fields; item fields; interest], the interest being the history as this candidate reads it.
 
     A click is [its sequence fields], E wide; the target is the item fields that these are `of`, in the same order.
     """
 
-    def __init__(self, config: SequenceConfig, schema: Schema, *, found: int, paper: str) -> None:
-        """`found`: how many numbers say what the candidate found in the history."""
+    def __init__(self, config: SequenceConfig, schema: Schema, *, interest_width: int, paper: str) -> None:
         super().__init__()
         _check_schema(schema, paper)
         self.config = config
@@ -42,36 +41,39 @@ class SequenceModel(CTRModel):
         items = [f.name for f in schema.group("item")]
         self.paired = [items.index(str(f.of)) for f in schema.group("behaviour")]
         self.event_width = len(self.paired) * config.emb_dim
-        num_request = len(schema.group("user")) + len(schema.group("context"))
-        self.request_width = num_request * config.emb_dim
+        request_width = self.fields.num_request * config.emb_dim
         self.mlp = MLP(
-            self.request_width + len(items) * config.emb_dim + found,
+            request_width + len(items) * config.emb_dim + interest_width,
             config.hidden,
             dropout=config.dropout,
             batch_norm=config.batch_norm,
+            request_width=request_width,
+            cross_width=interest_width,
         )
 
     def read_request(self, inputs: Inputs) -> UserState:
-        """What the MLP's first layer makes of the request's fields, where there are any."""
-        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        if not fields:
+        """`deep` [U, H]: what the MLP's first layer makes of the request's fields, where there are any."""
+        if not self.fields.num_request:
             return {}
-        return {"deep": F.linear(torch.cat(fields, dim=1), self.mlp.first.weight[:, : self.request_width])}
+        return {"deep": self.mlp.first.request(self.fields.request(inputs).flatten(1))}
 
     def clicks(self, inputs: Inputs) -> Tensor:
         """The clicks [U, T, E], zero where there is none."""
-        return torch.cat(self.fields.history(inputs), dim=-1)
+        return self.fields.history(inputs).flatten(2)
 
-    def target(self, items: Sequence[Tensor]) -> Tensor:
+    def target(self, items_CID: Tensor) -> Tensor:
         """The candidates [C, E], as a click on each would look."""
-        return torch.cat([items[index] for index in self.paired], dim=-1)
+        return torch.cat([items_CID[:, index] for index in self.paired], dim=-1)
 
-    def finish(self, state: UserState, items: Sequence[Tensor], found_CX: Tensor, user_index: Tensor) -> Tensor:
-        """The logits [C]."""
-        own_CY = torch.cat([*items, found_CX], dim=-1)
-        z_CH = F.linear(own_CY, self.mlp.first.weight[:, self.request_width :], self.mlp.first.bias)
+    def read_item(self, items_CID: Tensor) -> Tensor:
+        """What the MLP's first layer makes of the item's fields: [C, H], the last columns of every item row."""
+        return self.mlp.first.item(items_CID.flatten(1))
+
+    def finish(self, state: UserState, deep_CH: Tensor, interest_CX: Tensor, user_index: Tensor | None) -> Tensor:
+        """The logits [C]; `deep` is what `read_item` gave."""
+        z_CH = deep_CH + self.mlp.first.cross(interest_CX)
         if "deep" in state:
-            z_CH = z_CH + state["deep"].index_select(0, user_index)
+            z_CH = z_CH + of_request(state["deep"], user_index)
         return self.mlp.finish(z_CH)
 
     def penalty(self) -> Tensor:
@@ -80,8 +82,8 @@ class SequenceModel(CTRModel):
 
 def sampled_loss(score_nX: Tensor, others_nX: Tensor, true_nX: Tensor, other_nX: Tensor) -> Tensor:
     """-log sigma(score) - log(1 - sigma(score of another)), each a mean over where it is known: negative sampling."""
-    found, missed = F.softplus(-score_nX) * true_nX, F.softplus(others_nX) * other_nX
-    return found.sum() / true_nX.sum().clamp(min=1) + missed.sum() / other_nX.sum().clamp(min=1)
+    hits, misses = F.softplus(-score_nX) * true_nX, F.softplus(others_nX) * other_nX
+    return hits.sum() / true_nX.sum().clamp(min=1) + misses.sum() / other_nX.sum().clamp(min=1)
 
 
 def _check_schema(schema: Schema, paper: str) -> None:

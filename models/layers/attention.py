@@ -28,7 +28,7 @@ class SelfAttention(nn.Module):
         query_nTD, key_nTD, value_nTD = self.query(x_nTD) / self.scale, self.key(x_nTD), self.value(x_nTD)
         scores_nHTT = split_heads(query_nTD, self.heads) @ split_heads(key_nTD, self.heads).transpose(-1, -2)
         if mask_nT is not None:
-            scores_nHTT = scores_nHTT + _never(mask_nT, scores_nHTT.dtype).unsqueeze(1).unsqueeze(1)
+            scores_nHTT = scores_nHTT + mask_bias(mask_nT, scores_nHTT.dtype).unsqueeze(1).unsqueeze(1)
             value_nTD = value_nTD * mask_nT.unsqueeze(-1)  # so that attending to nothing gives zeros
         weights_nHTT = scores_nHTT.softmax(dim=-1)
         record(self.shown_as, lambda: weights_nHTT if mask_nT is None else weights_nHTT * _both(mask_nT))
@@ -56,11 +56,16 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the last axis where the mask is true, 0 elsewhere; all zeros, never NaN, where nothing is true."""
     if mask is None:
         return scores.softmax(dim=-1)
-    return (scores + _never(mask, scores.dtype)).softmax(dim=-1) * mask
+    return (scores + mask_bias(mask, scores.dtype)).softmax(dim=-1) * mask
 
 
-def _never(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to scores before a softmax: 0 where the mask is true, so much elsewhere that nothing is left."""
     # -inf would give NaN in a row without a single true (models.md section 9, X1); half precision ends at -65504 (X3).
     low = -1e4 if dtype == torch.float16 else -1e9
     return torch.where(mask, 0.0, low).to(dtype)
+
+
+def masked_mean(x_nTD: Tensor, mask_nT: Tensor) -> Tensor:
+    """The mean over T of x, which is zero where the mask is false: [n, D], zero where nothing is true."""
+    return x_nTD.sum(dim=1) / mask_nT.sum(dim=1, keepdim=True).clamp(min=1)

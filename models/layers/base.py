@@ -1,10 +1,10 @@
-"""Base class of every model: the two halves of a click model, and the tensors it can be made to show.
+"""Base class of every model: the three parts of a click model, and the tensors it can be made to show.
 
 No fused attention and no einsum in any model: each disagrees between runtimes, or runs slower, once exported
 (models.md section 9).
 """
 
-# U requests, C candidates
+# U requests, C candidates, T history length, W width of an item row
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -16,28 +16,36 @@ from models.artifact.explanation import Explanation
 from models.layers.intermediates import recording
 
 Inputs: TypeAlias = Mapping[str, Tensor]
-"""A model's inputs by name, as `Schema.inputs` lists them."""
+"""A model's inputs by name: the encoder's arrays (`Schema.inputs`), or the packed ones (`PackedLayout.inputs`)."""
 UserState: TypeAlias = dict[str, Tensor]
 """What a model knows of each request before it sees a candidate: tensors whose first dimension is U."""
 
 
 class CTRModel(nn.Module):
-    """A click model in two halves: what depends on the request alone, and what needs a candidate.
+    """A click model in three parts: what the request alone decides, what the ad alone decides, and their meeting.
 
     One request with N candidates is U = 1, C = N; a training batch is U = C with `user_index = arange`.
     Both give a candidate the same logit: nothing but its own request and itself enters it.
     """
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        """Everything that depends only on user, context and history: once per request."""
+        """Everything that depends on user, context and history alone: once per request."""
         raise NotImplementedError
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        """Logits [C]; reads the `item.*` inputs and `user_index`, which names each candidate's request."""
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """Item rows [C, W]: all that depends on the ad alone, so once per ad and model version.
+
+        The embeddings and every product linear in them. Reads the item fields only, and each row is its own ad's:
+        whoever keeps the rows may feed them to `score` beside any others.
+        """
+        raise NotImplementedError
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        """Logits [C]. `user_index` [C] names each candidate's request; None: all are of the only one (U = 1)."""
         raise NotImplementedError
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.score(self.encode_user(inputs), inputs)
+        return self.score(self.encode_user(inputs), self.encode_items(inputs), inputs["user_index"])
 
     def penalty(self) -> Tensor:
         """The L2 terms the model's config asks for, to be added to the mean loss; 0 where it asks for none."""
@@ -74,3 +82,13 @@ def explain(
         else:
             (shown[explanation.name],) = values
     return logit_C, shown
+
+
+def history_mask(inputs: Inputs) -> Tensor:
+    """[U, T]: true where the history holds a click."""
+    return inputs["history_mask"] if "history_mask" in inputs else inputs["hist_mask"]
+
+
+def history_age(inputs: Inputs) -> Tensor:
+    """[U, T]: whole seconds since each click, 0 where there is none."""
+    return inputs["history_age"] if "history_age" in inputs else inputs["hist_age"]

@@ -7,17 +7,30 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from models.layers.split_linear import SplitLinear
+
 
 class MLP(nn.Module):
     """Hidden layers (Linear, BatchNorm if asked, ReLU, Dropout), then one logit. No hidden layer: a linear map.
 
-    `first` stands apart so that a model can apply it to its input piece by piece: W [a; b] = W_a a + W_b b.
+    `first` stands apart so that a model can apply it part by part. Of the `width` numbers that it reads, the first
+    `request_width` are the request's and the last `cross_width` are cross features; the rest are the item's.
     """
 
-    def __init__(self, width: int, hidden: Sequence[int], *, dropout: float, batch_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: Sequence[int],
+        *,
+        dropout: float,
+        batch_norm: bool = False,
+        request_width: int = 0,
+        cross_width: int = 0,
+    ) -> None:
         super().__init__()
         widths = (*hidden, 1)
-        self.first = nn.Linear(width, widths[0])
+        item_width = width - request_width - cross_width
+        self.first = SplitLinear(request_width, item_width, widths[0], cross_width=cross_width)
         self.rest = nn.Sequential()
         for this, following in pairwise(widths):
             if batch_norm:

@@ -1,50 +1,39 @@
-"""How a candidate reads what its own request holds; what is different when all of them are of one request."""
+"""How candidates read what their requests hold: a gather for many requests, broadcasting for a single one."""
 
 # U requests, C candidates, * further dimensions alike on both sides, X rows, K inner dimension, O columns
 
-from collections.abc import Callable
-
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def matmul_by_request(x: Tensor, matrix: Tensor, user_index_C: Tensor) -> Tensor:
+def of_request(x_U: Tensor, user_index: Tensor | None, num_candidates: int | None = None) -> Tensor:
+    """Each candidate's row of x [U, ...]: [C, ...].
+
+    Without an index all candidates are of one request, and x [1, ...] itself comes back, to be broadcast; it is
+    expanded to [C, ...] only where `num_candidates` is given, as a concatenation needs it.
+    """
+    if user_index is not None:
+        return x_U.index_select(0, user_index)
+    return x_U if num_candidates is None else x_U.expand(num_candidates, *x_U.shape[1:])
+
+
+def matmul_by_request(x_C: Tensor, matrix_U: Tensor, user_index: Tensor | None) -> Tensor:
     """Each candidate's x [C, *, X, K] times the matrix of its own request [U, *, K, O]: [C, *, X, O].
 
     A copy of the matrix for every candidate often costs more than the product; candidates of one request need none.
     """
-    return if_one_request(matrix.shape[0], _of_the_only, _of_each, (x, matrix, user_index_C))
+    return x_C @ (matrix_U.squeeze(0) if user_index is None else matrix_U.index_select(0, user_index))
 
 
-def if_one_request(
-    num_requests: int, one: Callable[..., Tensor], several: Callable[..., Tensor], operands: tuple[Tensor, ...]
-) -> Tensor:
-    """`one(*operands)` for a single request, else `several(*operands)`, which holds for any number; both mean the same.
-
-    As the ONNX graph's number of requests is free, it holds both and decides when it runs. TorchScript, traced with
-    several requests, holds the latter.
-    """
-    if torch.compiler.is_exporting():
-        # A comparison of the size itself would be false for good: torch.export takes every free size for at least 2.
-        is_one = torch.scalar_tensor(num_requests, dtype=torch.int64) == 1
-        # Without `detach` torch warns that it looks for the gradients of tensors that have none, and it cannot export
-        # what begins in the middle of another tensor; in the graph none does, and `contiguous` costs nothing.
-        values = tuple(operand.detach().contiguous() for operand in operands)
-        chosen: Tensor = torch.cond(is_one, _plain(one), _plain(several), values)
-        return chosen
-    if not torch.jit.is_tracing() and num_requests == 1:  # type: ignore[attr-defined, no-untyped-call]  # torch's
-        return one(*operands)
-    return several(*operands)
+def vector_by_request(x_CK: Tensor, matrix_U: Tensor, user_index: Tensor | None) -> Tensor:
+    """Each candidate's x [C, K] times the matrix of its own request [U, K, O]: [C, O]."""
+    if user_index is None:
+        return x_CK @ matrix_U.squeeze(0)
+    return (x_CK.unsqueeze(1) @ matrix_U.index_select(0, user_index)).squeeze(1)
 
 
-def _plain(branch: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Laid out row by row, as both branches must be; in the graph every tensor is, and it costs nothing."""
-    return lambda *operands: branch(*operands).contiguous()
-
-
-def _of_the_only(x: Tensor, matrix: Tensor, user_index_C: Tensor) -> Tensor:  # noqa: ARG001  # `_of_each` needs it
-    return x @ matrix[0]
-
-
-def _of_each(x: Tensor, matrix: Tensor, user_index_C: Tensor) -> Tensor:
-    return x @ matrix.index_select(0, user_index_C)
+def dot_by_request(x_CK: Tensor, y_UK: Tensor, user_index: Tensor | None) -> Tensor:
+    """Each candidate's x [C, K] and the vector y of its request [U, K], multiplied and summed over K: [C]."""
+    if user_index is None:
+        return F.linear(y_UK, x_CK).squeeze(0)  # in ONNX Runtime a seventh of the time of x @ y
+    return (x_CK * y_UK.index_select(0, user_index)).sum(dim=-1)

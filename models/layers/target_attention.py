@@ -1,6 +1,7 @@
 """DIN's local activation unit: how much a candidate attends to each past click."""
 
 # U requests, C candidates, T history length, E width of a click, A width of an attention layer
+# X = T * A, n = C * T
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -37,15 +38,33 @@ class TargetAttention(nn.Module):
         return F.linear(clicks_UTE, of_click - of_difference)
 
     def forward(self, target_CE: Tensor, clicks_CTE: Tensor, read_CTA: Tensor, mask_CT: Tensor) -> Tensor:
+        """The weights [C, T] of each candidate's clicks; `read` is what `self.read` makes of them."""
         of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         target_C1A = F.linear(target_CE, of_target + of_difference, self.first.bias).unsqueeze(1)
         product_CTA = F.linear(target_CE.unsqueeze(1) * clicks_CTE, of_product)
-        scores_CT: Tensor = self.rest(read_CTA + target_C1A + product_CTA).squeeze(-1)
+        return self._weigh((read_CTA + target_C1A + product_CTA).flatten(0, 1), mask_CT)
+
+    def of_one_request(self, target_CE: Tensor, clicks_TE: Tensor, read_TA: Tensor, mask_T: Tensor) -> Tensor:
+        """The same where all candidates have the same clicks.
+
+        Then the first layer is one map of the target, W_p diag(e_t) + W_i + W_d for every click t.
+        """
+        of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
+        # One product for the multiplication and the sum: as two operations over [E, T, A] they take twice as long.
+        clicks_ET2 = torch.stack([clicks_TE.T, torch.ones_like(clicks_TE.T)], dim=-1)
+        kernel_E2A = torch.stack([of_product.T, (of_target + of_difference).T], dim=1)
+        weight_EX = (clicks_ET2 @ kernel_E2A).flatten(1)
+        z_CX = torch.addmm((read_TA + self.first.bias).flatten(), target_CE, weight_EX)
+        return self._weigh(z_CX.reshape(-1, self.first.out_features), mask_T)
+
+    def _weigh(self, z_nA: Tensor, mask_CT: Tensor) -> Tensor:
+        # Two dimensions: over three, a runtime adds each bias in a pass of its own.
+        scores_CT = self.rest(z_nA).reshape(-1, mask_CT.shape[-1])
         return masked_softmax(scores_CT, mask_CT) if self.softmax else scores_CT * mask_CT
 
 
 class Dice(nn.Module):
-    """p x + (1 - p) alpha x with p = sigmoid(x batch-normalised), eq. (3), over the last axis of [C, T, A].
+    """p x + (1 - p) alpha x with p = sigmoid(x batch-normalised), eq. (3), over the last axis.
 
     The statistics of training count padded places too, as FuxiCTR's do, whose epsilon and momentum these are.
     """
@@ -55,7 +74,12 @@ class Dice(nn.Module):
         self.norm = nn.BatchNorm1d(width, eps=1e-9, momentum=0.01, affine=False)
         self.alpha = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x_CTA: Tensor) -> Tensor:
-        # Channels last: over the [C, A, T] that BatchNorm1d documents, its backward pass takes ten times as long.
-        p_CTA = torch.sigmoid(self.norm(x_CTA.flatten(0, 1)).unflatten(0, x_CTA.shape[:2]))
-        return x_CTA * (self.alpha + (1 - self.alpha) * p_CTA)
+    def forward(self, x_nA: Tensor) -> Tensor:
+        return x_nA * _scale_and_shift(torch.sigmoid(self.norm(x_nA)), 1 - self.alpha, self.alpha)
+
+
+def _scale_and_shift(x_nA: Tensor, scale_A: Tensor, shift_A: Tensor) -> Tensor:
+    """x * scale + shift, as a normalisation by 0 and 1: in ONNX Runtime a third of the time of the two operations."""
+    eps = 1e-5  # the least that cuDNN takes
+    mean_A, variance_A = torch.zeros_like(scale_A), torch.full_like(scale_A, 1 - eps)
+    return F.batch_norm(x_nA, mean_A, variance_A, weight=scale_A, bias=shift_A, eps=eps)

@@ -3,11 +3,11 @@
 arXiv 2210.10664. R1..R14 are the ambiguities listed in models.md section 6.3, "the code" is the authors'.
 """
 
-# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), H heads
-# D width, E = 2 * D; X fields that attend, Y fields attended to
-# U requests, C candidates; F flat fields (R of the request first, G of the item); D width
+# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), D width
+# X fields that attend, Y fields attended to; H heads, K = D / H
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -24,178 +24,7 @@ from models.layers.config import Config, Count, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears
 from models.layers.intermediates import is_recording, record
-
-
-class Deep(nn.Module):
-    """The MLP: l_0 = ReLU(W_0 x + b_0), x all fields, then l_j = l_{j-1} + alpha_j ReLU(W_j l_{j-1} + b_j).
-
-    mult: l_j = l_{j-1} * alpha_j ReLU(..). none: l_j = ReLU(..).
-    """
-
-    def __init__(self, config: "DeepMRConfig", num_fields: int) -> None:
-        super().__init__()
-        width, num = config.emb_dim, config.dnn_layers - 1
-        self.kind = config.dnn_rezero
-        self.first = nn.Linear(num_fields * width, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num))
-        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, num)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def read(self, x_nFD: Tensor, fields: slice) -> Tensor:
-        """These fields' part in W_0 x."""
-        weight_DFD = torch.unflatten(self.first.weight, 1, (-1, self.first.out_features))
-        return F.linear(x_nFD.flatten(1), weight_DFD[:, fields].flatten(1))
-
-    def forward(self, z_CD: Tensor) -> Tensor:
-        """O_DNN, given W_0 x."""
-        l_CD: Tensor = self.dropout(F.relu(z_CD + self.first.bias))
-        for n, layer in enumerate(self.layers):
-            next_CD = F.relu(layer(l_CD))
-            if self.kind == "add":
-                l_CD = l_CD + self.dropout(self.alphas[n] * next_CD)
-            elif self.kind == "mult":
-                l_CD = l_CD * self.dropout(self.alphas[n] * next_CD)
-            else:
-                l_CD = self.dropout(next_CD)
-        return l_CD
-
-
-class FieldAttention(nn.Module):
-    """The self-attention branch: blocks over the fields, summed over them to O_SA (R2), of which one direction is read.
-
-    So the last block's W_2 is only ever read in that direction (R14), and one vector is made of the matrix.
-    """
-
-    mask: Tensor
-
-    def __init__(self, config: "DeepMRConfig", num_request: int, num_fields: int) -> None:
-        super().__init__()
-        self.num_request, self.num_fields = num_request, num_fields
-        self.field_mask, self.mean = config.field_mask, config.sa_readout == "mean"
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.sa_blocks))
-        self.final_norm = nn.LayerNorm(config.emb_dim) if config.sa_final_ln else nn.Identity()
-        self.register_buffer("mask", torch.ones(num_fields, num_fields, dtype=torch.bool).tril(), persistent=False)
-
-    def read_request(self, x_URD: Tensor, direction_D: Tensor) -> UserState:
-        """What the request's fields bring to every candidate: their first block's Q, K, V, or their whole branch."""
-        state: UserState = {}
-        if self.field_mask == "none":
-            state["asking"], state["shown.0"] = self._block(0).read(x_URD)
-            return state
-        mask_RR = self.mask[: self.num_request, : self.num_request] if self.field_mask == "causal" else None
-        for n in range(len(self.blocks)):
-            if n > 0:
-                x_URD = self._block(n - 1).feed(x_URD)
-            asking_URE, shown_URE = self._block(n).read(x_URD)
-            state[f"shown.{n}"] = shown_URE
-            x_URD, weights_UHRR = self._block(n)(asking_URE, shown_URE, mask_RR)
-            if is_recording():
-                state[f"weights.{n}"] = weights_UHRR
-        state["sum"] = self._read_out(x_URD, direction_D)
-        return state
-
-    def forward(self, state: UserState, x_CGD: Tensor, direction_D: Tensor) -> Tensor:
-        """O_SA in that direction [C], given each candidate's own request's part."""
-        mask_GF = self.mask[self.num_request :] if self.field_mask == "causal" else None
-        x_CXD = x_CGD
-        for n in range(len(self.blocks)):
-            if n > 0:
-                x_CXD = self._block(n - 1).feed(x_CXD)
-            asking_CXE, shown_CYE = self._block(n).read(x_CXD)
-            if n == 0 and "asking" in state:
-                asking_CXE = torch.cat([state["asking"], asking_CXE], dim=1)
-            if f"shown.{n}" in state:
-                shown_CYE = torch.cat([state[f"shown.{n}"], shown_CYE], dim=1)
-            x_CXD, weights_CHXY = self._block(n)(asking_CXE, shown_CYE, mask_GF)
-            if f"weights.{n}" in state:  # the request's fields do not attend to the item's
-                of_request_CHRF = F.pad(state[f"weights.{n}"], (0, x_CGD.shape[1]))
-                weights_CHXY = torch.cat([of_request_CHRF, weights_CHXY], dim=2)
-            record("field_attn", weights_CHXY)
-        out_C = self._read_out(x_CXD, direction_D)
-        if "sum" in state:
-            out_C = out_C + state["sum"]
-        return out_C / self.num_fields if self.mean else out_C
-
-    def _read_out(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
-        """The fields' sum in that direction [n], given what the last block's feed-forward layer reads."""
-        last = self._block(len(self.blocks) - 1)
-        if not isinstance(self.final_norm, nn.Identity):
-            out_nXD: Tensor = self.final_norm(last.feed(z_nXD))
-            return out_nXD.sum(dim=1) @ direction_D
-        return last.feed_summed(z_nXD, direction_D)
-
-    def _block(self, n: int) -> "Block":
-        block = self.blocks[n]
-        assert isinstance(block, Block)
-        return block
-
-
-class Block(nn.Module):
-    """Attention S of the fields over each other, joined to its input X by alpha, then a feed-forward layer per field.
-
-    mult: Z = alpha S * X, which has no identity path; add: X + alpha S; mult_res: X * (1 + alpha S); none: X + S (R5).
-    """
-
-    def __init__(self, config: "DeepMRConfig") -> None:
-        super().__init__()
-        width = config.emb_dim
-        self.kind, self.relu, self.heads = config.sa_rezero, config.qkv_act == "relu", config.heads
-        self.scale = math.sqrt(width / self.heads)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.ffn = nn.Sequential(
-            nn.Linear(width, width),
-            nn.LeakyReLU(0.2),  # TensorFlow's slope
-            nn.Dropout(config.dropout),
-            nn.Linear(width, width),
-        )
-        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, 1)
-        self.query_norm = nn.LayerNorm(width) if config.query_ln else nn.Identity()
-        self.ffn_norm = nn.LayerNorm(width) if config.ffn_ln else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
-
-    def read(self, x_nFD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each field, what it attends with (itself and its query) and what it shows (its key and value)."""
-        asking_nFD = self.query_norm(x_nFD)
-        query_nFD, key_nFD, value_nFD = self.query(asking_nFD), self.key(x_nFD), self.value(x_nFD)
-        if self.relu:
-            query_nFD, key_nFD, value_nFD = F.relu(query_nFD), F.relu(key_nFD), F.relu(value_nFD)
-        return torch.cat([asking_nFD, query_nFD], dim=-1), torch.cat([key_nFD, value_nFD], dim=-1)
-
-    def forward(self, asking_nXE: Tensor, shown_nYE: Tensor, mask_XY: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The attending fields before the feed-forward layer, and their attention [n, H, X, Y]."""
-        x_nXD, query_nXD = asking_nXE.chunk(2, dim=-1)
-        key_nHYW, value_nHYW = (split_heads(part, self.heads) for part in shown_nYE.chunk(2, dim=-1))
-        query_nHXW = split_heads(query_nXD / self.scale, self.heads)
-        weights_nHXY = masked_softmax(query_nHXW @ key_nHYW.transpose(-1, -2), mask_XY)
-        z_nXD: Tensor = self.ffn_norm(self._join(x_nXD, merge_heads(self.dropout(weights_nHXY) @ value_nHYW)))
-        return z_nXD, weights_nHXY
-
-    def feed(self, z_nXD: Tensor) -> Tensor:
-        """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2 + z."""
-        out_nXD: Tensor = self.ffn(z_nXD) + z_nXD
-        return out_nXD
-
-    def feed_summed(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
-        """The same, summed over the fields and read in one direction [n]."""
-        *inner, last = self.ffn
-        assert isinstance(last, nn.Linear)
-        hidden_nXD = z_nXD
-        for layer in inner:
-            hidden_nXD = layer(hidden_nXD)
-        read_n = hidden_nXD.sum(dim=1) @ (direction_D @ last.weight) + z_nXD.sum(dim=1) @ direction_D
-        return read_n + z_nXD.shape[1] * (direction_D @ last.bias)
-
-    def _join(self, x_nXD: Tensor, s_nXD: Tensor) -> Tensor:
-        if self.kind == "none":
-            return x_nXD + s_nXD
-        s_nXD = self.alphas[0] * s_nXD
-        if self.kind == "add":
-            return x_nXD + s_nXD
-        return x_nXD * (s_nXD if self.kind == "mult" else 1 + s_nXD)
-
-
-def _alphas(config: "DeepMRConfig", num: int) -> nn.ParameterList:
-    return nn.ParameterList(torch.full((1,), float(config.alpha_init)) for _ in range(num))
+from models.layers.request_matmul import of_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +72,10 @@ class DeepMRConfig(Config):
 class DeepMR(CTRModel):
     """An MLP and self-attention over the same fields, side by side, whose outputs are mixed and summed to the logit.
 
-    Flat fields only: the history is not read. A request's fields enter the MLP's first layer and the first block's
-    queries, keys and values once for all candidates. With `field_mask` causal or user_first they never attend to the
-    item, and then all their blocks run once; a candidate computes only its own fields (models.md section 8.5).
+    Flat fields only: the history is not read. What a request's fields bring to the MLP's first layer and to the first
+    block's queries, keys and values is computed once for all candidates, what an ad's bring once per version: its row
+    holds them. With `field_mask` causal or user_first the request's fields never attend to the item, and then all their
+    blocks run once; a candidate computes only its own fields (models.md section 8.5).
     """
 
     def __init__(self, config: DeepMRConfig, schema: Schema) -> None:
@@ -269,24 +99,36 @@ class DeepMR(CTRModel):
             start_linears(self.deep, _normal)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        if not fields:
+        if not self.num_request:
             return {}
-        x_URD = self._place(fields, self.positions[: self.num_request])
-        state = self.attention.read_request(x_URD, self._direction()) if self.attention is not None else {}
+        x_URD = self._place(self.fields.request(inputs), self.positions[: self.num_request])
+        state = self.attention.encode_request(x_URD, self._direction()) if self.attention is not None else {}
         if self.deep is not None:
             state["deep"] = self.deep.read(x_URD, slice(0, self.num_request))
         return state
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        own = {name: value.index_select(0, inputs["user_index"]) for name, value in state.items()}
-        x_CGD = self._place(self.fields.group("item", inputs), self.positions[self.num_request :])
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        x_CGD = self._place(self.fields.item(inputs), self.positions[self.num_request :])
+        parts = [part.flatten(1) for part in self.attention.encode_items(x_CGD)] if self.attention is not None else []
+        if self.deep is not None:
+            parts.append(self.deep.read(x_CGD, slice(self.num_request, self.num_fields)))
+        return torch.cat(parts, dim=1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        num_item, width = self.num_fields - self.num_request, self.config.emb_dim
+        widths = [num_item * width] * (4 if self.attention is not None else 0) + [width] * (self.deep is not None)
+        parts = torch.split(items_CW, widths, dim=1)
         outputs = []
         if self.attention is not None:
-            outputs.append(self.attention(own, x_CGD, self._direction()))
+            shared = {
+                name: of_request(value, user_index, None if name == "sum" else items_CW.shape[0])
+                for name, value in state.items()
+                if name != "deep"
+            }
+            outputs.append(self.attention(shared, parts[:4], self._direction()))
         if self.deep is not None:
-            z_CD = self.deep.read(x_CGD, slice(self.num_request, self.num_fields))
-            outputs.append(self.deep(z_CD + own["deep"] if "deep" in own else z_CD) @ self._direction())
+            z_CD = parts[-1] + of_request(state["deep"], user_index) if state else parts[-1]
+            outputs.append(F.linear(self.deep(z_CD), self._direction().unsqueeze(0)).squeeze(-1))
         if len(outputs) == 2:
             outputs = [self.beta * outputs[0], (1 - self.beta) * outputs[1]]
         if is_recording():
@@ -335,9 +177,195 @@ class DeepMR(CTRModel):
         layers = {f"attention {n + 1}": alphas[0] for n, alphas in enumerate(attention) if len(alphas)}
         return layers | {f"mlp {n + 2}": alpha for n, alpha in enumerate(self.deep.alphas if self.deep else [])}
 
-    def _place(self, fields: list[Tensor], positions_FD: Tensor) -> Tensor:
+    def _place(self, fields_nGD: Tensor, positions_GD: Tensor) -> Tensor:
         """sqrt(D) Emb + Pos; the factor is the code's."""
-        return torch.stack(fields, dim=1) * math.sqrt(self.config.emb_dim) + positions_FD
+        return fields_nGD * math.sqrt(self.config.emb_dim) + positions_GD
+
+
+class FieldAttention(nn.Module):
+    """The self-attention branch: blocks over the fields, summed over them to O_SA (R2), of which one direction is read.
+
+    So the last block's W_2 is only ever read in that direction (R14), and one vector is made of the matrix.
+    """
+
+    mask: Tensor
+
+    def __init__(self, config: DeepMRConfig, num_request: int, num_fields: int) -> None:
+        super().__init__()
+        self.num_request, self.num_fields, self.heads = num_request, num_fields, config.heads
+        self.field_mask, self.mean = config.field_mask, config.sa_readout == "mean"
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.sa_blocks))
+        self.final_norm = nn.LayerNorm(config.emb_dim) if config.sa_final_ln else nn.Identity()
+        self.register_buffer("mask", torch.ones(num_fields, num_fields, dtype=torch.bool).tril(), persistent=False)
+
+    def encode_request(self, x_URD: Tensor, direction_D: Tensor) -> UserState:
+        """What the request's fields bring to every candidate: to the first block, or, masked, their whole branch."""
+        state: UserState = {}
+        if self.field_mask == "none":
+            state["x"], state["query"], state["key.0"], state["value.0"] = self._block(0).read(x_URD)
+            return state
+        mask_RR = self.mask[: self.num_request, : self.num_request] if self.field_mask == "causal" else None
+        for n in range(len(self.blocks)):
+            if n > 0:
+                x_URD = self._block(n - 1).feed(x_URD)
+            x_URD, query_UHRK, state[f"key.{n}"], state[f"value.{n}"] = self._block(n).read(x_URD)
+            x_URD, weights_UHRR = self._block(n)(x_URD, query_UHRK, state[f"key.{n}"], state[f"value.{n}"], mask_RR)
+            if is_recording():
+                state[f"weights.{n}"] = weights_UHRR
+        state["sum"] = self._read_out(x_URD, direction_D)
+        return state
+
+    def encode_items(self, x_CGD: Tensor) -> tuple[Tensor, ...]:
+        """What the item's fields bring to the first block: themselves, their queries, keys and values."""
+        return self._block(0).read(x_CGD)
+
+    def forward(self, shared: UserState, items: Sequence[Tensor], direction_D: Tensor) -> Tensor:
+        """O_SA in that direction [C], given each candidate's own request's part and the item's, flattened."""
+        mask_GF = self.mask[self.num_request :] if self.field_mask == "causal" else None
+        num_item = self.num_fields - self.num_request
+        item_CGD = torch.unflatten(items[0], 1, (num_item, -1))
+        heads = [torch.unflatten(part_CX, 1, (self.heads, num_item, -1)) for part_CX in items[1:]]
+        x_CXD, query_CHXK = _beside(shared, "x", item_CGD), _beside(shared, "query", heads[0])
+        key_CHXK, value_CHXK = heads[1:]
+        for n in range(len(self.blocks)):
+            if n > 0:
+                x_CXD, query_CHXK, key_CHXK, value_CHXK = self._block(n).read(self._block(n - 1).feed(x_CXD))
+            key_CHYK, value_CHYK = _beside(shared, f"key.{n}", key_CHXK), _beside(shared, f"value.{n}", value_CHXK)
+            x_CXD, weights_CHXY = self._block(n)(x_CXD, query_CHXK, key_CHYK, value_CHYK, mask_GF)
+            if f"weights.{n}" in shared:  # the request's fields do not attend to the item's
+                of_request_CHRF = F.pad(shared[f"weights.{n}"], (0, num_item))
+                weights_CHXY = torch.cat([of_request_CHRF, weights_CHXY], dim=2)
+            record("field_attn", weights_CHXY)
+        out_C = self._read_out(x_CXD, direction_D)
+        if "sum" in shared:
+            out_C = out_C + shared["sum"]
+        return out_C / self.num_fields if self.mean else out_C
+
+    def _read_out(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
+        """The fields' sum in that direction [n], given what the last block's feed-forward layer reads."""
+        last = self._block(len(self.blocks) - 1)
+        if not isinstance(self.final_norm, nn.Identity):
+            out_nXD: Tensor = self.final_norm(last.feed(z_nXD))
+            return out_nXD.sum(dim=1) @ direction_D
+        return last.feed_summed(z_nXD, direction_D)
+
+    def _block(self, n: int) -> "Block":
+        block = self.blocks[n]
+        assert isinstance(block, Block)
+        return block
+
+
+def _beside(shared: UserState, name: str, of_item: Tensor) -> Tensor:
+    """The request's fields, where they are shared, before the item's."""
+    return torch.cat([shared[name], of_item], dim=-2) if name in shared else of_item
+
+
+class Block(nn.Module):
+    """Attention S of the fields over each other, joined to its input X by alpha, then a feed-forward layer per field.
+
+    mult: Z = alpha S * X, which has no identity path; add: X + alpha S; mult_res: X * (1 + alpha S); none: X + S (R5).
+    """
+
+    def __init__(self, config: DeepMRConfig) -> None:
+        super().__init__()
+        width = config.emb_dim
+        self.kind, self.relu, self.heads = config.sa_rezero, config.qkv_act == "relu", config.heads
+        self.scale = math.sqrt(width / self.heads)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.ffn = nn.Sequential(
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),  # TensorFlow's slope
+            nn.Dropout(config.dropout),
+            nn.Linear(width, width),
+        )
+        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, 1)
+        self.query_norm = nn.LayerNorm(width) if config.query_ln else nn.Identity()
+        self.ffn_norm = nn.LayerNorm(width) if config.ffn_ln else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def read(self, x_nXD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields as they enter the join, their queries, scaled, keys and values, each of these [n, H, X, K]."""
+        normed_nXD = self.query_norm(x_nXD)
+        query_nXD, key_nXD, value_nXD = self.query(normed_nXD), self.key(x_nXD), self.value(x_nXD)
+        if self.relu:
+            query_nXD, key_nXD, value_nXD = F.relu(query_nXD), F.relu(key_nXD), F.relu(value_nXD)
+        by_head = (split_heads(part, self.heads) for part in (query_nXD / self.scale, key_nXD, value_nXD))
+        return normed_nXD, *by_head
+
+    def forward(
+        self, x_nXD: Tensor, query_nHXK: Tensor, key_nHYK: Tensor, value_nHYK: Tensor, mask_XY: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The attending fields before the feed-forward layer, and their attention [n, H, X, Y]."""
+        weights_nHXY = masked_softmax(query_nHXK @ key_nHYK.transpose(-1, -2), mask_XY)
+        z_nXD: Tensor = self.ffn_norm(self._join(x_nXD, merge_heads(self.dropout(weights_nHXY) @ value_nHYK)))
+        return z_nXD, weights_nHXY
+
+    def feed(self, z_nXD: Tensor) -> Tensor:
+        """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2 + z."""
+        last = self.ffn[-1]
+        out_nXD: Tensor = last(self._inside(z_nXD)) + z_nXD
+        return out_nXD
+
+    def feed_summed(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
+        """The same, summed over the fields and read in one direction [n]."""
+        last = self.ffn[-1]
+        assert isinstance(last, nn.Linear)
+        num_fields = z_nXD.shape[1]
+        kernel_1X = (direction_D @ last.weight).repeat(1, num_fields)
+        bias_1 = (num_fields * (direction_D @ last.bias)).unsqueeze(0)
+        read_n1 = F.linear(self._inside(z_nXD).flatten(1), kernel_1X, bias_1)
+        return (read_n1 + F.linear(z_nXD.flatten(1), direction_D.repeat(1, num_fields))).squeeze(-1)
+
+    def _inside(self, z_nXD: Tensor) -> Tensor:
+        """LeakyReLU(W_1 z + b_1)."""
+        # As one matrix of all fields: of more dimensions a runtime adds biases after the product, in a pass more.
+        return torch.unflatten(self.ffn[:-1](z_nXD.flatten(0, 1)), 0, z_nXD.shape[:2])
+
+    def _join(self, x_nXD: Tensor, s_nXD: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x_nXD + s_nXD
+        s_nXD = self.alphas[0] * s_nXD
+        if self.kind == "add":
+            return x_nXD + s_nXD
+        return x_nXD * (s_nXD if self.kind == "mult" else 1 + s_nXD)
+
+
+class Deep(nn.Module):
+    """The MLP: l_0 = ReLU(W_0 x + b_0), x all fields, then l_j = l_{j-1} + alpha_j ReLU(W_j l_{j-1} + b_j).
+
+    mult: l_j = l_{j-1} * alpha_j ReLU(..). none: l_j = ReLU(..).
+    """
+
+    def __init__(self, config: DeepMRConfig, num_fields: int) -> None:
+        super().__init__()
+        width, num = config.emb_dim, config.dnn_layers - 1
+        self.kind = config.dnn_rezero
+        self.first = nn.Linear(num_fields * width, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num))
+        self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, num)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def read(self, x_nFD: Tensor, fields: slice) -> Tensor:
+        """These fields' part in W_0 x."""
+        weight_DFD = torch.unflatten(self.first.weight, 1, (-1, self.first.out_features))
+        return F.linear(x_nFD.flatten(1), weight_DFD[:, fields].flatten(1))
+
+    def forward(self, z_CD: Tensor) -> Tensor:
+        """O_DNN, given W_0 x."""
+        l_CD: Tensor = self.dropout(F.relu(z_CD + self.first.bias))
+        for n, layer in enumerate(self.layers):
+            next_CD = F.relu(layer(l_CD))
+            if self.kind == "add":
+                l_CD = l_CD + self.dropout(self.alphas[n] * next_CD)
+            elif self.kind == "mult":
+                l_CD = l_CD * self.dropout(self.alphas[n] * next_CD)
+            else:
+                l_CD = self.dropout(next_CD)
+        return l_CD
+
+
+def _alphas(config: DeepMRConfig, num: int) -> nn.ParameterList:
+    return nn.ParameterList(torch.full((1,), float(config.alpha_init)) for _ in range(num))
 
 
 def _normal(tensor: Tensor) -> None:

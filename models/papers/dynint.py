@@ -4,16 +4,13 @@ DLP-KDD 2022, arXiv 2301.08139; its static base PIN is "xDeepInt" (2020) by the 
 ambiguities listed in models.md section 5.7.
 """
 
-# C candidates, n: requests or candidates; F flat fields (request's first), G some of them, D width
-# S subspaces, W = D / S, P = S * F crossed rows, L layers, K kernel size or latent rank
-# H inside of a gate, O numbers a layer's gate gives
-# U requests, C candidates, n: U or C; F flat fields (request's first), G some of them, D width, S subspaces, W = D / S
-# P = S * F crossed rows, L layers
+# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), D width
+# S subspaces, W = D / S, P = S * F crossed rows; L layers, K kernel size or latent rank
+# H inside of a gate, O numbers that a layer's gate gives
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Annotated, Literal
 
 import torch
@@ -26,11 +23,194 @@ from models.layers.base import CTRModel, Inputs, UserState
 from models.layers.config import Config, Count, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.intermediates import is_recording, record
-from models.layers.request_matmul import if_one_request
+from models.layers.request_matmul import of_request
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynIntConfig(Config):
+    """Which weights each input gets: pin, the same for all; da, gated; dgp, low-rank and generated; dwp, rescaled."""
+
+    emb_dim: Count = 16
+    mode: Literal["pin", "da", "dgp", "dwp"] = "dgp"
+    layers: Annotated[int, Within(low=0)] = 3  # 0: logistic regression on the summed embeddings
+    subspaces: Count = 4  # D2: 1 is vector-wise, emb_dim bit-wise
+    residual: bool = True  # false: no identity, and the output reads every order
+    reduction: Count = 4  # how much narrower a gate is inside
+    gate_scope: Literal["all", "request"] = "all"  # D11: request is ours, so that gates are made once per request
+    detach_gate_input: bool = True
+    da_gate: Literal["element", "row"] = "element"  # D1
+    kernel_size: Count = 16  # K of dgp
+    dgp_sigma: Literal["sigmoid", "linear"] = "sigmoid"  # D3: sigmoid is doubled
+    latent_rank: Count = 2  # K of dwp
+    dwp_offset: Literal["inv_sqrt", "inv"] = "inv_sqrt"  # D4: inv is the paper's, and starts at 1/K instead of 1
+    orth_lambda: Weight = 0.0
+    orth_on: Literal["after", "before"] = "after"  # D5: dwp's u and v with or without their offset
+    orth_reduction: Literal["sum", "mean"] = "sum"  # over the pairs of vectors
+    l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the tables
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.emb_dim % self.subspaces:
+            raise ValueError(f"option subspaces: {self.subspaces} do not divide emb_dim {self.emb_dim}")
+
+
+class DynInt(CTRModel):
+    """Products of the input with maps of itself, X_l = X_{l-1} * (1 + t_l(X_0)), whose weights the input may choose.
+
+    Flat fields only: the history is not read (D10). The paper's fields are all categorical; a number enters here as
+    its value times a direction, as in every model (models.md section 1).
+
+    All maps read X_0 and most are linear in it, as are the gates' first layers, so that the request's part is computed
+    once per request and the ad's once per version (models.md section 8.4). With `gate_scope` request so are the gates,
+    and, where all candidates are of one request, the weights that dwp makes of them.
+    """
+
+    def __init__(self, config: DynIntConfig, schema: Schema) -> None:
+        super().__init__()
+        self.config = config
+        self.num_request = len(schema.group("user")) + len(schema.group("context"))
+        self.num_fields = self.num_request + len(schema.group("item"))
+        _check_schema(config, self.num_request, self.num_fields)
+        self.fields = FieldEmbeddings(schema, config.emb_dim, init=_truncated_normal)
+        self.maps = _maps(config, self.num_fields) if config.layers else None
+        self.gate: Gate | None = None
+        if self.maps is not None and config.mode != "pin":
+            self.gate = Gate(
+                config.layers,
+                self.num_request if config.gate_scope == "request" else self.num_fields,
+                config.emb_dim,
+                reduction=config.reduction,
+                out=self.maps.gate_width,
+                detach=config.detach_gate_input,
+            )
+        self.out = nn.Linear(self.num_fields * (1 if config.residual else config.layers + 1), 1)
+        nn.init.xavier_uniform_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self._overlap: Tensor | None = None
+
+    def encode_user(self, inputs: Inputs) -> UserState:
+        if not self.num_request:
+            return {}
+        fields = slice(0, self.num_request)
+        state = self._read(self.fields.request(inputs), fields)
+        if self.maps is not None:
+            state |= self.maps.read(state["rows"], fields)
+        if self.gate is not None and self.config.gate_scope == "request":
+            state["gate"] = self.gate(state["gate"])
+        return state
+
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        fields = slice(self.num_request, self.num_fields)
+        state = self._read(self.fields.item(inputs), fields)
+        if isinstance(self.maps, DGP):
+            state |= self.maps.read(state["rows"], fields)
+        return torch.cat([state[name].flatten(1) for name in self._row_shapes()], dim=1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        item = self._split(items_CW)
+        if isinstance(self.maps, PIN):  # its part of W_l X_0 is L times as wide as the rows that it is made of
+            item |= self.maps.read(item["rows"], slice(self.num_request, self.num_fields))
+        rows_CWSF = item["rows"]
+        if state:
+            rows_CWSR = of_request(state["rows"], user_index, items_CW.shape[0])
+            rows_CWSF = torch.cat([rows_CWSR, rows_CWSF], dim=-1)
+        rows_CWP = rows_CWSF.flatten(2)
+        shares_weights = isinstance(self.maps, DWP) and self.config.gate_scope == "request" and user_index is None
+        if shares_weights and not (self.training or is_recording()):
+            assert isinstance(self.maps, DWP)
+            terms = self.maps.of_one_request(state["gate"], state["rows"], item["rows"])
+            return self._read_out(rows_CWP, terms)
+        read = {"rows": rows_CWP}
+        for name in ("map", "gate"):
+            if name in state and name in item:
+                read[name] = of_request(state[name], user_index) + item[name]
+            elif name in state:
+                read[name] = of_request(state[name], user_index, items_CW.shape[0] if is_recording() else None)
+            elif name in item:
+                read[name] = item[name]
+        return self._read_out(rows_CWP, self._terms(read))
+
+    def _read(self, x_nGD: Tensor, fields: slice) -> UserState:
+        """The crossed rows of these fields, and their part of the gates' first layers."""
+        state = {"rows": cross(x_nGD, self.config.subspaces)}
+        if self.gate is not None and fields.stop <= self.gate.num_fields:  # else a gate that reads the request alone
+            state["gate"] = self.gate.read(x_nGD, fields)
+        return state
+
+    def _row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What stands in an ad's row, side by side."""
+        config = self.config
+        width = config.emb_dim // config.subspaces
+        shapes: dict[str, tuple[int, ...]] = {"rows": (width, config.subspaces, self.num_fields - self.num_request)}
+        if isinstance(self.maps, DGP):
+            shapes["map"] = (width, config.layers, config.kernel_size)
+        if self.gate is not None and config.gate_scope == "all":
+            shapes["gate"] = tuple(self.gate.squeeze_bias_LH.shape)
+        return shapes
+
+    def _split(self, items_CW: Tensor) -> UserState:
+        shapes = self._row_shapes()
+        parts = torch.split(items_CW, [math.prod(shape) for shape in shapes.values()], dim=1)
+        return {
+            name: torch.unflatten(part, 1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+    def _terms(self, read: UserState) -> tuple[Tensor, ...]:
+        """t_1 .. t_L, each [C, W, P]."""
+        if self.maps is None:
+            return ()
+        if self.gate is not None and self.config.gate_scope == "all":
+            read["gate"] = self.gate(read["gate"])
+        if isinstance(self.maps, DWP) and self.training and self.config.orth_lambda:
+            before, mean = self.config.orth_on == "before", self.config.orth_reduction == "mean"
+            self._overlap = self.maps.overlap(read["gate"], before=before, mean=mean)
+        if is_recording():
+            self.maps.show(read)
+        terms: tuple[Tensor, ...] = self.maps(read)
+        return terms
+
+    def _read_out(self, x_CWP: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
+        """The logits [C], given X_0 and the terms t_1 .. t_L."""
+        orders = [x_CWP]
+        for t_CWP in terms:
+            x_CWP = x_CWP * (1 + t_CWP) if self.config.residual else x_CWP * t_CWP
+            orders.append(x_CWP)
+        # A field has one weight in each order that is read, whatever the subspace and the place in it.
+        kernel_OSF = self.out.weight.view(-1, 1, self.num_fields).expand(-1, self.config.subspaces, -1)
+        read_CWX = torch.cat(orders[-1:] if self.config.residual else orders, dim=-1)
+        if is_recording():
+            contributions_CX = read_CWX.sum(dim=1) * kernel_OSF.flatten()
+            record("field_contrib", torch.unflatten(contributions_CX, -1, (-1, self.num_fields)).sum(dim=1))
+            record("bias", self.out.bias.squeeze())
+        kernel_1X = kernel_OSF.reshape(1, -1).repeat(1, read_CWX.shape[1])
+        return F.linear(read_CWX.flatten(1), kernel_1X, self.out.bias).squeeze(-1)
+
+    def explanations(self) -> tuple[Explanation, ...]:
+        fields = of_fields(self.fields.schema)
+        meaning = "What each field's row of the last layer adds to the logit: with `bias`, exactly all of it."
+        contributions = Explanation(name="field_contrib", axes=(CANDIDATE, fields), meaning=meaning)
+        return (contributions, BIAS, *(self.maps.explanations(fields.labels or ()) if self.maps is not None else ()))
+
+    def penalty(self) -> Tensor:
+        """The tables' L2, and with `orth_lambda` how far dgp's or dwp's vectors are from orthogonal (section 5.4).
+
+        dwp makes its vectors from the input: the term is that of the last batch scored in training mode.
+        """
+        penalty = self.fields.penalty(self.config.l2_emb)
+        if isinstance(self.maps, DGP) and self.config.orth_lambda:
+            overlap = self.maps.overlap(mean=self.config.orth_reduction == "mean")
+            penalty = penalty + self.config.orth_lambda * overlap
+        if self._overlap is not None:
+            penalty = penalty + self.config.orth_lambda * self._overlap
+        return penalty
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy is a model of its own: it scored no batch, and a tensor inside a graph cannot be copied.
+        return {**self.__dict__, "_overlap": None}
 
 
 class Maps(nn.Module):
-    """The maps t_1 .. t_L, [C, W, L, P], in two halves: what is linear in the fields, by fields, then the terms.
+    """The maps t_1 .. t_L, each [C, W, P], in two steps: what is linear in the fields, by fields, then the terms.
 
     What each kind of map defines for itself raises here.
     """
@@ -39,17 +219,18 @@ class Maps(nn.Module):
     """How many numbers a layer's gate gives."""
 
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
+        """`map`: the part of these fields in what is linear in all."""
         raise NotImplementedError
 
-    def forward(self, read: UserState) -> Tensor:
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
+        """The terms, given the `rows` [C, W, P], the `map` and the `gate` of each candidate.
+
+        Gates that are alike for all candidates may come once, as [1, L, O].
+        """
         raise NotImplementedError
 
     def show(self, read: UserState) -> None:
-        """Taps what `explanations` promises."""
-        raise NotImplementedError
-
-    def weights(self, gate_nLO: Tensor) -> Tensor:
-        """The weights [n, L, P, P] that a gate makes, so that t_l is their product with X_0. DA's are not such."""
+        """Records what `explanations` promises."""
         raise NotImplementedError
 
     def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
@@ -67,10 +248,10 @@ class PIN(Maps):
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
         return {"map": apply_kernel(self.kernel_LPP, rows_nWSG, fields)}
 
-    def forward(self, read: UserState) -> Tensor:
-        return read["map"]
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
+        return read["map"].unbind(dim=2)
 
-    def show(self, read: UserState) -> None:  # noqa: ARG002  # its weights are nobody's own
+    def show(self, read: UserState) -> None:  # noqa: ARG002  # its weights are the same for all
         record("effective_weight", self.kernel_LPP)
 
     def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
@@ -86,12 +267,12 @@ class DA(PIN):
         self.subspaces, self.width, self.by_element = subspaces, width, by_element
         self.gate_width = num_rows // subspaces * width if by_element else num_rows
 
-    def forward(self, read: UserState) -> Tensor:
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
         gate = self._gate(read["gate"])
         if not self.by_element:
-            return gate.unsqueeze(1) * read["map"]
+            return (gate.unsqueeze(1) * read["map"]).unbind(dim=2)
         gate_CLWP = cross(gate, self.subspaces).flatten(3)
-        return gate_CLWP.transpose(1, 2) * read["map"]
+        return (gate_CLWP.transpose(1, 2) * read["map"]).unbind(dim=2)
 
     def show(self, read: UserState) -> None:
         record("gate", self._gate(read["gate"]))
@@ -122,18 +303,15 @@ class DGP(Maps):
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
         return {"map": apply_kernel(self.right_LKP, rows_nWSG, fields)}
 
-    def forward(self, read: UserState) -> Tensor:
-        sigma_CLK = self._sigma(read["gate"])
-        scaled_LCWK = (sigma_CLK.unsqueeze(1) * read["map"]).permute(2, 0, 1, 3)
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
+        scaled_LCWK = (self._sigma(read["gate"]).unsqueeze(1) * read["map"]).permute(2, 0, 1, 3)
         terms_LXP = scaled_LCWK.flatten(1, 2) @ self.left_LKP
-        return torch.unflatten(terms_LXP, 1, (-1, read["rows"].shape[1])).permute(1, 2, 0, 3)
+        return torch.unflatten(terms_LXP, 1, scaled_LCWK.shape[1:3]).unbind(dim=0)
 
     def show(self, read: UserState) -> None:
         record("sigma", self._sigma(read["gate"]))
-        record("effective_weight", self.weights(read["gate"]))
-
-    def weights(self, gate_nLO: Tensor) -> Tensor:
-        return (self.left_LKP.transpose(1, 2) * self._sigma(gate_nLO).unsqueeze(2)) @ self.right_LKP
+        weights_CLPP = (self.left_LKP.transpose(1, 2) * self._sigma(read["gate"]).unsqueeze(2)) @ self.right_LKP
+        record("effective_weight", weights_CLPP)
 
     def _sigma(self, gate_nLK: Tensor) -> Tensor:
         return gate_nLK if self.linear else 2 * torch.sigmoid(gate_nLK)
@@ -164,20 +342,28 @@ class DWP(Maps):
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:  # noqa: ARG002  # its rows are read scaled
         return {}
 
-    def forward(self, read: UserState) -> Tensor:
-        u_CLKP, v_CLKP = self.factors(read["gate"])
-        scaled_LCWKP = (read["rows"].unsqueeze(1).unsqueeze(3) * v_CLKP.unsqueeze(2)).transpose(0, 1)
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
+        u_LCKP, v_LCKP = (half.transpose(0, 1) for half in self.factors(read["gate"]))
+        scaled_LCWKP = read["rows"].unsqueeze(2) * v_LCKP.unsqueeze(2)
         mapped_LXP = scaled_LCWKP.flatten(1, 3) @ self.kernel_LPP.transpose(1, 2)
-        mapped_LCWKP = torch.unflatten(mapped_LXP, 1, (-1, read["rows"].shape[1], self.rank))
-        return (u_CLKP.transpose(0, 1).unsqueeze(2) * mapped_LCWKP).sum(dim=3).permute(1, 2, 0, 3)
+        mapped_LCWKP = torch.unflatten(mapped_LXP, 1, scaled_LCWKP.shape[1:4])
+        return (u_LCKP.unsqueeze(2) * mapped_LCWKP).sum(dim=3).unbind(dim=0)
+
+    def of_one_request(self, gate_1LO: Tensor, rows_1WSR: Tensor, rows_CWSG: Tensor) -> tuple[Tensor, ...]:
+        """The terms of candidates that have their gates in common, and so the weights [L, P, P]."""
+        (weights_LPP,) = self._weights(gate_1LO)
+        num_request = rows_1WSR.shape[-1]
+        of_request_1WLP = apply_kernel(weights_LPP, rows_1WSR, slice(0, num_request))
+        return (of_request_1WLP + apply_kernel(weights_LPP, rows_CWSG, slice(num_request, None))).unbind(dim=2)
 
     def show(self, read: UserState) -> None:
         u_CLKP, v_CLKP = self.factors(read["gate"])
         record("u", u_CLKP)
         record("v", v_CLKP)
-        record("effective_weight", self.weights(read["gate"]))
+        record("effective_weight", self._weights(read["gate"]))
 
-    def weights(self, gate_nLO: Tensor) -> Tensor:
+    def _weights(self, gate_nLO: Tensor) -> Tensor:
+        """G_l * W_l [n, L, P, P]."""
         u_nLKP, v_nLKP = self.factors(gate_nLO)
         return (u_nLKP.transpose(2, 3) @ v_nLKP) * self.kernel_LPP
 
@@ -277,178 +463,6 @@ def _glorot(layers: int, rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(kernels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DynIntConfig(Config):
-    """Which weights each input gets: pin, the same for all; da, gated; dgp, low-rank and generated; dwp, rescaled."""
-
-    emb_dim: Count = 16
-    mode: Literal["pin", "da", "dgp", "dwp"] = "dgp"
-    layers: Annotated[int, Within(low=0)] = 3  # 0: logistic regression on the summed embeddings
-    subspaces: Count = 4  # D2: 1 is vector-wise, emb_dim bit-wise
-    residual: bool = True  # false: no identity, and the output reads every order
-    reduction: Count = 4  # how much narrower a gate is inside
-    gate_scope: Literal["all", "request"] = "all"  # D11: request is ours, so that gates are made once per request
-    detach_gate_input: bool = True
-    da_gate: Literal["element", "row"] = "element"  # D1
-    kernel_size: Count = 16  # K of dgp
-    dgp_sigma: Literal["sigmoid", "linear"] = "sigmoid"  # D3: sigmoid is doubled
-    latent_rank: Count = 2  # K of dwp
-    dwp_offset: Literal["inv_sqrt", "inv"] = "inv_sqrt"  # D4: inv is the paper's, and starts at 1/K instead of 1
-    orth_lambda: Weight = 0.0
-    orth_on: Literal["after", "before"] = "after"  # D5: dwp's u and v with or without their offset
-    orth_reduction: Literal["sum", "mean"] = "sum"  # over the pairs of vectors
-    l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the tables
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.emb_dim % self.subspaces:
-            raise ValueError(f"option subspaces: {self.subspaces} do not divide emb_dim {self.emb_dim}")
-
-
-class DynInt(CTRModel):
-    """Products of the input with maps of itself, X_l = X_{l-1} * (1 + t_l(X_0)), whose weights the input may choose.
-
-    Flat fields only: the history is not read (D10). The paper's fields are all categorical; a number enters here as
-    its value times a direction, as in every model (models.md section 1). All maps read X_0 and most are linear in it,
-    so the request's part of them, and of the gates' first layer, is computed once for all candidates; with
-    `gate_scope` request so are the gates, and a single request's weights as dgp or dwp make them (models.md
-    section 8.4).
-    """
-
-    def __init__(self, config: DynIntConfig, schema: Schema) -> None:
-        super().__init__()
-        self.config = config
-        self.num_request = len(schema.group("user")) + len(schema.group("context"))
-        self.num_fields = self.num_request + len(schema.group("item"))
-        _check_schema(config, self.num_request, self.num_fields)
-        self.fields = FieldEmbeddings(schema, config.emb_dim, init=_truncated_normal)
-        self.maps = _maps(config, self.num_fields) if config.layers else None
-        self.gate: Gate | None = None
-        if self.maps is not None and config.mode != "pin":
-            seen = self.num_request if config.gate_scope == "request" else self.num_fields
-            self.gate = Gate(
-                config.layers,
-                seen,
-                config.emb_dim,
-                reduction=config.reduction,
-                out=self.maps.gate_width,
-                detach=config.detach_gate_input,
-            )
-        both_sides = 0 < self.num_request < self.num_fields
-        self.makes_weights = config.gate_scope == "request" and isinstance(self.maps, DGP | DWP) and both_sides
-        self.out = nn.Linear(self.num_fields * (1 if config.residual else config.layers + 1), 1)
-        nn.init.xavier_uniform_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self._overlap: Tensor | None = None
-
-    def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        if not fields:
-            return {}
-        state = self._read(torch.stack(fields, dim=1), slice(0, self.num_request))
-        if self.gate is not None and self.config.gate_scope == "request":
-            state["gate"] = self.gate(state["gate"])
-        return state
-
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        if self.makes_weights and not (self.training or is_recording()):
-            return self._score_by_request(state, inputs)
-        parts = [{name: value.index_select(0, inputs["user_index"]) for name, value in state.items()}] if state else []
-        items = self.fields.group("item", inputs)
-        if items:
-            parts.append(self._read(torch.stack(items, dim=1), slice(self.num_request, self.num_fields)))
-        read = _join(parts)
-        return self._read_out(read["rows"], self._terms(read))
-
-    def _score_by_request(self, state: UserState, inputs: Inputs) -> Tensor:
-        """The same with gates that read the request alone, which then makes the weights of all of its candidates."""
-        user_index, items = inputs["user_index"], self.fields.group("item", inputs)
-        rows_UWSR, gate_ULO = state["rows"], state["gate"]
-        rows_CWSG = cross(torch.stack(items, dim=1), self.config.subspaces)
-        operands = (rows_UWSR, gate_ULO, rows_CWSG, user_index)
-        terms_CWLP = if_one_request(gate_ULO.shape[0], self._terms_of_one_request, self._terms_of_any, operands)
-        whole_CWSF = torch.cat([rows_UWSR.index_select(0, user_index), rows_CWSG], dim=-1)
-        return self._read_out(whole_CWSF.flatten(2), terms_CWLP.unbind(dim=2))
-
-    def _terms_of_any(self, rows_UWSR: Tensor, gate_ULO: Tensor, rows_CWSG: Tensor, user_index: Tensor) -> Tensor:
-        assert self.maps is not None
-        rows_CWSF = torch.cat([rows_UWSR.index_select(0, user_index), rows_CWSG], dim=-1)
-        read = {"rows": rows_CWSF.flatten(2), "gate": gate_ULO.index_select(0, user_index)}
-        terms_CWLP: Tensor = self.maps(read | self.maps.read(rows_CWSF, slice(0, self.num_fields)))
-        return terms_CWLP
-
-    def _terms_of_one_request(self, rows_UWSR: Tensor, gate_ULO: Tensor, rows_CWSG: Tensor, _: Tensor) -> Tensor:
-        assert self.maps is not None
-        (weights_LPP,) = self.maps.weights(gate_ULO[:1])
-        of_request_1WLP = apply_kernel(weights_LPP, rows_UWSR[:1], slice(0, self.num_request))
-        return of_request_1WLP + apply_kernel(weights_LPP, rows_CWSG, slice(self.num_request, self.num_fields))
-
-    def _read_out(self, x_CWP: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
-        """The logits [C], given X_0 and the terms t_1 .. t_L."""
-        orders = [x_CWP]
-        for t_CWP in terms:
-            x_CWP = x_CWP * (1 + t_CWP) if self.config.residual else x_CWP * t_CWP
-            orders.append(x_CWP)
-        # Back from subspaces to fields: a field has one weight for the sum over its width.
-        sums_CFs = [
-            torch.unflatten(x.sum(dim=1), -1, (-1, self.num_fields)).sum(dim=1)
-            for x in (orders[-1:] if self.config.residual else orders)
-        ]
-        sums_CX = torch.cat(sums_CFs, dim=-1)
-        record(
-            "field_contrib", lambda: torch.unflatten(sums_CX * self.out.weight, -1, (-1, self.num_fields)).sum(dim=1)
-        )
-        record("bias", self.out.bias.squeeze)
-        logit_C1: Tensor = self.out(sums_CX)
-        return logit_C1.squeeze(-1)
-
-    def explanations(self) -> tuple[Explanation, ...]:
-        fields = of_fields(self.fields.schema)
-        meaning = "What each field's row of the last layer adds to the logit: with `bias`, exactly all of it."
-        contributions = Explanation(name="field_contrib", axes=(CANDIDATE, fields), meaning=meaning)
-        return (contributions, BIAS, *(self.maps.explanations(fields.labels or ()) if self.maps is not None else ()))
-
-    def penalty(self) -> Tensor:
-        """The tables' L2, and with `orth_lambda` how far dgp's or dwp's vectors are from orthogonal (section 5.4).
-
-        dwp makes its vectors from the input: the term is that of the last batch scored in training mode.
-        """
-        penalty = self.fields.penalty(self.config.l2_emb)
-        if isinstance(self.maps, DGP) and self.config.orth_lambda:
-            overlap = self.maps.overlap(mean=self.config.orth_reduction == "mean")
-            penalty = penalty + self.config.orth_lambda * overlap
-        if self._overlap is not None:
-            penalty = penalty + self.config.orth_lambda * self._overlap
-        return penalty
-
-    def __getstate__(self) -> dict[str, object]:
-        # A copy is a model of its own: it scored no batch, and a tensor inside a graph cannot be copied.
-        return {**self.__dict__, "_overlap": None}
-
-    def _read(self, x_nGD: Tensor, fields: slice) -> UserState:
-        """What these fields bring: their crossed rows, and their part of what is linear in all fields."""
-        state = {"rows": cross(x_nGD, self.config.subspaces)}
-        if self.maps is not None:
-            state |= self.maps.read(state["rows"], fields)
-        if self.gate is not None and fields.stop <= self.gate.num_fields:  # else a gate that sees the request alone
-            state["gate"] = self.gate.read(x_nGD, fields)
-        return state
-
-    def _terms(self, read: UserState) -> tuple[Tensor, ...]:
-        """t_1 .. t_L, each [C, W, P]."""
-        if self.maps is None:
-            return ()
-        if self.gate is not None and self.config.gate_scope == "all":
-            read["gate"] = self.gate(read["gate"])
-        if isinstance(self.maps, DWP) and self.training and self.config.orth_lambda:
-            before, mean = self.config.orth_on == "before", self.config.orth_reduction == "mean"
-            self._overlap = self.maps.overlap(read["gate"], before=before, mean=mean)
-        if is_recording():
-            self.maps.show(read)
-        terms_CWLP: Tensor = self.maps(read)
-        return terms_CWLP.unbind(dim=2)
-
-
 def _maps(config: DynIntConfig, num_fields: int) -> Maps:
     layers, num_rows, rank = config.layers, num_fields * config.subspaces, config.latent_rank
     if config.mode == "pin":
@@ -459,16 +473,6 @@ def _maps(config: DynIntConfig, num_fields: int) -> Maps:
     if config.mode == "dgp":
         return DGP(layers, num_rows, kernel_size=config.kernel_size, linear=config.dgp_sigma == "linear")
     return DWP(layers, num_rows, rank=rank, offset=1 / (math.sqrt(rank) if config.dwp_offset == "inv_sqrt" else rank))
-
-
-def _join(parts: list[UserState]) -> UserState:
-    """The request's and the candidate's part together: rows side by side, all else added up."""
-    whole = {
-        name: reduce(torch.add, [p[name] for p in parts if name in p])
-        for name in parts[-1] | parts[0]
-        if name != "rows"
-    }
-    return whole | {"rows": torch.cat([part["rows"] for part in parts], dim=-1).flatten(2)}
 
 
 def _truncated_normal(tensor: Tensor) -> None:

@@ -5,17 +5,14 @@ is the authors', whose form is the default.
 """
 
 # U requests, C candidates, n: U or C; T history length, S = T + 1 with the candidate last
-# F fields of an event, D width of a field, X = F * D; M width of an event in the sequence, E = 2 * M
-# A width inside the pooling
-# R request fields and K clock fields, F fields of an event, D width of a field, X = F * D; M width of an event
-# H first layer of the head
+# F fields of an event, of which the request's are K, D width of a field, X = F * D; R request fields, I item fields
+# M width of an event in the sequence, E = 2 * M; N heads, B = M / N; A width inside the pooling; H head's first layer
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import gcd
 from typing import Annotated, Literal
 
 import torch
@@ -36,287 +33,15 @@ from models.artifact.explanation import (
 )
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax, merge_heads, split_heads
-from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.base import CTRModel, Inputs, UserState, history_age, history_mask
 from models.layers.config import Config, Count, Share, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import l2, start_linears, tiny_normal
 from models.layers.intermediates import record
-from models.layers.request_matmul import matmul_by_request
+from models.layers.request_matmul import matmul_by_request, of_request
 from models.layers.target_attention import TargetAttention
 
 NEVER = -1e9  # not -inf: models.md section 9, X1
-ATTENDED_TO = ("shown", "keys", "values", "met")  # of a history; its candidates need no copies of them
-
-
-class Interaction(nn.Module):
-    """Layers over the fields of each event or item, [*, F, D] to [*, F, D]; none leave it as it is."""
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x0: Tensor, name: str) -> Tensor:
-        """`name`: under which the weights of attending layers are shown."""
-        x = x0
-        for layer in self.layers:
-            x = layer(x, name) if isinstance(layer, Interacting | Disentangled) else layer(x, x0)
-        return x
-
-
-class Interacting(nn.Module):
-    """AutoInt's layer with one head, ReLU(LN(softmax(Q K^T / sqrt(D)) V + X)); LN and scale are the code's (F7)."""
-
-    def __init__(self, width: int, *, layer_norm: bool, dropout: float) -> None:
-        super().__init__()
-        self.scale = math.sqrt(width)
-        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, name: str) -> Tensor:
-        # The fields attended to are the rows at first: a softmax over a short last axis takes three times as long.
-        weights = (self.key(x) @ (self.query(x) / self.scale).transpose(-1, -2)).softmax(dim=-2).transpose(-1, -2)
-        record(name, weights)
-        return F.relu(self.norm(self.dropout(weights) @ self.value(x) + x))
-
-
-class Disentangled(nn.Module):
-    """DESTINE's layer with one head: W_r X + (P + 1 u^T) V (Xu et al., CIKM 2021, and its authors' code).
-
-    P = softmax((Q - mean Q) (K - mean K)^T / sqrt(D)) is what pairs of fields have to do with each other, whitened over
-    the fields; u = softmax(X w) over the fields is what each counts for all alike. So its weights P + 1 u^T sum to 2.
-    """
-
-    def __init__(self, width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.scale = math.sqrt(width)
-        self.query, self.key, self.value, self.residual = (nn.Linear(width, width) for _ in range(4))
-        self.unary = nn.Linear(width, 1)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, name: str) -> Tensor:
-        query, key = (part - part.mean(dim=-2, keepdim=True) for part in (self.query(x), self.key(x)))
-        pairs = (query @ key.transpose(-1, -2) / self.scale).softmax(dim=-1)
-        weights = pairs + self.unary(x).softmax(dim=-2).transpose(-1, -2)
-        record(name, weights)
-        out: Tensor = self.dropout(weights) @ self.value(x) + self.residual(x)
-        return out
-
-
-class Factorized(nn.Module):
-    """FINAL's layer over the F * D numbers of an event, ReLU(h_2 + h_1 * h_2) with [h_2; h_1] = W x + b.
-
-    Zhu et al., SIGIR 2023. Its batch norm is left out: padded events would count in it.
-    """
-
-    def __init__(self, width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.kernel = nn.Linear(width, 2 * width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, _x0: Tensor) -> Tensor:
-        second, first = self.kernel(x.flatten(-2)).chunk(2, dim=-1)
-        return torch.unflatten(self.dropout(F.relu(second + first * second)), -1, (-1, x.shape[-1]))
-
-
-class Cross(nn.Module):
-    """DCN's layer over the F * D numbers of an event, x_0 (x^T w) + b + x, or DCNv2's, x_0 * (W x + b) + x."""
-
-    def __init__(self, width: int, *, full: bool) -> None:
-        super().__init__()
-        self.kernel = nn.Linear(width, width if full else 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.full = full
-
-    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
-        flat, flat0 = x.flatten(-2), x0.flatten(-2)
-        crossed = flat0 * (self.kernel(flat) + self.bias) if self.full else flat0 * self.kernel(flat) + self.bias
-        return torch.unflatten(crossed + flat, -1, (-1, x.shape[-1]))
-
-
-def interaction(
-    kind: str, layers: int, num_fields: int, width: int, *, layer_norm: bool, dropout: float
-) -> Interaction:
-    """That many layers of autoint, crossnet, crossnetv2, destine or final."""
-    make: dict[str, Callable[[], nn.Module]] = {
-        "autoint": lambda: Interacting(width, layer_norm=layer_norm, dropout=dropout),
-        "crossnet": lambda: Cross(num_fields * width, full=False),
-        "crossnetv2": lambda: Cross(num_fields * width, full=True),
-        "destine": lambda: Disentangled(width, dropout=dropout),
-        "final": lambda: Factorized(num_fields * width, dropout=dropout),
-    }
-    return Interaction(nn.ModuleList(make[kind]() for _ in range(layers)))
-
-
-class Places(nn.Module):
-    """What an event's position and its age bring to it, [n, T, X] to [n, T, M]: tables of a vector each (F2).
-
-    Age is cut into buckets of `unit_s` seconds (F8) or, with log2, at unit_s, twice that, four times that, so that few
-    of them reach over years and each is met in training. The last bucket holds whatever is older.
-    """
-
-    ends: Tensor
-
-    def __init__(
-        self,
-        length: int,
-        width: int,
-        *,
-        use_pos: bool,
-        use_time: bool,
-        concatenated: bool,
-        unit_s: int,
-        buckets: int,
-        log2: bool,
-    ) -> None:
-        super().__init__()
-        # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
-        self.positions = nn.Parameter(torch.randn(length + 1, width)) if use_pos else None
-        self.times = nn.Parameter(torch.randn(buckets, width)) if use_time else None
-        self.concatenated, self.unit_s, self.buckets, self.log2 = concatenated, unit_s, buckets, log2
-        ends = torch.tensor([unit_s << k for k in range(buckets - 1)] if log2 else [], dtype=torch.int64)
-        self.register_buffer("ends", ends, persistent=False)
-
-    def forward(self, flat_nTX: Tensor, where: slice, age_nT: Tensor) -> Tensor:
-        """`where` these events stand in the sequence; ages in whole seconds."""
-        places = []
-        if self.positions is not None:
-            places.append(self.positions[where].expand(flat_nTX.shape[0], -1, -1))
-        if self.times is not None:
-            places.append(F.embedding(self._bucket(age_nT), self.times))
-        if self.concatenated:
-            return torch.cat([flat_nTX, *places], dim=-1)
-        return sum(places, start=flat_nTX)
-
-    def _bucket(self, age_nT: Tensor) -> Tensor:
-        """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
-        if self.log2:
-            return (age_nT.unsqueeze(-1) >= self.ends).sum(dim=-1)
-        return age_nT.clamp(0, self.unit_s * self.buckets - 1) // self.unit_s
-
-
-class Refiner(nn.Module):
-    """One Transformer layer without LayerNorm: Y = E + MHA(E), then Y + W_2 LeakyReLU(W_1 Y + b_1) + b_2 (F3, F6)."""
-
-    heads_HM: Tensor  # noqa: N815  # 1 where a place of M belongs to the head
-
-    def __init__(self, width: int, heads: int, *, attention_dropout: float, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, math.sqrt(width / heads)
-        self.query, self.shown, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(0.01), nn.Linear(width, width))
-        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
-        heads_HM = torch.eye(heads).repeat_interleave(width // heads, dim=1)
-        self.register_buffer("heads_HM", heads_HM, persistent=False)
-
-    def read(self, x_nTM: Tensor) -> Tensor:
-        """What each event shows to those that attend to it, [n, T, E]: its key and its value."""
-        shown_nTE: Tensor = self.shown(x_nTM)
-        return shown_nTE
-
-    def forward(self, x_nSM: Tensor, shown_nSE: Tensor, visible_nSS: Tensor) -> Tensor:
-        """A whole sequence refined; each event must see at least one."""
-        key_nHSW, value_nHSW = (split_heads(part, self.heads) for part in shown_nSE.chunk(2, dim=-1))
-        query_nHSW = split_heads(self.query(x_nSM) / self.scale, self.heads)
-        hidden_n1SS = torch.where(visible_nSS, 0.0, NEVER).to(x_nSM.dtype).unsqueeze(1)
-        weights_nHSS = (query_nHSW @ key_nHSW.transpose(-1, -2) + hidden_n1SS).softmax(dim=-1)
-        record("self_attn", weights_nHSS)
-        return self._finish(x_nSM, merge_heads(self.attention_dropout(weights_nHSS) @ value_nHSW))
-
-    def last(self, x_CM: Tensor, shown_UTE: Tensor, mask_CS: Tensor, user_index_C: Tensor) -> Tensor:
-        """The last event of each sequence refined, which sees itself and those shown of its request before it.
-
-        Queries stand apart by head in the full width, zeros around them: products of whole matrices, though of eight
-        times the size, take half the time of as many more products of thin ones.
-        """
-        key_UTM, value_UTM = shown_UTE.chunk(2, dim=-1)
-        key_C1M, value_C1M = self.read(x_CM).unsqueeze(1).chunk(2, dim=-1)
-        query_CHM = (self.query(x_CM) / self.scale).unsqueeze(1) * self.heads_HM
-        scores_CHT = matmul_by_request(query_CHM, key_UTM.transpose(-1, -2), user_index_C)
-        scores_CHS = torch.cat([scores_CHT, query_CHM @ key_C1M.transpose(-1, -2)], dim=-1)
-        weights_CHS = masked_softmax(scores_CHS, mask_CS.unsqueeze(1))
-        record("refiner_attn", weights_CHS)
-        weights_CHS = self.attention_dropout(weights_CHS)
-        found_CHM = (
-            matmul_by_request(weights_CHS[..., :-1], value_UTM, user_index_C) + weights_CHS[..., -1:] * value_C1M
-        )
-        return self._finish(x_CM, (found_CHM * self.heads_HM).sum(dim=1))
-
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        y = x + self.dropout(self.out(attended))
-        refined: Tensor = y + self.dropout(self.ffn(y))
-        return refined
-
-
-class AttentionPooling(nn.Module):
-    """u = PReLU(W_o sum_t alpha_t V_t + b_o), alpha the softmax of how each position's key meets the item's query.
-
-    The query comes from tables of the item's own, which every item field has, and their own interacting layers. Scores
-    are K_t W q / sqrt(A), W being folded into the keys (F10), K_t q with `dot`, or DIN's small MLP of K_t and q (F11).
-    """
-
-    def __init__(
-        self,
-        schema: Schema,
-        interaction: Interaction,
-        *,
-        emb_dim: int,
-        width: int,
-        inner: int,
-        scorer: str,
-        softmax: bool,
-        scale: bool,
-        attention_dropout: float,
-        dropout: float,
-    ) -> None:
-        """`interaction` is that of the item's fields, `width` an event's, `inner` that of query, key and value."""
-        super().__init__()
-        items = schema.group("item")
-        own = Schema(user_key=None, item_key=None, history_length=0, fields=items)
-        self.fields = FieldEmbeddings(own, emb_dim, init=nn.init.normal_)
-        self.interaction = interaction
-        self.query = nn.Linear(len(items) * emb_dim, inner, bias=False)
-        self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(2))
-        self.out = nn.Linear(inner, width)
-        self.activation = nn.PReLU(init=0.1)  # one slope for all of them: the code's
-        self.kernel = nn.Parameter(torch.eye(inner)) if scorer == "bilinear" else None
-        self.meeting = TargetAttention(inner, (512, 256, 128), softmax=softmax) if scorer == "din" else None
-        self.softmax, self.scale = softmax, math.sqrt(inner) if scale else 1.0
-        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
-
-    def read(self, events_nTM: Tensor) -> UserState:
-        """What these positions bring to any query."""
-        key_nTA, value_nTA = (self.dropout(self.activation(layer(events_nTM))) for layer in (self.key, self.value))
-        if self.meeting is not None:
-            return {"keys": key_nTA, "values": value_nTA, "met": self.meeting.read(key_nTA)}
-        return {"keys": key_nTA if self.kernel is None else key_nTA @ self.kernel, "values": value_nTA}
-
-    def forward(
-        self, read: UserState, index_C: Tensor, mask_CS: Tensor, candidate_CM: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """The pooled sequence u [C, M], of what was `read` of the history that each candidate has, and its position."""
-        last = self.read(candidate_CM.unsqueeze(1))
-        item_CFD = self.interaction(torch.stack(self.fields.group("item", inputs), dim=1), "interact_attn_query")
-        query_CA = self.dropout(self.activation(self.query(item_CFD.flatten(1))))
-        alpha_CS = self._weigh(query_CA, read, last, index_C, mask_CS)
-        record("pool_score", alpha_CS)
-        alpha_C1S = self.attention_dropout(alpha_CS).unsqueeze(1)
-        found_C1A = (
-            matmul_by_request(alpha_C1S[..., :-1], read["values"], index_C) + alpha_C1S[..., -1:] * last["values"]
-        )
-        u_CM: Tensor = self.activation(self.out(found_C1A.squeeze(1)))
-        return u_CM
-
-    def _weigh(self, query_CA: Tensor, read: UserState, last: UserState, index_C: Tensor, mask_CS: Tensor) -> Tensor:
-        if self.meeting is not None:
-            keys, met = (torch.cat([read[n].index_select(0, index_C), last[n]], dim=1) for n in ("keys", "met"))
-            weights_CS: Tensor = self.meeting(query_CA, keys, met, mask_CS)
-            return weights_CS
-        query_C1A = query_CA.unsqueeze(1) / self.scale
-        scores_C1T = matmul_by_request(query_C1A, read["keys"].transpose(-1, -2), index_C)
-        scores_CS = torch.cat([scores_C1T, query_C1A @ last["keys"].transpose(-1, -2)], dim=-1).squeeze(1)
-        return masked_softmax(scores_CS, mask_CS) if self.softmax else scores_CS * mask_CS
-
 
 Layers = Annotated[int, Within(low=0, below=4)]
 
@@ -367,12 +92,18 @@ class FESeq(CTRModel):
     request's. Item fields that are in no sequence are known of no past click: like the request's fields they enter the
     head as they are, and like all item fields the pooling's query.
 
-    No click sees a later event, so that the history is refined once per request, to the keys and values of refiner and
-    pooling; a candidate computes its own position alone (models.md section 8.2).
+    No click sees a later event, so that the history is refined once per request, to the keys and values of sequence
+    encoder and pooling; a candidate computes its own position alone. The query is the item's alone and so made once per
+    version: an ad's row holds it beside the embeddings (models.md section 8.2).
     """
 
     earlier: Tensor
     itself: Tensor
+    constant_fields: Tensor
+    request_event_fields: Tensor
+    paired_fields: Tensor
+    unpaired_fields: Tensor
+    event_order: Tensor
 
     def __init__(self, config: FESeqConfig, schema: Schema) -> None:
         super().__init__()
@@ -380,17 +111,18 @@ class FESeq(CTRModel):
         self.config = config
         self.sequences = [str(f.of) for f in schema.group("behaviour")]
         self.items = [f.name for f in schema.group("item")]
-        self.requests = [f.name for f in (*schema.group("user"), *schema.group("context"))]
-        self.constant = [name for name in self.requests if name not in self.sequences]
+        requests = [f.name for f in (*schema.group("user"), *schema.group("context"))]
+        self.constant = [name for name in requests if name not in self.sequences]
         self.unpaired = [name for name in self.items if name not in self.sequences]
         self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
 
-        num_fields = len(self.sequences) + (len(self.constant) if config.nonseq_in_interaction else 0)
-        num_places = config.use_pos + config.use_time if config.pos_time == "concat" else 0
-        _check_heads(config, num_fields + num_places)
-        self.width = width = (num_fields + num_places) * config.emb_dim
+        self.event = self.sequences + (self.constant if config.nonseq_in_interaction else [])
+        num_fields = len(self.event)
+        num_encodings = config.use_pos + config.use_time if config.pos_time == "concat" else 0
+        _check_heads(config, num_fields + num_encodings)
+        self.width = width = (num_fields + num_encodings) * config.emb_dim
         self.length = length = schema.history_length
-        self.places = Places(
+        self.places = PositionTimeEncoding(
             length,
             config.emb_dim if config.pos_time == "concat" else width,
             use_pos=config.use_pos,
@@ -401,14 +133,14 @@ class FESeq(CTRModel):
             log2=config.time_scale == "log2",
         )
         stack = partial(
-            interaction,
+            build_interaction,
             config.interaction,
             width=config.emb_dim,
             layer_norm=config.interact_ln,
             dropout=config.dropout_interact,
         )
         self.interaction = stack(config.interact_layers_in, num_fields)
-        self.refiner = Refiner(
+        self.refiner = SequenceEncoder(
             width, config.heads, attention_dropout=config.dropout_attention, dropout=config.dropout_net
         )
         self.pooling: AttentionPooling | None = None
@@ -440,61 +172,81 @@ class FESeq(CTRModel):
         self.register_buffer("earlier", every.tril() if config.causal else every, persistent=False)
         self.register_buffer("itself", torch.eye(size, dtype=torch.bool), persistent=False)
 
-    def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        vectors = dict(zip(self.requests, fields, strict=True))
-        state: UserState = {"mask": inputs["hist_mask"]}
-        if self.constant:
-            state["constant"] = torch.stack([vectors[name] for name in self.constant], dim=1)
-            state["head"] = F.linear(state["constant"].flatten(1), self._kernel(0))
-        state |= {f"clock.{name}": vectors[name] for name in self.sequences if name in vectors}
+        paired = [name for name in self.sequences if name in self.items]
+        of_request = [name for name in self.event if name in requests]
+        indices = {
+            "constant_fields": [requests.index(name) for name in self.constant],
+            "request_event_fields": [requests.index(name) for name in of_request],
+            "paired_fields": [self.items.index(name) for name in paired],
+            "unpaired_fields": [self.items.index(name) for name in self.unpaired],
+            # A candidate's event has the item's fields first, then the request's; clocks may stand between the former.
+            "event_order": [(paired + of_request).index(name) for name in self.event],
+        }
+        for name, places in indices.items():
+            self.register_buffer(name, torch.tensor(places, dtype=torch.int64), persistent=False)
+        self.num_paired, self.in_order = len(paired), paired + of_request == self.event
 
-        events_UTFD = torch.stack(self.fields.history(inputs), dim=2)
+    def encode_user(self, inputs: Inputs) -> UserState:
+        mask_UT = history_mask(inputs)
+        state: UserState = {"mask": torch.cat([mask_UT, torch.ones_like(mask_UT[:, :1])], dim=1)}
+        head_UH = self.first.bias.expand(mask_UT.shape[0], -1)
+        if self.fields.num_request:
+            x_URD = self.fields.request(inputs)
+            constant_UKD = x_URD.index_select(1, self.constant_fields)
+            head_UH = head_UH + F.linear(constant_UKD.flatten(1), self._kernel("constant"))
+            if len(self.request_event_fields):
+                state["event"] = x_URD.index_select(1, self.request_event_fields)
+
+        events_UTFD = self.fields.history(inputs)
         if self.constant and self.config.nonseq_in_interaction:
-            repeated_UTRD = state["constant"].unsqueeze(1).expand(-1, self.length, -1, -1)
-            events_UTFD = torch.cat([events_UTFD, repeated_UTRD], dim=2)
+            repeated_UTKD = constant_UKD.unsqueeze(1).expand(-1, self.length, -1, -1)
+            events_UTFD = torch.cat([events_UTFD, repeated_UTKD], dim=2)
         x_UTX = self.interaction(events_UTFD, "interact_attn_history").flatten(2)
-        x_UTM = self.places(x_UTX, slice(0, self.length), inputs["hist_age"])
+        x_UTM = self.places(x_UTX, history_age(inputs))
         state["shown"] = self.refiner.read(x_UTM)
         if not self.config.causal:
-            return state | {"events": x_UTM}
+            return state | {"events": x_UTM, "head": head_UH}
         if self.config.pool == "target":  # reads the candidate's position, which attends to clicks as they came
-            return state
-        refined_UTM = self.refiner(x_UTM, state["shown"], self._visible(state["mask"]))
-        return state | self._read(refined_UTM, state["mask"])
+            return state | {"head": head_UH}
+        refined_UTM = self.refiner(x_UTM, state["shown"], self._visible(mask_UT))
+        return state | self._read(refined_UTM, mask_UT, head_UH)
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        index_C = inputs["user_index"]
-        own = {name: value.index_select(0, index_C) for name, value in state.items() if name not in ATTENDED_TO}
-        items = dict(zip(self.items, self.fields.group("item", inputs), strict=True))
-        x_CFD = torch.stack([items[n] if n in items else own[f"clock.{n}"] for n in self.sequences], dim=1)
-        if self.constant and self.config.nonseq_in_interaction:
-            x_CFD = torch.cat([x_CFD, own["constant"]], dim=1)
-        x_CX = self.interaction(x_CFD, "interact_attn_candidate").flatten(1)
-        now_C1 = torch.zeros_like(index_C).unsqueeze(1)
-        x_C1M = self.places(x_CX.unsqueeze(1), slice(self.length, None), now_C1)
-        mask_CT = own["mask"]
-        mask_CS = torch.cat([mask_CT, torch.ones_like(mask_CT[:, :1])], dim=1)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        x_CID = self.fields.item(inputs)
+        parts = [x_CID.index_select(1, self.paired_fields), x_CID.index_select(1, self.unpaired_fields)]
+        if self.pooling is not None:
+            parts.append(self.pooling.query_of(inputs))
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        num_candidates, width = items_CW.shape[0], self.config.emb_dim
+        widths = [self.num_paired * width, len(self.unpaired) * width]
+        paired_CX, unpaired_CX, query_CA = torch.split(items_CW, [*widths, items_CW.shape[1] - sum(widths)], dim=1)
+        event_CFD = torch.unflatten(paired_CX, 1, (self.num_paired, width))
+        if "event" in state:
+            event_CFD = torch.cat([event_CFD, of_request(state["event"], user_index, num_candidates)], dim=1)
+        if not self.in_order:
+            event_CFD = event_CFD.index_select(1, self.event_order)
+        x_CX = self.interaction(event_CFD, "interact_attn_candidate").flatten(1)
+        x_CM = self.places.of_candidate(x_CX)
+        mask_CS = of_request(state["mask"], user_index)
         if self.config.causal:
-            candidate_CM = self.refiner.last(x_C1M.squeeze(1), state["shown"], mask_CS, index_C)
-            read = state
+            candidate_CM = self.refiner.last(x_CM, state["shown"], mask_CS, user_index)
+            read, read_index = state, user_index
         else:
-            x_CSM = torch.cat([own["events"], x_C1M], dim=1)
-            shown_CTE = state["shown"].index_select(0, index_C)
-            shown_CSE = torch.cat([shown_CTE, self.refiner.read(x_C1M)], dim=1)
-            refined_CSM = self.refiner(x_CSM, shown_CSE, self._visible(mask_CS))
-            candidate_CM = refined_CSM[:, -1]
-            own |= self._read(refined_CSM[:, :-1], mask_CT)
-            read, index_C = own, torch.arange(index_C.shape[0], device=index_C.device)
+            mask_CS = of_request(state["mask"], user_index, num_candidates)
+            candidate_CM, read = self._refine_whole(state, x_CM, mask_CS, user_index)
+            read_index = torch.arange(num_candidates, device=items_CW.device)
 
         if self.pooling is not None:
-            u_CM: Tensor = self.pooling(read, index_C, mask_CS, candidate_CM, inputs)
-        else:
-            u_CM = self._pool(own, mask_CS, candidate_CM)
-        z_CH = F.linear(u_CM, self._kernel(3), self.first.bias)
-        if self.unpaired:
-            z_CH = z_CH + F.linear(torch.cat([items[name] for name in self.unpaired], dim=-1), self._kernel(1))
-        z_CH = sum((own[part] for part in ("head", "history") if part in own), start=z_CH)
+            u_CM: Tensor = self.pooling(read, read_index, mask_CS, candidate_CM, query_CA)
+        elif "sum" in read:
+            u_CM = of_request(read["sum"], read_index) + candidate_CM
+            u_CM = u_CM / mask_CS.sum(dim=1, keepdim=True) if self.config.pool == "mean" else u_CM
+        else:  # the head reads the candidate's position, and, with concat, the history by itself
+            u_CM = candidate_CM
+        kernel_HX = torch.cat([self._kernel("unpaired"), self._kernel("pooled")], dim=1)
+        z_CH = F.linear(torch.cat([unpaired_CX, u_CM], dim=1), kernel_HX) + of_request(read["head"], read_index)
         logit_C1: Tensor = self.rest(z_CH)
         return logit_C1.squeeze(-1)
 
@@ -504,8 +256,7 @@ class FESeq(CTRModel):
     def explanations(self) -> tuple[Explanation, ...]:
         config, shown = self.config, []
         for name, layers in self._attending_layers().items():
-            event = self.sequences + (self.constant if config.nonseq_in_interaction else [])
-            labels = tuple(self.items if name == "query" else event)
+            labels = tuple(self.items if name == "query" else self.event)
             fields = [Axis(name=axis, labels=labels) for axis in ("field", "attended_field")]
             rows = (REQUEST, layers, BEHAVIOUR) if name == "history" else (CANDIDATE, layers)
             meaning = f"Inside {_INSIDE[name]}. {LOOKS if config.interaction == 'autoint' else _LOOKS_TWICE}"
@@ -534,25 +285,30 @@ class FESeq(CTRModel):
         attend = self.config.interaction in ("autoint", "destine")
         return {name: numbered("layer", layers) for name, layers in inside.items() if layers and attend}
 
-    def _kernel(self, part: int) -> Tensor:
+    def _kernel(self, part: Literal["constant", "unpaired", "history", "pooled"]) -> Tensor:
         """The head's first layer where it reads constant fields, unpaired ones, the history (concat alone), or u."""
-        return torch.split(self.first.weight, self.columns, dim=1)[part]
+        kernels = torch.split(self.first.weight, self.columns, dim=1)
+        return kernels[("constant", "unpaired", "history", "pooled").index(part)]
 
-    def _read(self, refined_nTM: Tensor, mask_nT: Tensor) -> UserState:
-        """What a refined history brings to the pooling of any candidate; to `target`'s, nothing."""
+    def _refine_whole(
+        self, state: UserState, x_CM: Tensor, mask_CS: Tensor, user_index: Tensor | None
+    ) -> tuple[Tensor, UserState]:
+        """Each candidate's position [C, M] and what its history brings to the pooling, where clicks see candidates."""
+        shared = {name: of_request(state[name], user_index, x_CM.shape[0]) for name in ("events", "shown", "head")}
+        x_C1M = x_CM.unsqueeze(1)
+        x_CSM = torch.cat([shared["events"], x_C1M], dim=1)
+        shown_CSE = torch.cat([shared["shown"], self.refiner.read(x_C1M)], dim=1)
+        refined_CSM = self.refiner(x_CSM, shown_CSE, self._visible(mask_CS))
+        return refined_CSM[:, -1], self._read(refined_CSM[:, :-1], mask_CS[:, :-1], shared["head"])
+
+    def _read(self, refined_nTM: Tensor, mask_nT: Tensor, head_nH: Tensor) -> UserState:
+        """What a refined history brings to any candidate: to the pooling, and to the head's first layer."""
         if self.pooling is not None:
-            return self.pooling.read(refined_nTM)
+            return {"head": head_nH, **self.pooling.read(refined_nTM)}
         present_nTM = refined_nTM * mask_nT.unsqueeze(-1)
         if self.config.pool == "concat":
-            return {"history": F.linear(present_nTM.flatten(1), self._kernel(2))}
-        return {"sum": present_nTM.sum(dim=1)} if self.config.pool != "target" else {}
-
-    def _pool(self, own: UserState, mask_CS: Tensor, candidate_CM: Tensor) -> Tensor:
-        """What the head reads, u [C, M]; for `concat`, whose history goes there by itself, the candidate's position."""
-        if "sum" not in own:
-            return candidate_CM
-        sum_CM = own["sum"] + candidate_CM
-        return sum_CM / mask_CS.sum(dim=1, keepdim=True) if self.config.pool == "mean" else sum_CM
+            return {"head": head_nH + F.linear(present_nTM.flatten(1), self._kernel("history"))}
+        return {"head": head_nH} | ({"sum": present_nTM.sum(dim=1)} if self.config.pool != "target" else {})
 
     def _visible(self, present_nS: Tensor) -> Tensor:
         """[n, S, S]: which event (a column) each event (a row) sees; itself always, so that none sees nothing."""
@@ -576,7 +332,7 @@ def _check_schema(schema: Schema) -> None:
 
 
 def _check_heads(config: FESeqConfig, num_vectors: int) -> None:
-    width, step = num_vectors * config.emb_dim, config.heads // gcd(num_vectors, config.heads)
+    width, step = num_vectors * config.emb_dim, config.heads // math.gcd(num_vectors, config.heads)
     if width % config.heads == 0:
         return
     fitting = max(h for h in range(1, config.heads) if width % h == 0)
@@ -584,3 +340,306 @@ def _check_heads(config: FESeqConfig, num_vectors: int) -> None:
         f"an event is {width} wide ({num_vectors} vectors of {config.emb_dim}), which {config.heads} heads do not"
         f" divide; take {fitting} heads, or emb_dim {-(-config.emb_dim // step) * step}"
     )
+
+
+class FieldInteraction(nn.Module):
+    """Layers over the fields of each event or item, [*, F, D] to [*, F, D]; none leave it as it is."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x0: Tensor, name: str) -> Tensor:
+        """`name`: under which the weights of attending layers are shown."""
+        x = x0
+        for layer in self.layers:
+            x = layer(x, name) if isinstance(layer, AutoIntLayer | DestineLayer) else layer(x, x0)
+        return x
+
+
+class AutoIntLayer(nn.Module):
+    """AutoInt's layer with one head, ReLU(LN(softmax(Q K^T / sqrt(D)) V + X)); LN and scale are the code's (F7)."""
+
+    def __init__(self, width: int, *, layer_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        # Q K^T = X (W_Q^T W_K) X^T: one product of x for two. The fields attended to are the rows at first: a softmax
+        # over a short last axis takes three times as long.
+        kernel_DD = self.key.weight.T @ self.query.weight / self.scale
+        weights = (x @ kernel_DD @ x.transpose(-1, -2)).softmax(dim=-2).transpose(-1, -2)
+        record(name, weights)
+        return F.relu(self.norm(self.dropout(weights) @ self.value(x) + x))
+
+
+class DestineLayer(nn.Module):
+    """DESTINE's layer with one head: W_r X + (P + 1 u^T) V (Xu et al., CIKM 2021, and its authors' code).
+
+    P = softmax((Q - mean Q) (K - mean K)^T / sqrt(D)) is what pairs of fields have to do with each other, whitened over
+    the fields; u = softmax(X w) over the fields is what each counts for all alike. So its weights P + 1 u^T sum to 2.
+    """
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(width)
+        self.query, self.key, self.value, self.residual = (nn.Linear(width, width) for _ in range(4))
+        self.unary = nn.Linear(width, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        query, key = (part - part.mean(dim=-2, keepdim=True) for part in (self.query(x), self.key(x)))
+        pairs = (query @ key.transpose(-1, -2) / self.scale).softmax(dim=-1)
+        weights = pairs + self.unary(x).softmax(dim=-2).transpose(-1, -2)
+        record(name, weights)
+        out: Tensor = self.dropout(weights) @ self.value(x) + self.residual(x)
+        return out
+
+
+class FinalLayer(nn.Module):
+    """FINAL's layer over the F * D numbers of an event, ReLU(h_2 + h_1 * h_2) with [h_2; h_1] = W x + b.
+
+    Zhu et al., SIGIR 2023. Its batch norm is left out: padded events would count in it.
+    """
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, _x0: Tensor) -> Tensor:
+        second, first = self.kernel(x.flatten(-2)).chunk(2, dim=-1)
+        return torch.unflatten(self.dropout(F.relu(second + first * second)), -1, (-1, x.shape[-1]))
+
+
+class CrossLayer(nn.Module):
+    """DCN's layer over the F * D numbers of an event, x_0 (x^T w) + b + x, or DCNv2's, x_0 * (W x + b) + x."""
+
+    def __init__(self, width: int, *, full: bool) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(width, width if full else 1, bias=False)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.full = full
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        flat, flat0 = x.flatten(-2), x0.flatten(-2)
+        crossed = flat0 * (self.kernel(flat) + self.bias) if self.full else flat0 * self.kernel(flat) + self.bias
+        return torch.unflatten(crossed + flat, -1, (-1, x.shape[-1]))
+
+
+def build_interaction(
+    kind: str, layers: int, num_fields: int, width: int, *, layer_norm: bool, dropout: float
+) -> FieldInteraction:
+    """That many layers of autoint, crossnet, crossnetv2, destine or final."""
+    make: dict[str, Callable[[], nn.Module]] = {
+        "autoint": lambda: AutoIntLayer(width, layer_norm=layer_norm, dropout=dropout),
+        "crossnet": lambda: CrossLayer(num_fields * width, full=False),
+        "crossnetv2": lambda: CrossLayer(num_fields * width, full=True),
+        "destine": lambda: DestineLayer(width, dropout=dropout),
+        "final": lambda: FinalLayer(num_fields * width, dropout=dropout),
+    }
+    return FieldInteraction(nn.ModuleList(make[kind]() for _ in range(layers)))
+
+
+class PositionTimeEncoding(nn.Module):
+    """What an event's position and its age bring to it: a table of vectors each, concatenated or added (F2).
+
+    Age is cut into buckets of `unit_s` seconds (F8) or, with log2, at unit_s, twice that, four times that, so that few
+    of them reach over years and each is met in training. The last bucket holds whatever is older.
+    """
+
+    ends: Tensor
+
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        *,
+        use_pos: bool,
+        use_time: bool,
+        concatenated: bool,
+        unit_s: int,
+        buckets: int,
+        log2: bool,
+    ) -> None:
+        super().__init__()
+        # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
+        self.positions = nn.Parameter(torch.randn(length + 1, width)) if use_pos else None
+        self.times = nn.Parameter(torch.randn(buckets, width)) if use_time else None
+        self.concatenated, self.unit_s, self.buckets, self.log2 = concatenated, unit_s, buckets, log2
+        ends = torch.tensor([unit_s << k for k in range(buckets - 1)] if log2 else [], dtype=torch.int64)
+        self.register_buffer("ends", ends, persistent=False)
+
+    def forward(self, x_UTX: Tensor, age_UT: Tensor) -> Tensor:
+        """The clicks, [U, T, X] to [U, T, M]; ages in whole seconds."""
+        encodings = []
+        if self.positions is not None:
+            encodings.append(self.positions[:-1].expand(x_UTX.shape[0], -1, -1))
+        if self.times is not None:
+            encodings.append(F.embedding(self._bucket(age_UT), self.times))
+        return self._join(x_UTX, encodings)
+
+    def of_candidate(self, x_CX: Tensor) -> Tensor:
+        """The candidates, [C, X] to [C, M]: their position is the last, their age 0."""
+        encodings = [table[row] for table, row in ((self.positions, -1), (self.times, 0)) if table is not None]
+        return self._join(x_CX, [encoding_D.expand(x_CX.shape[0], -1) for encoding_D in encodings])
+
+    def _join(self, x: Tensor, encodings: list[Tensor]) -> Tensor:
+        return torch.cat([x, *encodings], dim=-1) if self.concatenated else sum(encodings, start=x)
+
+    def _bucket(self, age_nT: Tensor) -> Tensor:
+        """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
+        if self.log2:
+            return (age_nT.unsqueeze(-1) >= self.ends).sum(dim=-1)
+        return age_nT.clamp(0, self.unit_s * self.buckets - 1) // self.unit_s
+
+
+class SequenceEncoder(nn.Module):
+    """One Transformer layer without LayerNorm: Y = E + MHA(E), then Y + W_2 LeakyReLU(W_1 Y + b_1) + b_2 (F3, F6)."""
+
+    def __init__(self, width: int, heads: int, *, attention_dropout: float, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, math.sqrt(width / heads)
+        self.query, self.shown, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(0.01), nn.Linear(width, width))
+        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
+
+    def read(self, x_nTM: Tensor) -> Tensor:
+        """What each event shows to those that attend to it, [n, T, E]: its key and its value."""
+        shown_nTE: Tensor = self.shown(x_nTM)
+        return shown_nTE
+
+    def forward(self, x_nSM: Tensor, shown_nSE: Tensor, visible_nSS: Tensor) -> Tensor:
+        """A whole sequence refined; each event must see at least one."""
+        key_nNSB, value_nNSB = (split_heads(part, self.heads) for part in shown_nSE.chunk(2, dim=-1))
+        query_nNSB = split_heads(self.query(x_nSM) / self.scale, self.heads)
+        hidden_n1SS = torch.where(visible_nSS, 0.0, NEVER).to(x_nSM.dtype).unsqueeze(1)
+        weights_nNSS = (query_nNSB @ key_nNSB.transpose(-1, -2) + hidden_n1SS).softmax(dim=-1)
+        record("self_attn", weights_nNSS)
+        return self._finish(x_nSM, merge_heads(self.attention_dropout(weights_nNSS) @ value_nNSB))
+
+    def last(self, x_CM: Tensor, shown_UTE: Tensor, mask_CS: Tensor, user_index: Tensor | None) -> Tensor:
+        """The last event of each sequence refined, which sees itself and those shown of its request before it.
+
+        The mask may be that of a single request, [1, S].
+        """
+        query_CNB = torch.unflatten(self.query(x_CM) / self.scale, 1, (self.heads, -1))
+        key_CNB, value_CNB = torch.unflatten(self.read(x_CM), 1, (2, self.heads, -1)).unbind(1)
+        key_UTNB, value_UTNB = torch.unflatten(shown_UTE, 2, (2, self.heads, -1)).unbind(2)
+        scores_CNT = _scores_by_head(query_CNB, key_UTNB, user_index)
+        scores_CNS = torch.cat([scores_CNT, (query_CNB * key_CNB).sum(dim=-1, keepdim=True)], dim=-1)
+        weights_CNS = (scores_CNS + torch.where(mask_CS, 0.0, NEVER).to(x_CM.dtype).unsqueeze(1)).softmax(dim=-1)
+        record("refiner_attn", weights_CNS)
+        weights_CNT, weights_CN1 = self.attention_dropout(weights_CNS).split([shown_UTE.shape[1], 1], dim=-1)
+        attended_CNB = _sum_by_head(weights_CNT, value_UTNB, user_index) + weights_CN1 * value_CNB
+        return self._finish(x_CM, attended_CNB.flatten(1))
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        y = x + self.dropout(self.out(attended))
+        refined: Tensor = y + self.dropout(self.ffn(y))
+        return refined
+
+
+def _scores_by_head(query_CNB: Tensor, key_UTNB: Tensor, user_index: Tensor | None) -> Tensor:
+    """Each candidate's queries times the keys of its own request, [C, N, T]."""
+    if user_index is None:
+        return (query_CNB.transpose(0, 1) @ key_UTNB[0].permute(1, 2, 0)).transpose(0, 1)
+    # Products of so thin matrices, one a candidate and head, take longer than this.
+    return (query_CNB.unsqueeze(1) * key_UTNB.index_select(0, user_index)).sum(dim=-1).transpose(1, 2)
+
+
+def _sum_by_head(weights_CNT: Tensor, value_UTNB: Tensor, user_index: Tensor | None) -> Tensor:
+    """The values of each candidate's own request, weighed and summed over its events, [C, N, B]."""
+    if user_index is None:
+        return (weights_CNT.transpose(0, 1) @ value_UTNB[0].transpose(0, 1)).transpose(0, 1)
+    return (weights_CNT.transpose(1, 2).unsqueeze(-1) * value_UTNB.index_select(0, user_index)).sum(dim=1)
+
+
+class AttentionPooling(nn.Module):
+    """u = PReLU(W_o sum_t alpha_t V_t + b_o), alpha the softmax of how each position's key meets the item's query.
+
+    The query comes from tables of the item's own, which every item field has, and their own interacting layers. Scores
+    are K_t W q / sqrt(A) (F10), K_t q with `dot`, or DIN's small MLP of K_t and q (F11).
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        interaction: FieldInteraction,
+        *,
+        emb_dim: int,
+        width: int,
+        inner: int,
+        scorer: str,
+        softmax: bool,
+        scale: bool,
+        attention_dropout: float,
+        dropout: float,
+    ) -> None:
+        """`interaction` is that of the item's fields, `width` an event's, `inner` that of query, key and value."""
+        super().__init__()
+        items = schema.group("item")
+        item_schema = Schema(user_key=None, item_key=None, history_length=0, fields=items)
+        self.fields = FieldEmbeddings(item_schema, emb_dim, init=nn.init.normal_)
+        self.interaction = interaction
+        self.query = nn.Linear(len(items) * emb_dim, inner, bias=False)
+        self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.out = nn.Linear(inner, width)
+        self.activation = nn.PReLU(init=0.1)  # one slope for all of them: the code's
+        self.kernel = nn.Parameter(torch.eye(inner)) if scorer == "bilinear" else None
+        self.meeting = TargetAttention(inner, (512, 256, 128), softmax=softmax) if scorer == "din" else None
+        self.softmax, self.scale = softmax, math.sqrt(inner) if scale else 1.0
+        self.attention_dropout, self.dropout = nn.Dropout(attention_dropout), nn.Dropout(dropout)
+
+    def query_of(self, inputs: Inputs) -> Tensor:
+        """What each item meets the keys with, [C, A]: its query q, or W q, over the scale."""
+        item_CID = self.interaction(self.fields.item(inputs), "interact_attn_query")
+        query_CA = self.dropout(self.activation(self.query(item_CID.flatten(1))))
+        if self.meeting is not None:
+            return query_CA
+        return (query_CA if self.kernel is None else F.linear(query_CA, self.kernel)) / self.scale
+
+    def read(self, events_nTM: Tensor) -> UserState:
+        """What these positions bring to any query."""
+        key_nTA, value_nTA = self._keys_and_values(events_nTM)
+        state = {"keys": key_nTA, "values": value_nTA}
+        return state if self.meeting is None else state | {"met": self.meeting.read(key_nTA)}
+
+    def forward(
+        self, read: UserState, user_index: Tensor | None, mask_CS: Tensor, candidate_CM: Tensor, query_CA: Tensor
+    ) -> Tensor:
+        """The pooled sequence u [C, M], of what was `read` of each request's history, and the candidate's position."""
+        key_CA, value_CA = self._keys_and_values(candidate_CM)
+        if self.meeting is not None:
+            alpha_CS = self._meet(query_CA, read, key_CA, mask_CS, user_index)
+        else:
+            keys_UAT = read["keys"].transpose(-1, -2)
+            scores_CT = matmul_by_request(query_CA.unsqueeze(1), keys_UAT, user_index).squeeze(1)
+            scores_CS = torch.cat([scores_CT, (query_CA * key_CA).sum(dim=-1, keepdim=True)], dim=-1)
+            alpha_CS = masked_softmax(scores_CS, mask_CS) if self.softmax else scores_CS * mask_CS
+        record("pool_score", alpha_CS)
+        alpha_CT, alpha_C1 = self.attention_dropout(alpha_CS).split([read["values"].shape[1], 1], dim=-1)
+        pooled_CA = matmul_by_request(alpha_CT.unsqueeze(1), read["values"], user_index).squeeze(1)
+        u_CM: Tensor = self.activation(self.out(pooled_CA + alpha_C1 * value_CA))
+        return u_CM
+
+    def _keys_and_values(self, events: Tensor) -> tuple[Tensor, Tensor]:
+        """[*, M] to keys and values, [*, A] each."""
+        both = F.linear(events, torch.cat([self.key.weight, self.value.weight]))
+        keys, values = self.dropout(self.activation(both)).chunk(2, dim=-1)
+        return keys, values
+
+    def _meet(
+        self, query_CA: Tensor, read: UserState, key_CA: Tensor, mask_CS: Tensor, user_index: Tensor | None
+    ) -> Tensor:
+        assert self.meeting is not None
+        key_C1A = key_CA.unsqueeze(1)
+        last = {"keys": key_C1A, "met": self.meeting.read(key_C1A)}
+        keys_CSA, met_CSA = (
+            torch.cat([of_request(read[name], user_index, len(query_CA)), last[name]], dim=1) for name in last
+        )
+        weights_CS: Tensor = self.meeting(query_CA, keys_CSA, met_CSA, mask_CS)
+        return weights_CS

@@ -3,14 +3,13 @@
 WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the ambiguities of models.md section 2.3.
 """
 
-# U requests, C candidates, N elements, I width of a candidate, X width of an element
-# U requests, C candidates, F = first layer of the head, and the group's score before it, L groups
-# R width of the request's vectors together, I of the candidate's, X = R + I
-# U requests, C candidates, T history length, N elements a candidate attends to (T clicks, J user or K context fields)
-# D width of one field, I = item fields * D, B = sequence fields * D, X width of an element, F = head's first layer + 1
+# U requests, C candidates, T history length, D width of a field, G width of the global attention
+# I width of the candidate's fields together, R of the request's, X of one element (a click, a user or context field)
+# N elements a candidate attends to: T clicks, user fields, context fields; Z numbers the click scorer reads
+# H first layer of the head, F = a group's score and then H; J groups of the request
+# L groups that hold the candidate: its own fields, then one for each local module
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Literal
@@ -22,170 +21,14 @@ from torch import Tensor, nn
 from models.artifact.explanation import ATTENDED, BEHAVIOUR, CANDIDATE, REQUEST, Axis, Explanation, numbered, of_fields
 from models.features.field import Group
 from models.features.schema import Schema
-from models.layers.attention import SelfAttention, masked_softmax
-from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.attention import SelfAttention, masked_mean
+from models.layers.base import CTRModel, Inputs, UserState, history_mask
 from models.layers.config import Config, Count, Share, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import l2, start_linears, truncated_normal
-from models.layers.intermediates import record
+from models.layers.intermediates import is_recording, record
 from models.layers.mlp import MLP
-from models.layers.request_matmul import matmul_by_request
-
-
-class Scorer(nn.Module):
-    """gamma(V_n) with V_n = [e_i; x_n], in two halves: what the elements bring, then the candidates' scores [C, N]."""
-
-    def read_elements(self, x_UNX: Tensor) -> Tensor:
-        """Whatever of the elements alone enters the scores, [U, N], [U, I, N] or [U, N, X]."""
-        raise NotImplementedError
-
-    def forward(self, item_CI: Tensor, read_UN: Tensor, user_index: Tensor) -> Tensor:
-        """The scores, given each candidate, what was read of each request's elements, and whose candidate it is."""
-        raise NotImplementedError
-
-
-class AdditiveScorer(Scorer):
-    """tanh([e_i; x_n] w_n + b_n), eq. (8) and (10): one w per element, or one for all (M6)."""
-
-    def __init__(self, num_weights: int, item: int, element: int) -> None:
-        super().__init__()
-        self.kernel = nn.Linear(item + element, num_weights)
-        self.item = item
-
-    def read_elements(self, x_UNX: Tensor) -> Tensor:
-        return (x_UNX * self.kernel.weight[:, self.item :]).sum(dim=-1) + self.kernel.bias
-
-    def forward(self, item_CI: Tensor, read_UN: Tensor, user_index: Tensor) -> Tensor:
-        item_CN = F.linear(item_CI, self.kernel.weight[:, : self.item])
-        return torch.tanh(item_CN + read_UN.index_select(0, user_index))
-
-
-class BilinearScorer(Scorer):
-    """tanh(e_i^T M x_n / sqrt(I) + b_n): candidate and click multiply, as they never do in the paper (M8)."""
-
-    def __init__(self, num_biases: int, item: int, element: int) -> None:
-        super().__init__()
-        self.kernel = nn.Linear(element, item, bias=False)
-        self.bias = nn.Parameter(torch.zeros(num_biases))
-
-    def read_elements(self, x_UNX: Tensor) -> Tensor:
-        read_UNI: Tensor = self.kernel(x_UNX)
-        return read_UNI.transpose(1, 2) / math.sqrt(self.kernel.out_features)
-
-    def forward(self, item_CI: Tensor, read_UIN: Tensor, user_index: Tensor) -> Tensor:
-        return torch.tanh(matmul_by_request(item_CI.unsqueeze(1), read_UIN, user_index).squeeze(1) + self.bias)
-
-
-class MLPScorer(Scorer):
-    """tanh(v ReLU(W [e_i; x_n] + c) + b_n), as wide inside as a click (M8)."""
-
-    def __init__(self, num_biases: int, item: int, element: int) -> None:
-        super().__init__()
-        self.kernel = nn.Linear(item + element, element)
-        self.out = nn.Linear(element, 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(num_biases))
-        self.item = item
-
-    def read_elements(self, x_UNX: Tensor) -> Tensor:
-        return F.linear(x_UNX, self.kernel.weight[:, self.item :], self.kernel.bias)
-
-    def forward(self, item_CI: Tensor, read_UNX: Tensor, user_index: Tensor) -> Tensor:
-        item_C1X = F.linear(item_CI, self.kernel.weight[:, : self.item]).unsqueeze(1)
-        read_CNX = read_UNX.index_select(0, user_index)
-        return torch.tanh(self.out(F.relu(item_C1X + read_CNX)).squeeze(-1) + self.bias)
-
-
-class GlobalInteraction(nn.Module):
-    """GIM and head, eq. (14)-(17): omega = softmax_l(tanh(score of r_l)), then the MLP over the weighted groups.
-
-    Groups have unequal widths, which leaves their sum undefined (M9): `project_sum` maps each to G first, `concat`
-    weights and concatenates them, `zero_pad` pads them to the widest. Without `gim` the MLP reads their plain
-    concatenation. In each case a group enters only through its score and the MLP's first layer, both linear in it:
-    `kernel` is that one matrix, whose columns follow the group's own concatenation.
-    """
-
-    def __init__(self, config: "MIANConfig", groups: dict[str, int], width: int) -> None:
-        super().__init__()
-        self.groups = tuple(groups)
-        self.attends = config.gim
-        self.combine = config.gim_combine if config.gim else "concat"
-        self.projections = nn.ModuleDict()
-        self.scores = nn.ModuleDict()
-        if self.combine == "project_sum":
-            self.projections.update({name: nn.Linear(raw, width) for name, raw in groups.items()})
-        if self.attends:
-            self.scores.update({n: nn.Linear(width if n in self.projections else w, 1) for n, w in groups.items()})
-        ends = dict(zip(groups, accumulate(groups.values()), strict=True))
-        self.columns = {
-            "project_sum": dict.fromkeys(groups, slice(0, width)),
-            "concat": {name: slice(ends[name] - raw, ends[name]) for name, raw in groups.items()},
-            "zero_pad": {name: slice(0, raw) for name, raw in groups.items()},
-        }[self.combine]
-        read = max(columns.stop for columns in self.columns.values())
-        self.head = MLP(read, config.hidden, dropout=config.dropout)
-        self.out_width = self.head.first.out_features + self.attends  # F, rows of each group's kernel
-
-    def kernel(self, group: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer."""
-        first_FG = self.head.first.weight[:, self.columns[group]]
-        weight, bias = first_FG, torch.zeros_like(first_FG[:, 0])
-        if self.attends:
-            score = _linear(self.scores, group)
-            weight = torch.cat([score.weight, first_FG])
-            bias = torch.cat([score.bias, bias])
-        if group in self.projections:
-            projection = _linear(self.projections, group)
-            bias = bias + weight @ projection.bias
-            weight = weight @ projection.weight
-        return weight, bias
-
-    def forward(self, parts_CLF: Tensor) -> Tensor:
-        """Logits from what each group's kernel made of it."""
-        if self.attends:
-            omega_CL = torch.tanh(parts_CLF[..., 0]).softmax(dim=1)
-            record("gim_weight", omega_CL)
-            found_CF = (omega_CL.unsqueeze(1) @ parts_CLF).squeeze(1)[:, 1:]
-        else:
-            found_CF = parts_CLF.sum(dim=1)
-        return self.head.finish(found_CF + self.head.first.bias)
-
-
-class Crosses(nn.Module):
-    """DCNv2's cross layers, whose logit is added to the head's: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l over all vectors.
-
-    MIAN weighs fields against each other and multiplies none. R. Wang et al., "DCN V2", WWW 2021. The request's columns
-    of W_0 meet it once.
-    """
-
-    def __init__(self, request: int, item: int, layers: int) -> None:
-        super().__init__()
-        self.request_width, width = request, request + item
-        self.first = nn.Linear(width, width)
-        self.rest = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
-        self.out = nn.Linear(width, 1, bias=False)
-
-    def read(self, request_UR: Tensor) -> Tensor:
-        """What all candidates of a request share [U, R + X]: its own part of x_0, and what W_0 makes of that."""
-        return torch.cat([request_UR, F.linear(request_UR, self.first.weight[:, : self.request_width])], dim=-1)
-
-    def forward(self, read_CR: Tensor | None, item_CI: Tensor) -> Tensor:
-        """The logits [C], given what `read` says of each one's request; None where that has no fields."""
-        x0_CX, met_CX = item_CI, F.linear(item_CI, self.first.weight[:, self.request_width :], self.first.bias)
-        if read_CR is not None:
-            x0_CX = torch.cat([read_CR[:, : self.request_width], item_CI], dim=-1)
-            met_CX = met_CX + read_CR[:, self.request_width :]
-        x_CX = x0_CX * met_CX + x0_CX
-        for layer in self.rest:
-            x_CX = x0_CX * layer(x_CX) + x_CX
-        logits_C: Tensor = self.out(x_CX).squeeze(-1)
-        return logits_C
-
-
-def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:
-    layer = layers[group]
-    assert isinstance(layer, nn.Linear)
-    return layer
-
+from models.layers.request_matmul import of_request, vector_by_request
 
 CrossLayers = Annotated[int, Within(low=0, below=9)]
 
@@ -225,8 +68,10 @@ class MIANConfig(Config):
 class MIAN(CTRModel):
     """Three local attentions of the candidate (to clicks, user fields, context fields) under one global attention.
 
-    Whatever reads the candidate beside something of the request is linear in their concatenation up to its first
-    nonlinearity, so its weights are applied to the two parts apart, the request's once (models.md section 8.1).
+    A local module finds R = sum_n alpha_n [e_i; x_n], which is [e_i; sum_n alpha_n x_n], as alpha sums to 1 (eq. 9, 11,
+    13); that form also says what an empty history gives: [e_i; 0]. The global module reads a group r by K r + k alone.
+    So an item row holds K_i e_i + k, the request's state K_x x_n, and both hold their parts of the scores that alpha
+    is the softmax of (models.md section 8.1).
     """
 
     def __init__(self, config: MIANConfig, schema: Schema) -> None:
@@ -242,9 +87,9 @@ class MIAN(CTRModel):
             self.transformer = Transformer(config, length, event)
             self.local["ibim"] = _click_scorer(config, length, item, event)
         if config.iuim:
-            self.local["iuim"] = AdditiveScorer(num_user, item, width)
+            self.local["iuim"] = AdditiveScorer(num_user, num_user, item, width)
         if config.icim:
-            self.local["icim"] = AdditiveScorer(num_context, item, width)
+            self.local["icim"] = AdditiveScorer(num_context, num_context, item, width)
         raw = {
             "item": item,
             "context": num_context * width,
@@ -254,71 +99,185 @@ class MIAN(CTRModel):
         if config.ablate_drop_raw:
             gone = [group for group, name in _LOCAL.items() if name not in self.local]
             raw = {name: raw[name] for name in raw if name not in gone}
-        local = {"ibim": item + event, "iuim": item + width, "icim": item + width}
-        groups = {n: w for n, w in raw.items() if w} | {n: local[n] for n in self.local}
+        widths = {"ibim": event, "iuim": width, "icim": width}
+        groups = {n: w for n, w in raw.items() if w} | {n: item + widths[n] for n in self.local}
         self.gim = GlobalInteraction(config, groups, config.gim_width or -(-2 * item // 8) * 8)
-        crossed = num_user * width + num_context * width + event
-        self.crosses = Crosses(crossed, item, config.cross_layers) if config.cross_layers else None
-        self.item_width = item
-        # A module's kernel may meet each of its elements or their weighted sum, being linear. Each is cheaper for one
-        # request, but for a batch of many it makes T products to be copied and summed for every candidate: that pays
-        # while they are no wider than the clicks. User and context fields are few.
-        self.sums_first = {"ibim"} if self.gim.out_width > event else set()
+        self.crosses: Crosses | None = None
+        if config.cross_layers:
+            self.crosses = Crosses((num_user + num_context) * width + event, item, config.cross_layers)
+        self.num_user, self.user_width, self.item_width = num_user, num_user * width, item
+        self.reads_clicks = "ibim" in groups or "behaviour" in groups or (self.crosses is not None and event > 0)
+        # A batch of many requests copies what is summed for each candidate: K_x x or x, whichever is narrower.
+        self.sums_first = self.gim.head_width > sum(widths[name] for name in self.local)
+        self.counts = {"ibim": length, "iuim": num_user, "icim": num_context}
+        counts = torch.tensor([0, *(self.counts[name] for name in self.local)])
+        self.membership_LN: Tensor  # 1 where an element is one of those that a group sums
+        self.register_buffer("membership_LN", torch.eye(len(counts)).repeat_interleave(counts, dim=1), persistent=False)
+        self.row_widths = {name: len(bias) for name, (_, bias) in self._item_layers().items()}
         start_linears(self, truncated_normal)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        """The raw groups' part in the global module; of each local module, what its elements bring to any candidate."""
+        """The request's groups in the global attention, and what each element brings to any candidate."""
         state: UserState = {}
-        for raw, local in _LOCAL.items():
-            if raw not in self.gim.groups and local not in self.gim.groups:
-                continue
-            if raw == "behaviour":
-                elements_UNX = torch.cat(self.fields.history(inputs), dim=-1)
-            else:
-                elements_UNX = torch.stack(self.fields.group(raw, inputs), dim=1)
-            if raw in self.gim.groups:
-                flat_UX = elements_UNX.flatten(1)
-                if raw == "behaviour" and self.config.gim_eb == "masked_mean":
-                    flat_UX = torch.cat(self.fields.pooled_history(inputs), dim=-1)
-                state[raw] = F.linear(flat_UX, *self.gim.kernel(raw))
-            if local == "ibim" and local in self.local:
-                state["mask"] = inputs["hist_mask"]
-                elements_UNX = self.transformer(elements_UNX, state["mask"])
-            if local in self.local:
-                kernel_FX = self.gim.kernel(local)[0][:, self.item_width :]
-                state[f"{local}.scores"] = self._scorer(local).read_elements(elements_UNX)
-                sums_first = local in self.sums_first
-                state[f"{local}.values"] = elements_UNX if sums_first else F.linear(elements_UNX, kernel_FX)
-        if self.crosses is not None and (request := self.fields.request(inputs)):
-            state["crosses"] = self.crosses.read(torch.cat(request, dim=-1))
+        elements: dict[str, Tensor] = {}
+        raw, scores, vectors = [], [], []
+        if self.reads_clicks:
+            clicks_UTX, mask_UT = self.fields.history(inputs).flatten(2), history_mask(inputs)
+            vectors.append(masked_mean(clicks_UTX, mask_UT))
+            if "behaviour" in self.gim.groups:
+                flat_UX = clicks_UTX.flatten(1) if self.config.gim_eb == "concat" else vectors[0]
+                raw.append(F.linear(flat_UX, *self.gim.kernel("behaviour")))
+            if "ibim" in self.local:
+                elements["ibim"], state["mask"] = self.transformer(clicks_UTX, mask_UT), mask_UT
+                scorer = self._scorer("ibim")
+                read = scorer.read(elements["ibim"])
+                if isinstance(scorer, AdditiveScorer):
+                    scores.append(read)
+                else:
+                    state["clicks"] = read
+        if self.fields.num_request:
+            request_URD = self.fields.request(inputs)
+            elements |= {"iuim": request_URD[:, : self.num_user], "icim": request_URD[:, self.num_user :]}
+            vectors.insert(0, request_URD.flatten(1))
+            for part, parts in zip(self._read_fields(vectors[0]), (raw, scores), strict=True):
+                parts.append(part)
+        if self.gim.request_groups:
+            state |= self.gim.sum_request(torch.cat(raw, dim=-1))
+        if scores:
+            state["scores"] = torch.cat(scores, dim=-1)
+        if self.crosses is not None and vectors:
+            state["crosses"] = self.crosses.read(torch.cat(vectors, dim=-1))
+        return state | self._read_elements(elements, state.get("mask"))
+
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        """One product for all that is linear in the candidate: the parts of `_item_layers` in their order."""
+        weights, biases = zip(*self._item_layers().values(), strict=True)
+        return F.linear(self.fields.item(inputs).flatten(1), torch.cat(weights), torch.cat(biases))
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        row = dict(zip(self.row_widths, torch.split(items_CW, [*self.row_widths.values()], dim=-1), strict=True))
+        score_CL = row.get("score")
+        if self.local:
+            # A tanh is between -1 and 1, so the softmaxes take exp of it as it is.
+            exp_CN = torch.exp(torch.tanh(self._element_scores(state, row, user_index)))
+            sums_CX = vector_by_request(exp_CN, state["sums"], user_index)
+            num_groups = len(self.gim.candidate_groups)
+            total_CL = sums_CX[:, -num_groups:].clamp(min=0.25)  # at least 1/e where there is an element, else 0
+            if is_recording():
+                self._record_alphas(exp_CN, total_CL, state, user_index)
+            if score_CL is not None:
+                score_CL = score_CL + sums_CX[:, :num_groups] / total_CL
+        omega_CL = None if score_CL is None else torch.exp(torch.tanh(score_CL))
+        found_CH = self.gim.sum_candidate(row["part"], omega_CL)
+        if self.local:
+            share_CL = 1 / total_CL if omega_CL is None else omega_CL / total_CL
+            found_CH = found_CH + self._sum_elements(exp_CN * (share_CL @ self.membership_LN), state, user_index)
+        logits_C: Tensor = self.gim(found_CH, omega_CL, state, user_index)
+        if self.crosses is not None:
+            logits_C = logits_C + self.crosses(state.get("crosses"), row["crosses"], row["item"], user_index)
+        return logits_C
+
+    def _item_layers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The parts of an item row, each a weight and a bias over the candidate's vectors together."""
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        kernels = [self.gim.kernel(group) for group in self.gim.candidate_groups]
+        weights, biases = [weight[:, : self.item_width] for weight, _ in kernels], [bias for _, bias in kernels]
+        if self.gim.attends:
+            layers["score"] = torch.cat([weight[:1] for weight in weights]), torch.cat([bias[:1] for bias in biases])
+            layers["part"] = torch.cat([weight[1:] for weight in weights]), torch.cat([bias[1:] for bias in biases])
+        else:
+            layers["part"] = torch.stack(weights).sum(dim=0), torch.stack(biases).sum(dim=0)
+        scorers = [self._scorer(name) for name in self.local]
+        additive = [scorer.item_layer() for scorer in scorers if isinstance(scorer, AdditiveScorer)]
+        if additive:
+            layers["scores"] = torch.cat([weight for weight, _ in additive]), torch.cat([bias for _, bias in additive])
+        if len(additive) < len(scorers):
+            layers["clicks"] = self._scorer("ibim").item_layer()
+        if self.crosses is not None:
+            layers["crosses"] = self.crosses.item_layer()
+            identity_II = torch.eye(self.item_width).to(weights[0])
+            layers["item"] = identity_II, torch.zeros_like(identity_II[0])
+        return layers
+
+    def _read_fields(self, request_UR: Tensor) -> tuple[Tensor, Tensor]:
+        """One product for all that is linear in user and context fields: their groups' parts [U, *], scores [U, *]."""
+        starts = {"user": 0, "iuim": 0, "context": self.user_width, "icim": self.user_width}
+        groups = {group: self.gim.kernel(group) for group in self.gim.request_groups if group != "behaviour"}
+        fields = {name: scorer for name, scorer in self.local.items() if name != "ibim"}
+        scores = {n: scorer.request_layer() for n, scorer in fields.items() if isinstance(scorer, AdditiveScorer)}
+        weights, biases = [request_UR.new_zeros(0, request_UR.shape[1])], [request_UR.new_zeros(0)]
+        for name, (weight, bias) in (groups | scores).items():
+            after = request_UR.shape[1] - starts[name] - weight.shape[1]
+            weights.append(F.pad(weight, (starts[name], after)))
+            biases.append(bias)
+        products = F.linear(request_UR, torch.cat(weights), torch.cat(biases))
+        num_parts = len(groups) * self.gim.part_width
+        return products[:, :num_parts], products[:, num_parts:]
+
+    def _read_elements(self, elements: dict[str, Tensor], mask_UT: Tensor | None) -> UserState:
+        """What a candidate's attention sums over the elements x [U, N, *], zero where there is no click.
+
+        `sums`: in a group's own column its score, where groups have one, and in another 1, for the softmax. `values`:
+        K_x x; where they are summed first, x itself by module.
+        """
+        state: UserState = {}
+        products = []
+        for n, name in enumerate(self.local, start=1):
+            x_UNX, num_after = elements[name], len(self.local) - n
+            kernel_FX = self.gim.kernel(name)[0][:, self.item_width :]
+            ones_X1 = F.pad(kernel_FX.new_ones(1), (n, num_after))
+            weights = [torch.zeros_like(kernel_FX[:1]).repeat(len(ones_X1), 1)]
+            if self.gim.attends:
+                weights.insert(0, F.pad(kernel_FX[:1], (0, 0, n, num_after)))
+                ones_X1 = F.pad(ones_X1, (len(ones_X1), 0))
+            if not self.sums_first:
+                weights.append(kernel_FX[-self.gim.head_width :])
+                ones_X1 = F.pad(ones_X1, (0, self.gim.head_width))
+            product_UNX = F.linear(x_UNX, torch.cat(weights), ones_X1)
+            if name == "ibim" and mask_UT is not None:
+                mask_UT1 = mask_UT.unsqueeze(-1).to(x_UNX.dtype)
+                x_UNX, product_UNX = x_UNX * mask_UT1, product_UNX * mask_UT1
+            if self.sums_first:
+                state[f"{name}.elements"] = x_UNX
+            products.append(product_UNX)
+        if products:
+            product_UNX = torch.cat(products, dim=1)
+            num_sums = product_UNX.shape[-1] - (0 if self.sums_first else self.gim.head_width)
+            state["sums"] = product_UNX[..., :num_sums]
+            if not self.sums_first:
+                state["values"] = product_UNX[..., num_sums:]
         return state
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index = inputs["user_index"]
-        item_CI = torch.cat(self.fields.group("item", inputs), dim=-1)
-        parts = []
-        for group in self.gim.groups:
-            if group in state:
-                parts.append(state[group].index_select(0, user_index))
-                continue
-            kernel, bias = self.gim.kernel(group)
-            kernel_FI, kernel_FX = kernel[:, : self.item_width], kernel[:, self.item_width :]
-            part_CF = F.linear(item_CI, kernel_FI, bias)
-            if group in self.local:
-                # R = sum_n alpha_n [e_i; x_n] = [e_i; sum_n alpha_n x_n], as alpha sums to 1 (eq. 9, 11, 13).
-                # That form also says what an empty history gives: [e_i; 0].
-                scores_CN = self._scorer(group)(item_CI, state[f"{group}.scores"], user_index)
-                mask_CN = state["mask"].index_select(0, user_index) if group == "ibim" else None
-                alpha_CN = masked_softmax(scores_CN, mask_CN)
-                record(f"alpha_{_ELEMENTS[group]}", alpha_CN)
-                found_C = matmul_by_request(alpha_CN.unsqueeze(1), state[f"{group}.values"], user_index).squeeze(1)
-                part_CF = part_CF + (F.linear(found_C, kernel_FX) if group in self.sums_first else found_C)
-            parts.append(part_CF)
-        logits_C: Tensor = self.gim(torch.stack(parts, dim=1))
-        if self.crosses is not None:
-            read_CR = state["crosses"].index_select(0, user_index) if "crosses" in state else None
-            logits_C = logits_C + self.crosses(read_CR, item_CI)
-        return logits_C
+    def _element_scores(self, state: UserState, row: dict[str, Tensor], user_index: Tensor | None) -> Tensor:
+        """Gamma before its tanh, of all elements [C, N]."""
+        scores = [row["scores"] + of_request(state["scores"], user_index)] if "scores" in row else []
+        if "clicks" in row:
+            scorer = self._scorer("ibim")
+            assert isinstance(scorer, BilinearScorer | MLPScorer)
+            scores.insert(0, scorer(row["clicks"], state["clicks"], user_index))
+        return torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+
+    def _sum_elements(self, weight_CN: Tensor, state: UserState, user_index: Tensor | None) -> Tensor:
+        """sum_n weight_n K_x x_n, [C, H]."""
+        if not self.sums_first:
+            return vector_by_request(weight_CN, state["values"], user_index)
+        kernels: list[Tensor] = [
+            self.gim.kernel(name)[0][-self.gim.head_width :, self.item_width :] for name in self.local
+        ]
+        elements = [state[f"{name}.elements"] for name in self.local]
+        if user_index is None:
+            products = [F.linear(x_UNX, kernel) for x_UNX, kernel in zip(elements, kernels, strict=True)]
+            return vector_by_request(weight_CN, torch.cat(products, dim=1), user_index)
+        weights = torch.split(weight_CN, [self.counts[name] for name in self.local], dim=-1)
+        sums = [vector_by_request(w_CN, x, user_index) for w_CN, x in zip(weights, elements, strict=True)]
+        return F.linear(torch.cat(sums, dim=-1), torch.cat(kernels, dim=-1))
+
+    def _record_alphas(self, exp_CN: Tensor, total_CL: Tensor, state: UserState, user_index: Tensor | None) -> None:
+        parts = torch.split(exp_CN, [self.counts[name] for name in self.local], dim=-1)
+        for n, (name, part_CN) in enumerate(zip(self.local, parts, strict=True), start=1):
+            mask_CN = of_request(state["mask"], user_index) if name == "ibim" else torch.ones_like(part_CN)
+            alpha_CN = part_CN * mask_CN / total_CL[:, n : n + 1]
+            record(f"alpha_{_ELEMENTS[name]}", alpha_CN)
 
     def penalty(self) -> Tensor:
         kernels = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
@@ -342,7 +301,7 @@ class MIAN(CTRModel):
             shown.append(Explanation(name="self_attn", axes=axes, meaning=meaning))
         return tuple(shown)
 
-    def _scorer(self, local: str) -> Scorer:
+    def _scorer(self, local: str) -> "Scorer":
         scorer = self.local[local]
         assert isinstance(scorer, Scorer)
         return scorer
@@ -371,25 +330,237 @@ class Transformer(nn.Module):
             self.final_norm = nn.LayerNorm(width) if config.final_ln else nn.Identity()
             self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_UTB: Tensor, mask_UT: Tensor) -> Tensor:
+    def forward(self, x_UTX: Tensor, mask_UT: Tensor) -> Tensor:
         if self.positions is not None:
-            x_UTB = x_UTB + self.positions
+            x_UTX = x_UTX + self.positions
         if self.kind == "none":
-            return x_UTB
+            return x_UTX
         norm_1, norm_2 = self.norms
         if self.kind == "post_ln":
-            y_UTB = norm_1(x_UTB + self.dropout(self.attention(x_UTB, mask_UT)))
-            h_UTB: Tensor = norm_2(y_UTB + self.dropout(self.ffn(y_UTB)))
-            return h_UTB
-        y_UTB = x_UTB + self.dropout(self.attention(norm_1(x_UTB), mask_UT))
-        h_UTB = self.final_norm(y_UTB + self.dropout(self.ffn(norm_2(y_UTB))))
-        return h_UTB  # noqa: RET504
+            y_UTX = norm_1(x_UTX + self.dropout(self.attention(x_UTX, mask_UT)))
+            h_UTX: Tensor = norm_2(y_UTX + self.dropout(self.ffn(y_UTX)))
+            return h_UTX
+        y_UTX = x_UTX + self.dropout(self.attention(norm_1(x_UTX), mask_UT))
+        h_UTX = self.final_norm(y_UTX + self.dropout(self.ffn(norm_2(y_UTX))))
+        return h_UTX  # noqa: RET504
+
+
+class Scorer(nn.Module):
+    """gamma(V_n) before its tanh, V_n = [e_i; x_n]: a layer over the candidate, and what is read of the elements."""
+
+    def item_layer(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of what enters the scores of the candidate alone."""
+        raise NotImplementedError
+
+    def read(self, x_UNX: Tensor) -> Tensor:
+        """What enters them of the elements alone."""
+        raise NotImplementedError
+
+
+class AdditiveScorer(Scorer):
+    """[e_i; x_n] w_n + b_n, eq. (8) and (10): one w per element, or one for all (M6). The score is the sum of both."""
+
+    def __init__(self, num_weights: int, num_elements: int, item: int, element: int) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(item + element, num_weights)
+        self.num_elements, self.item = num_elements, item
+
+    def item_layer(self) -> tuple[Tensor, Tensor]:
+        weight_NI = self.kernel.weight[:, : self.item].expand(self.num_elements, -1)
+        return weight_NI, self.kernel.bias.expand(self.num_elements)
+
+    def read(self, x_UNX: Tensor) -> Tensor:
+        return (x_UNX * self.kernel.weight[:, self.item :]).sum(dim=-1)
+
+    def request_layer(self) -> tuple[Tensor, Tensor]:
+        """`read` as a layer over the elements' vectors together."""
+        weights = self.kernel.weight[:, self.item :]
+        return torch.block_diag(*weights), torch.zeros_like(self.kernel.bias)  # type: ignore[no-untyped-call]  # torch's
+
+
+class BilinearScorer(Scorer):
+    """e_i^T M x_n / sqrt(I) + b_n: candidate and click multiply, as they never do in the paper (M8)."""
+
+    def __init__(self, num_biases: int, item: int, element: int) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(element, item, bias=False)
+        self.bias = nn.Parameter(torch.zeros(num_biases))
+
+    def item_layer(self) -> tuple[Tensor, Tensor]:
+        weight_XI = self.kernel.weight.T / math.sqrt(self.kernel.out_features)
+        return weight_XI, torch.zeros_like(weight_XI[:, 0])
+
+    def read(self, x_UNX: Tensor) -> Tensor:
+        return x_UNX.transpose(1, 2)
+
+    def forward(self, item_CX: Tensor, read_UXN: Tensor, user_index: Tensor | None) -> Tensor:
+        return vector_by_request(item_CX, read_UXN, user_index) + self.bias
+
+
+class MLPScorer(Scorer):
+    """v ReLU(W [e_i; x_n] + c) + b_n, as wide inside as a click (M8)."""
+
+    def __init__(self, num_biases: int, item: int, element: int) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(item + element, element)
+        self.out = nn.Linear(element, 1, bias=False)
+        self.bias = nn.Parameter(torch.zeros(num_biases))
+        self.item = item
+
+    def item_layer(self) -> tuple[Tensor, Tensor]:
+        return self.kernel.weight[:, : self.item], self.kernel.bias
+
+    def read(self, x_UNX: Tensor) -> Tensor:
+        return F.linear(x_UNX, self.kernel.weight[:, self.item :])
+
+    def forward(self, item_CX: Tensor, read_UNX: Tensor, user_index: Tensor | None) -> Tensor:
+        inner_CNX = F.relu(item_CX.unsqueeze(1) + of_request(read_UNX, user_index))
+        scores_CN: Tensor = self.out(inner_CNX).squeeze(-1) + self.bias
+        return scores_CN
+
+
+class GlobalInteraction(nn.Module):
+    """GIM and head, eq. (14)-(17): omega = softmax_l(tanh(score of r_l)), then the MLP over the weighted groups.
+
+    Groups have unequal widths, which leaves their sum undefined (M9): `project_sum` maps each to G first, `concat`
+    weights and concatenates them, `zero_pad` pads them to the widest. Without `gim` the MLP reads their plain
+    concatenation. In each case a group enters only through its score and the MLP's first layer, both linear in it:
+    `kernel` is that one matrix, whose columns follow the group's own concatenation.
+
+    """
+
+    def __init__(self, config: "MIANConfig", groups: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        # In the order in which they are computed.
+        self.request_groups = [group for group in ("behaviour", "user", "context") if group in groups]
+        self.candidate_groups = ["item", *(name for name in _LOCAL.values() if name in groups)]
+        self.attends = config.gim
+        self.combine = config.gim_combine if config.gim else "concat"
+        self.projections = nn.ModuleDict()
+        self.scores = nn.ModuleDict()
+        if self.combine == "project_sum":
+            self.projections.update({name: nn.Linear(raw, width) for name, raw in groups.items()})
+        if self.attends:
+            self.scores.update({n: nn.Linear(width if n in self.projections else w, 1) for n, w in groups.items()})
+        ends = dict(zip(groups, accumulate(groups.values()), strict=True))
+        self.columns = {
+            "project_sum": dict.fromkeys(groups, slice(0, width)),
+            "concat": {name: slice(ends[name] - raw, ends[name]) for name, raw in groups.items()},
+            "zero_pad": {name: slice(0, raw) for name, raw in groups.items()},
+        }[self.combine]
+        read = max(columns.stop for columns in self.columns.values())
+        self.head = MLP(read, config.hidden, dropout=config.dropout)
+        self.head_width = self.head.first.out_features  # H
+        self.part_width = self.head_width + self.attends  # F, rows of each group's kernel
+
+    def kernel(self, group: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer.
+
+        As the weights of all groups sum to 1, the first layer's bias stands in every group's part; without weights, in
+        that of the candidate's own fields.
+        """
+        first_HG = self.head.first.weight[:, self.columns[group]]
+        weight, bias = first_HG, torch.zeros_like(first_HG[:, 0])
+        if self.attends:
+            score = _linear(self.scores, group)
+            weight = torch.cat([score.weight, first_HG])
+            bias = torch.cat([score.bias, self.head.first.bias])
+        elif group == "item":
+            bias = self.head.first.bias
+        if group in self.projections:
+            projection = _linear(self.projections, group)
+            bias = bias + weight @ projection.bias
+            weight = weight @ projection.weight
+        return weight, bias
+
+    def sum_request(self, parts_UX: Tensor) -> UserState:
+        """Of the request's groups side by side, F numbers each: their weighted sum, and the weights, not yet divided."""
+        parts_ULF = torch.unflatten(parts_UX, -1, (-1, self.part_width))
+        if not self.attends:
+            return {"found": parts_ULF.sum(dim=1)}
+        omega_UL = torch.exp(torch.tanh(parts_ULF[..., 0]))
+        found_UH = (omega_UL.unsqueeze(1) @ parts_ULF[..., 1:]).squeeze(1)
+        return {"found": found_UH, "omega": omega_UL, "total": omega_UL.sum(dim=1, keepdim=True)}
+
+    def sum_candidate(self, parts_CX: Tensor, omega_CL: Tensor | None) -> Tensor:
+        """The same of the candidate's groups, each of H numbers: [C, H]."""
+        if omega_CL is None:
+            return parts_CX
+        return (omega_CL.unsqueeze(-1) * torch.unflatten(parts_CX, -1, (-1, self.head_width))).sum(dim=1)
+
+    def forward(self, found_CH: Tensor, omega_CL: Tensor | None, state: UserState, user_index: Tensor | None) -> Tensor:
+        """Logits of what the candidate's groups found, together with what `sum_request` left in the state."""
+        if "found" in state:
+            found_CH = found_CH + of_request(state["found"], user_index)
+        if omega_CL is not None:
+            total_C1 = omega_CL.sum(dim=1, keepdim=True)
+            if "total" in state:
+                total_C1 = total_C1 + of_request(state["total"], user_index)
+            record("gim_weight", lambda: self._weights(omega_CL, total_C1, state, user_index))
+            found_CH = found_CH / total_C1
+        return self.head.finish(found_CH)
+
+    def _weights(self, omega_CL: Tensor, total_C1: Tensor, state: UserState, user_index: Tensor | None) -> Tensor:
+        """The softmax over all groups, in their order."""
+        groups = list(self.candidate_groups)
+        if "omega" in state:
+            omega_CL = torch.cat([omega_CL, of_request(state["omega"], user_index, len(omega_CL))], dim=1)
+            groups += self.request_groups
+        return torch.stack([omega_CL[:, groups.index(group)] for group in self.groups], dim=1) / total_C1
+
+
+class Crosses(nn.Module):
+    """DCNv2's cross layers, whose logit is added to the head's: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l over all vectors.
+
+    MIAN weighs fields against each other and multiplies none. R. Wang et al., "DCN V2", WWW 2021. The request's columns
+    of W_0 meet it once, the candidate's once per version.
+    """
+
+    def __init__(self, request: int, item: int, layers: int) -> None:
+        super().__init__()
+        self.request_width, width = request, request + item
+        self.first = nn.Linear(width, width)
+        self.rest = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
+        self.out = nn.Linear(width, 1, bias=False)
+
+    def item_layer(self) -> tuple[Tensor, Tensor]:
+        """What W_0 makes of the candidate's part of x_0."""
+        return self.first.weight[:, self.request_width :], self.first.bias
+
+    def read(self, request_UR: Tensor) -> Tensor:
+        """The request's part of x_0, and then what W_0 makes of that."""
+        return torch.cat([request_UR, F.linear(request_UR, self.first.weight[:, : self.request_width])], dim=-1)
+
+    def forward(self, read_UX: Tensor | None, first_CX: Tensor, item_CI: Tensor, user_index: Tensor | None) -> Tensor:
+        """The logits [C], given what `read` says of the requests, None where they have no fields."""
+        x0_CX = item_CI
+        if read_UX is not None:
+            request_UR, first_UX = read_UX.tensor_split([self.request_width], dim=-1)
+            first_CX = first_CX + of_request(first_UX, user_index)
+            x0_CX = torch.cat([of_request(request_UR, user_index, item_CI.shape[0]), item_CI], dim=-1)
+        x_CX = x0_CX * first_CX + x0_CX
+        for layer in self.rest:
+            x_CX = x0_CX * layer(x_CX) + x_CX
+        logits_C: Tensor = self.out(x_CX).squeeze(-1)
+        return logits_C
+
+
+def _linear(layers: nn.ModuleDict, group: str) -> nn.Linear:
+    layer = layers[group]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _click_scorer(config: MIANConfig, length: int, item: int, event: int) -> Scorer:
-    kinds: dict[str, Callable[[int, int, int], Scorer]]
-    kinds = {"additive": AdditiveScorer, "bilinear": BilinearScorer, "mlp": MLPScorer}
-    return kinds[config.ibim_scorer](length if config.ibim_score == "per_position" else 1, item, event)
+    num_scores = length if config.ibim_score == "per_position" else 1
+    match config.ibim_scorer:
+        case "additive":
+            return AdditiveScorer(num_scores, length, item, event)
+        case "bilinear":
+            return BilinearScorer(num_scores, item, event)
+        case "mlp":
+            return MLPScorer(num_scores, item, event)
 
 
 def _check_schema(config: MIANConfig, schema: Schema) -> None:

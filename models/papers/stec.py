@@ -3,13 +3,11 @@
 arXiv 2308.15033. Equation numbers are the paper's; S1..S12 are the ambiguities listed in models.md section 4.3.
 """
 
-# C candidates; R fields of the request, G of the item; D embedding width, P pairs of fields, O first layer of the head
-# I, J one kind of field, R or G; Q pairs of two such; X = P * D; K numbers that are the candidate's own
-# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), P pairs of fields
-# X fields that attend, Y fields attended to; H heads, D embedding width, W = D / H; O first layer of the head
+# U requests, C candidates, n: U or C; F flat fields (R of the request first, G of the item), D embedding width
+# X fields that attend, Y fields attended to; H heads, W = D / H; O first layer of the head
+# P pairs of fields, V = P * D; Q pairs of which each side is known, I and J fields of one side, R or G; K weights
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,77 +24,7 @@ from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears, tiny_normal
 from models.layers.intermediates import is_recording, record
 from models.layers.mlp import MLP
-from models.layers.request_matmul import if_one_request
-
-
-class PairReader(nn.Module):
-    """Batch norm with fixed statistics, then the head's first layer, of b_ij = l_i * r_j of all pairs at all levels.
-
-    Both are linear in b_ij, so a pair of two request fields is read once. A pair of both kinds is linear in the item's
-    field: sum_i W_ij (l_i * r_j) = M_j r_j with M_j = sum_i W_ij diag(l_i), which is made once.
-    """
-
-    def __init__(self, first_P: Tensor, second_P: Tensor, num_request: int) -> None:
-        super().__init__()
-        kinds = {"rr": (True, True), "rg": (True, False), "gr": (False, True), "gg": (False, False)}
-        self.num_pairs = {}
-        for kind, (left, right) in kinds.items():
-            places_Q = (((first_P < num_request) == left) & ((second_P < num_request) == right)).nonzero()[:, 0]
-            self.num_pairs[kind] = len(places_Q)
-            self.register_buffer(kind, places_Q, persistent=False)
-            self.register_buffer(f"{kind}_left", first_P[places_Q] - num_request * (not left), persistent=False)
-            self.register_buffer(f"{kind}_right", second_P[places_Q] - num_request * (not right), persistent=False)
-
-    def forward(self, levels: Sequence[Sequence[Tensor]], norms: Sequence[nn.BatchNorm1d], first: nn.Linear) -> Tensor:
-        """The first layer's output [C, O].
-
-        `levels`: the request's l [1, R, D] and r [1, R, D], then the item's, [C, G, D] both, at each level.
-        """
-        weights_OX = torch.unflatten(first.weight, 1, (-1, norms[0].num_features)).unbind(1)
-        if len(weights_OX) < len(levels):
-            weights_OX *= len(levels)  # the levels are added up before the layer
-        fixed: Tensor = first.bias
-        own_CK, weight_KO = [], []
-        for norm, weight_OX, level in zip(norms, weights_OX, levels, strict=True):
-            left_1RD, right_1RD, left_CGD, right_CGD = level
-            scale_X, shift_X = _affine(norm)
-            weight_OPD = torch.unflatten(weight_OX * scale_X, 1, (-1, left_1RD.shape[-1]))
-            of_request_1O = F.linear(self._products("rr", left_1RD, right_1RD), self._of("rr", weight_OPD).flatten(1))
-            fixed = fixed + F.linear(shift_X, weight_OX) + of_request_1O
-            weight_ORGD = torch.unflatten(self._of("rg", weight_OPD), 1, (left_1RD.shape[1], -1))
-            own_CK.append(right_CGD.transpose(1, 2).flatten(1))
-            weight_KO.append(_read_by(left_1RD, weight_ORGD.transpose(1, 2)))
-            if self.num_pairs["gr"]:
-                own_CK.append(left_CGD.transpose(1, 2).flatten(1))
-                weight_OGRD = torch.unflatten(self._of("gr", weight_OPD), 1, (-1, left_1RD.shape[1]))
-                weight_KO.append(_read_by(right_1RD, weight_OGRD))
-            if self.num_pairs["gg"]:
-                own_CK.append(self._products("gg", left_CGD, right_CGD))
-                weight_KO.append(self._of("gg", weight_OPD).flatten(1).T)
-        return torch.cat(own_CK, dim=1) @ torch.cat(weight_KO) + fixed
-
-    def _of(self, kind: str, weight_OPD: Tensor) -> Tensor:
-        return weight_OPD.index_select(1, self.get_buffer(kind))
-
-    def _products(self, kind: str, left_nID: Tensor, right_nJD: Tensor) -> Tensor:
-        first_Q, second_Q = self.get_buffer(f"{kind}_left"), self.get_buffer(f"{kind}_right")
-        return (left_nID.index_select(1, first_Q) * right_nJD.index_select(1, second_Q)).flatten(1)
-
-
-def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """What a batch norm with fixed statistics multiplies by, and then adds."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale_X = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return scale_X, norm.bias - norm.running_mean * scale_X
-
-
-def _read_by(request_1RD: Tensor, weight_OGRD: Tensor) -> Tensor:
-    """The weights [D * G, O] of the item's fields, once they are multiplied by the request's and summed over those."""
-    # Batched over D as plain products: an einsum over the weights as they lie costs more than all it saves.
-    weight_DXR = weight_OGRD.permute(3, 1, 0, 2).flatten(1, 2)
-    read_DX1 = weight_DXR @ request_1RD.permute(2, 1, 0)
-    return read_DX1.reshape(-1, weight_OGRD.shape[0])
+from models.layers.request_matmul import of_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,90 +58,121 @@ class STECConfig(Config):
 class STEC(CTRModel):
     """A Transformer over the fields whose attention scores, before they are summed, are bilinear interactions.
 
-    Flat fields only: the history is not read. From the first block on every field has attended to the candidate, so
-    no more than the embeddings and the first level's pairs can be shared among a request's candidates (models.md
-    section 8.3); sharing these pairs was tried, gained 1.06 to 1.19 times with two blocks, and was dropped. With
-    `field_mask` user_first, another model and ours, the request's fields run through all blocks once and a candidate
-    computes only its own; candidates of one request share their fields' part of the head, too (models/papers/stec.py).
+    Flat fields only: the history is not read. An ad's row holds what its fields bring to the first block: themselves,
+    both factors of their products, their values. From the first block on every field has attended to the candidate, so
+    no more than the embeddings and the first level's pairs can be shared among a request's candidates. With
+    `field_mask` user_first, another model and ours, the request's fields run through all blocks once, a candidate
+    computes only its own, and the pairs of all levels are shared (models.md section 8.3).
     """
 
     def __init__(self, config: STECConfig, schema: Schema) -> None:
         super().__init__()
         self.config = config
         self.fields = FieldEmbeddings(schema, config.emb_dim, init=tiny_normal)
-        num_fields = sum(len(schema.group(group)) for group in ("user", "context", "item"))
+        self.num_request, self.num_item = self.fields.num_request, self.fields.num_item
+        num_fields = self.num_request + self.num_item
         if num_fields < 2:
             raise ValueError(f"STEC is about pairs of fields; the schema has {num_fields} outside the history")
         self.blocks = nn.ModuleList(Block(config, num_fields) for _ in range(config.blocks))
         self.last_norm = nn.LayerNorm(config.emb_dim) if config.block_norm == "pre" else nn.Identity()
         self.last = Bilinear(config, num_fields)  # section 3.3.2: N blocks make N + 1 interactions
-        levels = 1 if config.fusion == "last" else config.blocks + 1
-        self.norms = nn.ModuleList(nn.BatchNorm1d(self.last.num_outputs) for _ in range(levels))
-        fused = self.last.num_outputs * (levels if config.fusion == "concat" else 1)
+        num_levels = 1 if config.fusion == "last" else config.blocks + 1
+        self.norms = nn.ModuleList(nn.BatchNorm1d(self.last.num_outputs) for _ in range(num_levels))
+        fused = self.last.num_outputs * (num_levels if config.fusion == "concat" else 1)
         self.head = MLP(fused, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
-        num_request = len(schema.group("user")) + len(schema.group("context"))
-        self.request_first = config.field_mask == "user_first" and 0 < num_request < num_fields
-        self.pairs = PairReader(self.last.first, self.last.second, num_request)
+        self.request_first = config.field_mask == "user_first" and 0 < self.num_request < num_fields
+        self.pairs = PairReader(self.last.first, self.last.second, self.num_request, num_fields)
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        fields = self.fields.group("user", inputs) + self.fields.group("context", inputs)
-        if not fields:
+        if not self.num_request:
             return {}
-        x_URD = torch.stack(fields, dim=1)
-        return self._levels(x_URD, {}) if self.request_first else {"fields": x_URD}
+        level = self._enter(self.fields.request(inputs))
+        return self._levels(level, {}) if self.request_first else level
 
-    def score(self, state: UserState, inputs: Inputs) -> Tensor:
-        user_index = inputs["user_index"]
-        parts = [state["fields"].index_select(0, user_index)] if "fields" in state else []
-        items = self.fields.group("item", inputs)
-        if items:
-            parts.append(torch.stack(items, dim=1))
-        own = {name: value.index_select(0, user_index) for name, value in state.items() if name != "fields"}
-        levels = self._levels(torch.cat(parts, dim=1), own)
+    def encode_items(self, inputs: Inputs) -> Tensor:
+        return torch.cat([part_CGD.flatten(1) for part_CGD in self._enter(self.fields.item(inputs)).values()], dim=1)
+
+    def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
+        names = ("x", "right.0", "value.0", *(["left.0"] if self._block(0).has_left else []))
+        parts_CGD = torch.unflatten(items_CW, 1, (len(names), self.num_item, self.config.emb_dim)).unbind(1)
+        item = dict(zip(names, parts_CGD, strict=True))
+        shared = {name: of_request(value, user_index, items_CW.shape[0]) for name, value in state.items()}
+        if self.request_first:
+            levels = self._levels(item, shared)
+        else:
+            levels = self._levels({name: _beside(shared, item, name) for name in names}, {})
+            shared = {}
         for n in range(len(self.blocks) if is_recording() else 0):
-            self._show_attention(own.get(f"weights.{n}"), levels.get(f"weights.{n}"))
-        names = [f"{side}.{n}" for side in ("left", "right") for n in range(len(self.blocks) + 1)]
-        if not own or self.training or is_recording() or self.config.interaction == "scalar":
-            normed = self._normed([torch.cat([own[n], levels[n]], dim=1) if own else levels[n] for n in names])
-            self._show_pairs(normed)
-            logits_C: Tensor = self.head(self._fuse(normed))
-            return logits_C
-        operands = (user_index, *(state[name] for name in names), *(levels[name] for name in names))
-        return if_one_request(operands[1].shape[0], self._of_one_request, self._of_any, operands)
-
-    def _of_any(self, user_index: Tensor, *factors: Tensor) -> Tensor:
-        """The logits [C], given the factors of each request's fields and those of each candidate's."""
-        num = len(factors) // 2
-        own = [factor_URD.index_select(0, user_index) for factor_URD in factors[:num]]
-        whole = [torch.cat(both, dim=1) for both in zip(own, factors[num:], strict=True)]
-        logits_C: Tensor = self.head(self._fuse(self._normed(whole)))
+            self._show_attention(shared.get(f"weights.{n}"), levels.get(f"weights.{n}"))
+        if user_index is None and not (self.training or is_recording() or self.config.interaction == "scalar"):
+            return self.head.finish(self._read_pairs(state, item, levels))
+        normed = [
+            norm(self.last.interactions(_beside(shared, levels, f"left.{n}"), _beside(shared, levels, f"right.{n}")))
+            for n, norm in self._norms().items()
+        ]
+        self._show_pairs(normed)
+        logits_C: Tensor = self.head(self._fuse(normed))
         return logits_C
 
-    def _of_one_request(self, user_index: Tensor, *factors: Tensor) -> Tensor:  # noqa: ARG002  # `_of_any` needs it
-        """The same where there is one request, whose fields meet the head's first layer once."""
-        num = len(self.blocks) + 1
-        sides = [factors[n * num : (n + 1) * num][-len(self.norms) :] for n in range(4)]
-        levels = [(left[:1], right[:1], *of_item) for left, right, *of_item in zip(*sides, strict=True)]
-        norms = [norm for norm in self.norms if isinstance(norm, nn.BatchNorm1d)]
-        return self.head.finish(self.pairs(levels, norms, self.head.first))
+    def _enter(self, x_nXD: Tensor) -> UserState:
+        """What these fields bring to the first block; both factors of products are the fields where they are alike."""
+        left_nXD, right_nXD, value_nXD = self._block(0).read(x_nXD)
+        level = {"x": x_nXD, "right.0": right_nXD, "value.0": value_nXD}
+        return level | {"left.0": left_nXD} if self._block(0).has_left else level
 
-    def _levels(self, x_nXD: Tensor, seen: UserState) -> UserState:
+    def _levels(self, level: UserState, seen: UserState) -> UserState:
         """Of these fields both factors of each level's products, and values; `seen`: of those they attend to, too."""
-
-        def whole(name: str) -> Tensor:
-            return torch.cat([seen[name], levels[name]], dim=1) if name in seen else levels[name]
-
-        levels: UserState = {}
-        for n, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            levels[f"left.{n}"], levels[f"right.{n}"], levels[f"value.{n}"] = block.read(x_nXD)
-            x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], whole(f"right.{n}"), whole(f"value.{n}"))
+        x_nXD = level["x"]
+        levels = level | {"left.0": level.get("left.0", x_nXD)}
+        num = len(self.blocks)
+        for n in range(num):
+            block = self._block(n)
+            if n > 0:
+                levels[f"left.{n}"], levels[f"right.{n}"], levels[f"value.{n}"] = block.read(x_nXD)
+            right_nYD, value_nYD = _beside(seen, levels, f"right.{n}"), _beside(seen, levels, f"value.{n}")
+            x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], right_nYD, value_nYD)
             if weights_nHXY is not None and is_recording():
                 levels[f"weights.{n}"] = weights_nHXY
-        num = len(self.blocks)
         levels[f"left.{num}"], levels[f"right.{num}"] = self.last(self.last_norm(x_nXD))
         return levels
+
+    def _read_pairs(self, state: UserState, item: UserState, levels: UserState) -> Tensor:
+        """The output of the head's first layer [C, O] where all candidates are of one request."""
+        first, norms = self.head.first, self._norms()
+        kernels_OV = torch.unflatten(first.weight, 1, (-1, self.last.num_outputs)).unbind(1)
+        if len(kernels_OV) < len(norms):
+            kernels_OV *= len(norms)  # the levels are added up before the layer
+        z_CO = first.bias
+        for (n, norm), kernel_OV in zip(norms.items(), kernels_OV, strict=True):
+            scale_V, shift_V = _affine(norm)
+            kernel_OPD = torch.unflatten(kernel_OV * scale_V, 1, (-1, self.config.emb_dim))
+            z_CO = z_CO + kernel_OV @ shift_V
+            if f"right.{n}" in state:
+                factors = [_factors(of, n) for of in (state, levels if self.request_first else item)]
+                z_CO = z_CO + self.pairs.shared(*factors, kernel_OPD)
+            else:
+                z_CO = z_CO + self.pairs(*_factors(levels, n), kernel_OPD)
+        return z_CO
+
+    def _norms(self) -> dict[int, nn.BatchNorm1d]:
+        """The batch norm of each level that the head reads."""
+        norms = [norm for norm in self.norms if isinstance(norm, nn.BatchNorm1d)]
+        return dict(enumerate(norms, start=len(self.blocks) + 1 - len(norms)))
+
+    def _fuse(self, normed: list[Tensor]) -> Tensor:
+        """Eq. (11), over the flattened vectors."""
+        if self.config.fusion == "add":
+            return torch.stack(normed).sum(dim=0)
+        return torch.cat(normed, dim=-1)
+
+    def _block(self, n: int) -> "Block":
+        block = self.blocks[n]
+        assert isinstance(block, Block)
+        return block
+
+    def penalty(self) -> Tensor:
+        return self.fields.penalty(self.config.l2_emb)
 
     def explanations(self) -> tuple[Explanation, ...]:
         schema, config = self.fields.schema, self.config
@@ -236,21 +195,6 @@ class STEC(CTRModel):
         if of_rest_CHXF is not None:  # else the block's own module shows it
             record("field_attn", of_rest_CHXF)
 
-    def penalty(self) -> Tensor:
-        return self.fields.penalty(self.config.l2_emb)
-
-    def _normed(self, factors: list[Tensor]) -> list[Tensor]:
-        """Each level's interactions after its batch norm, given the factors of all fields: all left, then all right."""
-        num = len(factors) // 2
-        levels = list(zip(factors[:num], factors[num:], strict=True))[-len(self.norms) :]
-        return [norm(self.last.interactions(*both)) for norm, both in zip(self.norms, levels, strict=True)]
-
-    def _fuse(self, normed: list[Tensor]) -> Tensor:
-        """Eq. (11), over the flattened vectors."""
-        if self.config.fusion == "add":
-            return torch.stack(normed).sum(dim=0)
-        return torch.cat(normed, dim=-1)
-
     def _show_pairs(self, normed: list[Tensor]) -> None:
         if not self.config.hidden:
             record("pair_contrib", lambda: self._pair_contrib(torch.stack(normed, dim=1)))
@@ -264,45 +208,14 @@ class STEC(CTRModel):
         return torch.unflatten(normed_CLX * weight_LX, -1, inner).sum(dim=-1 if vector else -2)
 
 
-class Bilinear(nn.Module):
-    """b_ij = l_i * r_j, elementwise, whose sums over the heads' slices are the attention scores, eq. (7)-(9).
+def _factors(levels: UserState, n: int) -> tuple[Tensor, Tensor]:
+    """Both factors of one level's products; the left one is the field itself where no other is named."""
+    return levels.get(f"left.{n}", levels["x"]), levels[f"right.{n}"]
 
-    merged: l = x, r = W x, one W for the product of query and key. qk: l = W_q x, r = W_k x. blockdiag: merged with
-    W made of one block per head.
-    """
 
-    first: Tensor
-    second: Tensor
-
-    def __init__(self, config: STECConfig, num_fields: int) -> None:
-        super().__init__()
-        width, form = config.emb_dim, config.bilinear_form
-        self.heads, self.interaction = config.heads, config.interaction
-        self.scale = math.sqrt(width / self.heads)  # S8
-        blocks = self.heads if form == "blockdiag" else 1
-        self.right = nn.ModuleList(nn.Linear(width // blocks, width // blocks, bias=False) for _ in range(blocks))
-        self.left = nn.Linear(width, width, bias=False) if form == "qk" else nn.Identity()
-        first, second = _pairs(config.pairs, num_fields)
-        # Copies: torch.cond takes no two tensors that share their memory.
-        self.register_buffer("first", first.clone(), persistent=False)
-        self.register_buffer("second", second.clone(), persistent=False)
-        self.num_outputs = len(first) * (width if self.interaction == "vector" else self.heads)
-
-    def forward(self, x_CFD: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = x_CFD.chunk(len(self.right), dim=-1)
-        right_CFD = torch.cat([w(chunk) for w, chunk in zip(self.right, chunks, strict=True)], dim=-1)
-        return self.left(x_CFD), right_CFD
-
-    def scores(self, left_CFD: Tensor, right_CFD: Tensor) -> Tensor:
-        """[C, H, F, F]; the products' sums, without building the products."""
-        left_CHFW, right_CHFW = split_heads(left_CFD, self.heads), split_heads(right_CFD, self.heads)
-        return left_CHFW @ right_CHFW.transpose(-1, -2) / self.scale
-
-    def interactions(self, left_CFD: Tensor, right_CFD: Tensor) -> Tensor:
-        """The products of the chosen pairs, row by row, flattened; or only their sums (S5)."""
-        if self.interaction == "scalar":
-            return self.scores(left_CFD, right_CFD)[:, :, self.first, self.second].flatten(1)
-        return (left_CFD.index_select(1, self.first) * right_CFD.index_select(1, self.second)).flatten(1)
+def _beside(shared: UserState, of_item: UserState, name: str) -> Tensor:
+    """[C, F, D]: the request's fields, where there are any, and the item's."""
+    return torch.cat([shared[name], of_item[name]], dim=1) if name in shared else of_item[name]
 
 
 class Block(nn.Module):
@@ -312,6 +225,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.emb_dim
         self.heads, self.norm = config.heads, config.block_norm
+        self.has_left = config.bilinear_form == "qk" or config.block_norm == "pre"  # else it is the field itself
         self.bilinear = Bilinear(config, num_fields)
         if config.bilinear == "implicit":
             self.value = nn.Linear(width, width, bias=False)
@@ -348,10 +262,130 @@ class Block(nn.Module):
         if self.norm == "post":
             x_nXD = self.norms[0](x_nXD)
         if self.ffn is not None:
-            x_nXD = x_nXD + self.dropout(self.ffn(self.norms[1](x_nXD) if self.norm == "pre" else x_nXD))
+            read_nXD = self.norms[1](x_nXD) if self.norm == "pre" else x_nXD
+            # As one matrix of all fields: of more dimensions a runtime adds biases after the product, in a pass more.
+            fed_nXD = torch.unflatten(self.ffn(read_nXD.flatten(0, 1)), 0, read_nXD.shape[:2])
+            x_nXD = x_nXD + self.dropout(fed_nXD)
             if self.norm == "post":
                 x_nXD = self.norms[1](x_nXD)
         return x_nXD, weights_nHXY
+
+
+class Bilinear(nn.Module):
+    """b_ij = l_i * r_j, elementwise, whose sums over the heads' slices are the attention scores, eq. (7)-(9).
+
+    merged: l = x, r = W x, one W for the product of query and key. qk: l = W_q x, r = W_k x. blockdiag: merged with
+    W made of one block per head.
+    """
+
+    first: Tensor
+    second: Tensor
+
+    def __init__(self, config: STECConfig, num_fields: int) -> None:
+        super().__init__()
+        width, form = config.emb_dim, config.bilinear_form
+        self.heads, self.interaction = config.heads, config.interaction
+        self.scale = math.sqrt(width / self.heads)  # S8
+        blocks = self.heads if form == "blockdiag" else 1
+        self.right = nn.ModuleList(nn.Linear(width // blocks, width // blocks, bias=False) for _ in range(blocks))
+        self.left = nn.Linear(width, width, bias=False) if form == "qk" else nn.Identity()
+        first, second = _pairs(config.pairs, num_fields)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+        self.num_outputs = len(first) * (width if self.interaction == "vector" else self.heads)
+
+    def forward(self, x_CFD: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = x_CFD.chunk(len(self.right), dim=-1)
+        right_CFD = torch.cat([w(chunk) for w, chunk in zip(self.right, chunks, strict=True)], dim=-1)
+        return self.left(x_CFD), right_CFD
+
+    def scores(self, left_CFD: Tensor, right_CFD: Tensor) -> Tensor:
+        """[C, H, F, F]; the products' sums, without building the products."""
+        left_CHFW, right_CHFW = split_heads(left_CFD, self.heads), split_heads(right_CFD, self.heads)
+        return left_CHFW @ right_CHFW.transpose(-1, -2) / self.scale
+
+    def interactions(self, left_CFD: Tensor, right_CFD: Tensor) -> Tensor:
+        """The products of the chosen pairs, row by row, flattened; or only their sums (S5)."""
+        if self.interaction == "scalar":
+            return self.scores(left_CFD, right_CFD)[:, :, self.first, self.second].flatten(1)
+        return (left_CFD.index_select(1, self.first) * right_CFD.index_select(1, self.second)).flatten(1)
+
+
+class PairReader(nn.Module):
+    """A linear map of the products b_ij = l_i * r_j of all pairs, sum_ij W_ij b_ij [C, O], without building them all.
+
+    Of a request's candidates, pairs of two request fields are read once, and a pair of both kinds is linear in the
+    item's field: sum_i W_ij (l_i * r_j) = M_j r_j with M_j = sum_i W_ij diag(l_i), which is made once. Where one number
+    is read, the pairs of a candidate are a quadratic form in each dimension: l_d^T W_d r_d.
+    """
+
+    def __init__(self, first_P: Tensor, second_P: Tensor, num_request: int, num_fields: int) -> None:
+        super().__init__()
+        self.num_fields = num_fields
+        place_FF = torch.full((num_fields, num_fields), len(first_P))  # behind the last pair stands a zero
+        place_FF[first_P, second_P] = torch.arange(len(first_P))
+        self.register_buffer("place", place_FF.flatten(), persistent=False)
+        self.register_buffer("all_left", first_P, persistent=False)
+        self.register_buffer("all_right", second_P, persistent=False)
+        kinds = {"rr": (True, True), "rg": (True, False), "gr": (False, True), "gg": (False, False)}
+        self.num_pairs = {}
+        for kind, (left, right) in kinds.items():
+            places_Q = (((first_P < num_request) == left) & ((second_P < num_request) == right)).nonzero()[:, 0]
+            self.num_pairs[kind] = len(places_Q)
+            self.register_buffer(kind, places_Q, persistent=False)
+            self.register_buffer(f"{kind}_left", first_P[places_Q] - num_request * (not left), persistent=False)
+            self.register_buffer(f"{kind}_right", second_P[places_Q] - num_request * (not right), persistent=False)
+
+    def forward(self, left_CFD: Tensor, right_CFD: Tensor, kernel_OPD: Tensor) -> Tensor:
+        """Of all pairs of each candidate's fields."""
+        if len(kernel_OPD) > 1:
+            return F.linear(self._products("all", left_CFD, right_CFD), kernel_OPD.flatten(1))
+        kernel_FFD = F.pad(kernel_OPD[0], (0, 0, 0, 1)).index_select(0, self.get_buffer("place"))
+        kernel_DFF = torch.unflatten(kernel_FFD, 0, (self.num_fields, -1)).permute(2, 0, 1)
+        read_DCF = (left_CFD.permute(2, 0, 1) @ kernel_DFF) * right_CFD.permute(2, 0, 1)
+        return read_DCF.sum(dim=(0, 2)).unsqueeze(1)
+
+    def shared(self, of_request: tuple[Tensor, Tensor], of_item: tuple[Tensor, Tensor], kernel_OPD: Tensor) -> Tensor:
+        """The same, of the factors l and r of a single request's fields, [1, R, D], and its items', [C, G, D]."""
+        left_1RD, right_1RD = of_request
+        left_CGD, right_CGD = of_item
+        num_request = left_1RD.shape[1]
+        z_CO = F.linear(self._products("rr", left_1RD, right_1RD), self._of("rr", kernel_OPD).flatten(1))
+        if self.num_pairs["gg"]:
+            z_CO = z_CO + F.linear(self._products("gg", left_CGD, right_CGD), self._of("gg", kernel_OPD).flatten(1))
+        values_CK, kernels_KO = [], []
+        if self.num_pairs["rg"]:
+            kernel_OGRD = torch.unflatten(self._of("rg", kernel_OPD), 1, (num_request, -1)).transpose(1, 2)
+            values_CK.append(right_CGD.transpose(1, 2).flatten(1))
+            kernels_KO.append(_times_request(left_1RD, kernel_OGRD))
+        if self.num_pairs["gr"]:
+            kernel_OGRD = torch.unflatten(self._of("gr", kernel_OPD), 1, (-1, num_request))
+            values_CK.append(left_CGD.transpose(1, 2).flatten(1))
+            kernels_KO.append(_times_request(right_1RD, kernel_OGRD))
+        return z_CO + torch.cat(values_CK, dim=1) @ torch.cat(kernels_KO) if values_CK else z_CO
+
+    def _of(self, kind: str, kernel_OPD: Tensor) -> Tensor:
+        return kernel_OPD.index_select(1, self.get_buffer(kind))
+
+    def _products(self, kind: str, left_nID: Tensor, right_nJD: Tensor) -> Tensor:
+        first_Q, second_Q = self.get_buffer(f"{kind}_left"), self.get_buffer(f"{kind}_right")
+        return (left_nID.index_select(1, first_Q) * right_nJD.index_select(1, second_Q)).flatten(1)
+
+
+def _times_request(request_1RD: Tensor, kernel_OGRD: Tensor) -> Tensor:
+    """The weights [D * G, O] of the item's fields, once they are multiplied by the request's and summed over those."""
+    # Batched over D as plain products: an einsum over the weights as they lie costs more than all it saves.
+    kernel_DVR = kernel_OGRD.permute(3, 1, 0, 2).flatten(1, 2)
+    read_DV1 = kernel_DVR @ request_1RD.permute(2, 1, 0)
+    return read_DV1.reshape(-1, kernel_OGRD.shape[0])
+
+
+def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """What a batch norm with fixed statistics multiplies by, and then adds."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale_V = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale_V, norm.bias - norm.running_mean * scale_V
 
 
 def _pairs(kind: str, num_fields: int) -> tuple[Tensor, Tensor]:

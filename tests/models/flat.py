@@ -14,14 +14,14 @@ Weights: TypeAlias = dict[str, Numbers]
 
 
 def vectors(fields: Any, inputs: dict[str, torch.Tensor], *, history: bool) -> Numbers:
-    """Each row's field vectors [C, F, D], request's first; the embedding itself is tested in test_blocks.py."""
+    """Each row's field vectors [C, F, D], request's first; the embedding itself is tested in test_layers.py."""
     assert isinstance(fields, FieldEmbeddings)
-    request = fields.group("user", inputs) + fields.group("context", inputs)
+    request = [fields.request(inputs)]
     if history:
-        mask = inputs["hist_mask"].unsqueeze(-1)
-        request += [(e * mask).sum(1) / mask.sum(1).clamp(min=1) for e in fields.history(inputs)]
-    item = torch.stack(fields.group("item", inputs), dim=1)
-    return torch.cat([torch.stack(request, dim=1)[inputs["user_index"]], item], dim=1).detach().numpy()
+        mask = inputs["hist_mask"].unsqueeze(-1).unsqueeze(-1)
+        request.append((fields.history(inputs) * mask).sum(1) / mask.sum(1).clamp(min=1))
+    by_row = torch.cat(request, dim=1)[inputs["user_index"]]
+    return torch.cat([by_row, fields.item(inputs)], dim=1).detach().numpy()
 
 
 def weights(model: nn.Module) -> Weights:
@@ -62,8 +62,6 @@ def mlp(p: Weights, name: str, x: Numbers, config: Any) -> float:
 
 
 def fields_of(model: CTRModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """The embeddings [C, F, D] of each row's fields, request's first: tested on their own in test_blocks.py."""
-    fields: Any = model.fields
-    request = torch.stack(fields.group("user", inputs) + fields.group("context", inputs), dim=1)
-    item = torch.stack(fields.group("item", inputs), dim=1)
-    return torch.cat([request[inputs["user_index"]], item], dim=1).detach().numpy()
+    """The embeddings [C, F, D] of each row's fields without its history, request's first."""
+    fields: np.ndarray = vectors(model.fields, inputs, history=False)
+    return fields

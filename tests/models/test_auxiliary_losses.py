@@ -68,9 +68,8 @@ def test_dmr_finds_the_newest_click_by_those_before_it() -> None:
     loss = model.auxiliary_loss(state, inputs).item()
 
     tables = model.output_fields
-    newest = torch.cat(
-        tables.group("item", {f"item.{name}": inputs[f"hist.{name}"][:, -1] for name in ("movie", "genres")}), dim=-1
-    )
+    newest_items = {f"item.{name}": inputs[f"hist.{name}"][:, -1] for name in ("movie", "genres")}
+    newest = tables.item(newest_items).flatten(1)
     user = []
     for u in range(3):
         kept = [t for t in range(2) if MASK[u, t]]

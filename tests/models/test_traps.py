@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import zoo
 from models.features.arrays import Arrays
-from models.layers import base
+from models.layers import attention
 from models.layers.attention import masked_softmax
 from models.layers.base import CTRModel
 from models.layers.embeddings import FieldEmbeddings
@@ -52,7 +52,8 @@ class Changed(CTRModel):
 
     def forward(self, inputs: Any) -> Tensor:
         inputs = self.given(inputs)
-        return self.logits(self.model.score(self.state(self.model.encode_user(inputs)), inputs))
+        state, items_CW = self.state(self.model.encode_user(inputs)), self.model.encode_items(inputs)
+        return self.logits(self.model.score(state, items_CW, inputs["user_index"]))
 
 
 # --- An empty history -------------------------------------------------------------------------------------------------
@@ -82,15 +83,15 @@ def test_an_empty_history_is_a_history(name):
 
 @pytest.mark.parametrize("name", ["mian", "dien", "dmr"])
 def test_an_empty_history_under_a_softmax_of_minus_infinity_is_caught(name, monkeypatch):
-    monkeypatch.setattr(base, "_never", lambda mask, dtype: torch.where(mask, 0.0, -torch.inf).to(dtype))
+    monkeypatch.setattr(attention, "mask_bias", lambda mask, dtype: torch.where(mask, 0.0, -torch.inf).to(dtype))
 
     caught(check_empty_history, lively(name, SCHEMA))
 
 
 @pytest.mark.parametrize("name", [n for n in READERS if n not in {"mian", "feseq", "din", "dien", "dmr", "bst"}])
 def test_the_mean_of_no_clicks_divided_by_their_number_is_caught(name, monkeypatch):
-    def divided(self: FieldEmbeddings, inputs: Any) -> list[Tensor]:
-        return [events.sum(dim=1) / inputs["hist_mask"].sum(dim=1, keepdim=True) for events in self.history(inputs)]
+    def divided(self: FieldEmbeddings, inputs: Any) -> Tensor:
+        return self.history(inputs).sum(dim=1) / inputs["hist_mask"].sum(dim=1).unsqueeze(-1).unsqueeze(-1)
 
     monkeypatch.setattr(FieldEmbeddings, "pooled_history", divided)
 

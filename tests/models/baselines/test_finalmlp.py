@@ -48,7 +48,8 @@ def contexts(model: Any, inputs: dict[str, torch.Tensor], c: int) -> dict[str, n
             read[name] = gate.vector[0].detach().numpy()
             continue
         row = c if group == "item" else int(inputs["user_index"][c])
-        read[name] = torch.cat(gate.fields.group(group, inputs), dim=1)[row].detach().numpy()
+        vectors_of = gate.fields.item if group == "item" else gate.fields.request
+        read[name] = vectors_of(inputs).flatten(1)[row].detach().numpy()
     return read
 
 

@@ -29,14 +29,14 @@ def scored(name: str, options: dict[str, Any], *, history: bool) -> tuple[Any, n
     logits = model(inputs).detach().numpy()
     assert np.std(logits) > 1e-3
     fields = model.fields
-    request = torch.cat(fields.group("user", inputs) + fields.group("context", inputs), dim=1).detach().numpy()
-    items = [item.detach().numpy() for item in fields.group("item", inputs)]
-    clicks = torch.cat(fields.history(inputs), dim=-1).detach().numpy()
+    request = fields.request(inputs).flatten(1).detach().numpy()
+    items = fields.item(inputs).detach().numpy()
+    clicks = fields.history(inputs).flatten(2).detach().numpy()
     mask = inputs["hist_mask"].numpy()
     rows = []
     for c, u in enumerate(inputs["user_index"].tolist()):
-        own = np.concatenate([item[c] for item in items])
-        rows.append((request[u], own, np.concatenate([items[0][c], items[1][c]]), clicks[u], mask[u]))
+        target = items[c, :2].flatten()  # movie and genres, which the sequences are of
+        rows.append((request[u], items[c].flatten(), target, clicks[u], mask[u]))
     return model, logits, rows
 
 
@@ -70,13 +70,13 @@ def test_din_weights_each_click_by_how_it_meets_the_candidate(options, history):
         return x[0]
 
     expected = []
-    for request, own, target, clicks, mask in rows:
+    for request, item, target, clicks, mask in rows:
         present = [clicks[t] for t in range(len(clicks)) if mask[t]]
         a = np.array([weight(target, e_t) for e_t in present])
         if c.attention_softmax and present:
             a = softmax(a)
         interest = sum((a[t] * e_t for t, e_t in enumerate(present)), np.zeros_like(target))
-        expected.append(mlp(p, "mlp", np.concatenate([request, own, interest]), c))
+        expected.append(mlp(p, "mlp", np.concatenate([request, item, interest]), c))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
@@ -96,7 +96,7 @@ def test_dien_is_a_gru_and_then_one_whose_update_gate_is_attention(options, hist
         return (1 - u) * h + u * np.tanh(w[fresh] @ x + b[fresh] + r * (v[fresh] @ h))
 
     expected = []
-    for request, own, target, clicks, mask in rows:
+    for request, item, target, clicks, mask in rows:
         h, interests = np.zeros_like(target), []
         for t in range(len(clicks)):
             if mask[t]:
@@ -107,7 +107,7 @@ def test_dien_is_a_gru_and_then_one_whose_update_gate_is_attention(options, hist
         h = np.zeros_like(target)
         for t, interest in enumerate(interests):
             h = step("evolution", h, interest, alpha[t])
-        expected.append(mlp(p, "mlp", np.concatenate([request, own, h]), model.config))
+        expected.append(mlp(p, "mlp", np.concatenate([request, item, h]), model.config))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
@@ -118,10 +118,10 @@ def test_dmr_reads_both_relevances_and_what_its_attention_finds(options, history
 
     p = weights(model)
     inputs = tensors(example(SCHEMA, 3, 8, history=history))
-    outputs = torch.cat(model.output_fields.group("item", inputs), dim=-1).detach().numpy()
+    outputs = model.output_fields.item(inputs).flatten(1).detach().numpy()
 
     expected = []
-    for (request, own, target, clicks, mask), output in zip(rows, outputs, strict=True):
+    for (request, item, target, clicks, mask), output in zip(rows, outputs, strict=True):
         present = np.flatnonzero(mask)
         placed = [np.concatenate([p["positions"][t], clicks[t]]) for t in present]
         user_scores = np.array([linear(p, "user_score", np.tanh(linear(p, "user_read", x)))[0] for x in placed])
@@ -134,7 +134,7 @@ def test_dmr_reads_both_relevances_and_what_its_attention_finds(options, history
         user = linear(p, "user_out.0", pooled)
         user = np.where(user > 0, user, p["user_out.1.weight"] * user)
         relevances = [user @ output, sum(item_scores)]
-        expected.append(mlp(p, "mlp", np.concatenate([request, own, found, relevances]), model.config))
+        expected.append(mlp(p, "mlp", np.concatenate([request, item, found, relevances]), model.config))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
@@ -163,14 +163,14 @@ def test_bst_is_a_transformer_over_the_clicks_and_the_candidate(options, history
         return layer_norm(p, f"{name}.norms.1", y + linear(p, f"{name}.ffn.2", inner))
 
     expected = []
-    for request, own, target, clicks, mask in rows:
+    for request, item, target, clicks, mask in rows:
         present = [*np.flatnonzero(mask), len(clicks)]  # the candidate stands last
         x = np.concatenate([clicks, target[None]])[present] + p["positions"][present]
         for layer in range(c.blocks):
             x = block(f"blocks.{layer}", x)
         outputs = np.zeros((len(clicks) + 1, len(target)))
         outputs[present] = x
-        expected.append(mlp(p, "mlp", np.concatenate([request, own, outputs.flatten()]), c))
+        expected.append(mlp(p, "mlp", np.concatenate([request, item, outputs.flatten()]), c))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 

@@ -11,7 +11,17 @@ from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
 from models.papers.deepmr import DeepMRConfig
 from tests.models.flat import fields_of
-from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
+from tests.models.halves import check_parts
+from tests.models.small import (
+    COLUMNS,
+    ITEM_FIELDS,
+    REQUEST_FIELDS,
+    lively,
+    one_request,
+    tensors,
+    with_history,
+    without_history,
+)
 from training.export import example, used_inputs
 
 SCHEMA = without_history()
@@ -55,6 +65,11 @@ def test_the_model_computes_what_the_paper_writes(switches):
     expected = [paper_logit(model, x) for x in fields_of(model, inputs)]
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_one_requests_candidates_are_scored_as_rows_of_their_own(switches):
+    check_parts(lively("deepmr", SCHEMA, **OPTIONS | switches), one_request(SCHEMA, 7, history=False))
 
 
 def paper_logit(model: CTRModel, embedded: np.ndarray) -> float:

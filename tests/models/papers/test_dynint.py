@@ -12,7 +12,17 @@ from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
 from models.papers.dynint import DynInt, DynIntConfig
 from tests.models.flat import fields_of
-from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
+from tests.models.halves import check_parts, score_alone
+from tests.models.small import (
+    COLUMNS,
+    ITEM_FIELDS,
+    REQUEST_FIELDS,
+    lively,
+    one_request,
+    tensors,
+    with_history,
+    without_history,
+)
 from training.export import example, used_inputs
 
 SCHEMA = without_history()
@@ -46,12 +56,17 @@ def test_the_model_computes_what_the_paper_writes(switches):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_one_requests_candidates_are_scored_as_rows_of_their_own(switches):
+    check_parts(lively("dynint", SCHEMA, **OPTIONS | switches), one_request(SCHEMA, 7, history=False))
+
+
 @pytest.mark.parametrize("mode", ["dgp", "dwp"])
 def test_weights_made_once_for_a_request_are_those_of_its_rows(mode):
     model = lively("dynint", SCHEMA, **OPTIONS, mode=mode, gate_scope="request")
     inputs = tensors(example(SCHEMA, 1, 12))
 
-    logits = model(inputs).detach().numpy()
+    logits = score_alone(model, inputs).detach().numpy()
 
     np.testing.assert_allclose(logits, [paper_logit(model, x) for x in fields_of(model, inputs)], rtol=0, atol=1e-10)
 
@@ -230,10 +245,14 @@ def test_the_history_is_not_read():
 def test_fields_of_one_side_are_enough(mode, fields):
     schema = SchemaSpec(fields=fields).fit(COLUMNS)
 
-    logits = lively("dynint", schema, **OPTIONS, mode=mode)(tensors(example(schema, 2, 3)))
+    model = lively("dynint", schema, **OPTIONS, mode=mode)
+
+    logits = model(tensors(example(schema, 2, 3)))
 
     assert logits.shape == (3,)
     assert torch.isfinite(logits).all()
+    alone = tensors(example(schema, 1, 3))
+    torch.testing.assert_close(score_alone(model, alone), model(alone), rtol=0, atol=1e-10)
 
 
 def test_request_scoped_gates_need_a_request_field():

@@ -10,9 +10,19 @@ from models import zoo
 from models.features.field import FieldSpec
 from models.features.schema import SchemaSpec
 from models.layers.base import explain
-from models.papers.feseq import Refiner
+from models.papers.feseq import SequenceEncoder
 from tests.models.flat import batch_norm, layer_norm, linear, sigmoid, softmax, weights
-from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, SEQUENCES, lively, tensors, without_history
+from tests.models.halves import check_parts
+from tests.models.small import (
+    COLUMNS,
+    ITEM_FIELDS,
+    REQUEST_FIELDS,
+    SEQUENCES,
+    lively,
+    one_request,
+    tensors,
+    without_history,
+)
 from training.export import example
 
 HOURS = FieldSpec(name="hour", kind="sequence", group="behaviour", of="hour")
@@ -33,13 +43,11 @@ class Oracle:
         c, p = self.config, self.p
         user = int(self.inputs["user_index"][row])
         own_fields = (*SCHEMA.group("user"), *SCHEMA.group("context"))
-        vectors = self.fields.group("user", self.inputs) + self.fields.group("context", self.inputs)
-        request = {f.name: v[user].detach().numpy() for f, v in zip(own_fields, vectors, strict=True)}
-        item = {
-            f.name: vector[row].detach().numpy()
-            for f, vector in zip(SCHEMA.group("item"), self.fields.group("item", self.inputs), strict=True)
-        }
-        clicks = [events[user].detach().numpy() for events in self.fields.history(self.inputs)]
+        of_user = self.fields.request(self.inputs)[user].detach().numpy()
+        request = {f.name: vector for f, vector in zip(own_fields, of_user, strict=True)}
+        of_item = self.fields.item(self.inputs)[row].detach().numpy()
+        item = {f.name: vector for f, vector in zip(SCHEMA.group("item"), of_item, strict=True)}
+        clicks = self.fields.history(self.inputs)[user].detach().numpy().transpose(1, 0, 2)
         constant = [request[name] for name in ("user_id", "age", "likes", "device")]
 
         present = [t for t in range(3) if self.inputs["hist_mask"][user, t]]
@@ -123,7 +131,7 @@ class Oracle:
                 places[[*present, 3]] = refined
                 return places.flatten()
         assert self.own_tables is not None
-        item = torch.stack(self.own_tables.group("item", self.inputs), dim=1)[row].detach().numpy()
+        item = self.own_tables.item(self.inputs)[row].detach().numpy()
         e = self.interact("pooling.interaction", item, c.interact_layers_item).flatten()
         q = self.prelu(linear(p, "pooling.query", e))
         keys = [self.prelu(linear(p, "pooling.key", r)) for r in refined]
@@ -156,38 +164,37 @@ class Oracle:
         return np.where(x > 0, x, 0.01 * x)
 
 
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"causal": False},
+    {"interaction": "crossnet", "interact_layers_in": 3},
+    {"interaction": "crossnetv2", "interact_layers_item": 1},
+    {"interaction": "destine"},
+    {"interaction": "final", "interact_layers_item": 3},
+    {"interact_layers_in": 0, "interact_layers_item": 0},
+    {"interact_ln": False},
+    {"nonseq_in_interaction": False, "use_pos": False},
+    {"use_time": False},
+    {"use_pos": False, "use_time": False},
+    {"pos_time": "add"},
+    {"time_unit_s": 1, "time_buckets": 40_000},
+    {"time_unit_s": 1, "time_buckets": 28, "time_scale": "log2"},
+    {"time_unit_s": 100, "time_buckets": 3, "time_scale": "log2", "pos_time": "add"},
+    {"pool_softmax": False},
+    {"pool_scale": False},
+    {"pool_attn": "dot"},
+    {"pool_attn": "din"},
+    {"pool": "target"},
+    {"pool": "mean"},
+    {"pool": "sum"},
+    {"pool": "concat"},
+    {"pool": "concat", "causal": False},
+    {"hidden": ()},
+]
+
+
 @pytest.mark.parametrize("history", [True, False], ids=["history", "no history"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": False},
-        {"interaction": "crossnet", "interact_layers_in": 3},
-        {"interaction": "crossnetv2", "interact_layers_item": 1},
-        {"interaction": "destine"},
-        {"interaction": "final", "interact_layers_item": 3},
-        {"interact_layers_in": 0, "interact_layers_item": 0},
-        {"interact_ln": False},
-        {"nonseq_in_interaction": False, "use_pos": False},
-        {"use_time": False},
-        {"use_pos": False, "use_time": False},
-        {"pos_time": "add"},
-        {"time_unit_s": 1, "time_buckets": 40_000},
-        {"time_unit_s": 1, "time_buckets": 28, "time_scale": "log2"},
-        {"time_unit_s": 100, "time_buckets": 3, "time_scale": "log2", "pos_time": "add"},
-        {"pool_softmax": False},
-        {"pool_scale": False},
-        {"pool_attn": "dot"},
-        {"pool_attn": "din"},
-        {"pool": "target"},
-        {"pool": "mean"},
-        {"pool": "sum"},
-        {"pool": "concat"},
-        {"pool": "concat", "causal": False},
-        {"hidden": ()},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", FORMS, ids=str)
 def test_every_form_is_its_equations_written_as_loops(options, history):
     model: Any = lively("feseq", SCHEMA, **OPTIONS | options)
     if options.get("pool_attn") == "din":  # so that the softmax of its scores is not all or nothing
@@ -202,6 +209,11 @@ def test_every_form_is_its_equations_written_as_loops(options, history):
     expected = [Oracle(model, inputs).logit(row) for row in range(6)]
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_one_requests_candidates_are_scored_as_rows_of_their_own(options):
+    check_parts(lively("feseq", SCHEMA, **OPTIONS | options), one_request(SCHEMA, 7))
 
 
 def with_clicks(mask: list[bool]) -> dict[str, torch.Tensor]:
@@ -224,7 +236,7 @@ def test_the_history_is_refined_before_any_candidate_is_known():
 
     state = model.encode_user({name: value for name, value in inputs.items() if not name.startswith("item.")})
 
-    assert torch.equal(model.score(state, inputs), model(inputs))
+    assert torch.equal(model.score(state, model.encode_items(inputs), inputs["user_index"]), model(inputs))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -247,7 +259,7 @@ def test_no_click_is_refined_for_a_head_that_reads_the_candidate_alone(monkeypat
     inputs = with_clicks([True, True, True])
     attended = {pool: set(shown(inputs, pool=pool)) for pool in ("target", "mean")}
     refined = []
-    monkeypatch.setattr(Refiner, "forward", lambda *_: refined.append("clicks"))
+    monkeypatch.setattr(SequenceEncoder, "forward", lambda *_: refined.append("clicks"))
 
     lively("feseq", SCHEMA, **OPTIONS, pool="target")(inputs)
 

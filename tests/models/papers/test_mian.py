@@ -54,7 +54,7 @@ SWITCHES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_the_two_halves_compute_what_the_paper_writes(switches):
+def test_the_three_parts_compute_what_the_paper_writes(switches):
     model = lively("mian", SCHEMA, **OPTIONS | switches)
     inputs = example(SCHEMA, 5, 24)
     inputs["hist_mask"][0], inputs["hist.movie"][0], inputs["hist.genres"][0] = False, PAD, PAD

@@ -11,7 +11,17 @@ from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
 from models.papers.stec import STECConfig
 from tests.models.flat import fields_of
-from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
+from tests.models.halves import check_parts, score_alone
+from tests.models.small import (
+    COLUMNS,
+    ITEM_FIELDS,
+    REQUEST_FIELDS,
+    lively,
+    one_request,
+    tensors,
+    with_history,
+    without_history,
+)
 from training.export import example, used_inputs
 
 SCHEMA = without_history()
@@ -55,6 +65,11 @@ def test_the_model_computes_what_the_paper_writes(switches, num_requests):
     expected = [paper_logit(model, x) for x in fields_of(model, inputs)]
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_one_requests_candidates_are_scored_as_rows_of_their_own(switches):
+    check_parts(lively("stec", SCHEMA, **OPTIONS | switches), one_request(SCHEMA, 7, history=False))
 
 
 def paper_logit(model: CTRModel, x: np.ndarray) -> float:
@@ -189,10 +204,14 @@ def test_attention_of_its_own_beside_the_interactions_cannot_be_masked():
 def test_fields_of_one_side_are_enough(fields, field_mask):
     schema = SchemaSpec(fields=fields).fit(COLUMNS)
 
-    logits = lively("stec", schema, **OPTIONS, field_mask=field_mask)(tensors(example(schema, 2, 3)))
+    model = lively("stec", schema, **OPTIONS, field_mask=field_mask)
+
+    logits = model(tensors(example(schema, 2, 3)))
 
     assert logits.shape == (3,)
     assert torch.isfinite(logits).all()
+    alone = tensors(example(schema, 1, 3))
+    torch.testing.assert_close(score_alone(model, alone), model(alone), rtol=0, atol=1e-10)
 
 
 def test_the_history_is_not_read():
