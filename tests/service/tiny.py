@@ -44,32 +44,45 @@ SCHEMA = SchemaSpec(
         "genres": [["x"], ["y"], ["x", "z"], []],
     }
 )
-UNREAD = ("hist_mask", "hist_age")
 CLICK_RATE = 0.125
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
+LAYOUT = PackedLayout(SCHEMA)
+PRICE = np.float32(0.5)
 
 
 def tables(seed: int) -> dict[str, np.ndarray]:
-    """One column of numbers per id input, that of PAD being 0."""
+    """One column of numbers per field, that of PAD being 0; a click has numbers of its own."""
     rng = np.random.default_rng(seed)
     made = {}
-    for wanted in SCHEMA.inputs:
-        if wanted.dtype == "int64" and wanted.name not in ("user_index", *UNREAD):
-            field = SCHEMA.field(wanted.name.split(".")[1])
-            made[wanted.name] = rng.normal(0, 0.5, field.num_ids).astype(np.float32)
-            made[wanted.name][0] = 0.0
+    for group in (LAYOUT.request, LAYOUT.history, LAYOUT.item):
+        for f in group.fields:
+            if f.field.kind == "numeric":
+                made[f.name] = np.array([PRICE])
+            else:
+                made[f.name] = rng.normal(0, 0.5, f.num_rows).astype(np.float32)
+                made[f.name][0] = 0.0
     return made
 
 
+def table(group: PackedGroup, seed: int) -> np.ndarray:
+    """The numbers of a group's fields, one below the other."""
+    return np.concatenate([tables(seed)[f.name] for f in group.fields])
+
+
 def score(arrays: Arrays, *, seed: int) -> np.ndarray:
-    """The model in numpy, candidate by candidate."""
+    """The model in numpy, candidate by candidate: a list counts as the mean of its values."""
     logits = []
     for row, user in enumerate(arrays["user_index"]):
-        logit = 0.5 * arrays["item.price"][row]
-        for name, table in tables(seed).items():
-            values = table[arrays[name][row if name.startswith("item.") else user]]
+        logit = PRICE * arrays["item.price"][row]
+        for name, numbers in tables(seed).items():
+            if name == "item.price":
+                continue
+            ids = arrays[name][row if name.startswith("item.") else user]
+            values = numbers[ids]
+            if name.endswith(".genres"):
+                values = values.sum(axis=-1) / np.maximum((ids != 0).sum(axis=-1), 1)
             if name.startswith("hist."):
-                values = (values.T * POSITIONS).T
+                values = values * POSITIONS
             logit += values.sum()
         logits.append(logit)
     return np.array(logits, dtype=np.float64)
@@ -81,61 +94,111 @@ EXPLANATIONS = (
 )
 
 
-def to_onnx(seed: int, *, poisoned: str | None = None, explaining: bool = False) -> bytes:
-    """The model as a graph; it scores the `poisoned` item as NaN. Explaining, it gives EXPLANATIONS after the logit."""
-    numbers = tables(seed)
-    if poisoned is not None:
-        vocabulary = SCHEMA.field("item_id").vocabulary
-        assert vocabulary is not None
-        numbers["item.item_id"][vocabulary.index(poisoned) + FIRST] = np.nan
-    nodes: list[onnx.NodeProto] = []
-    of_user: list[str] = []
-    of_item = ["priced"]
-    weights = [numpy_helper.from_array(POSITIONS[:, None], "positions")]
-    weights.append(numpy_helper.from_array(np.array(0.5, np.float32), "half"))
-    nodes.append(helper.make_node("Mul", ["item.price", "half"], ["priced"]))
-    for name, table in numbers.items():
-        weights.append(numpy_helper.from_array(table, f"{name}.table"))
-        nodes.append(helper.make_node("Gather", [f"{name}.table", name], [f"{name}.values"]))
-        dims = next(i.dims for i in SCHEMA.inputs if i.name == name)
-        values = f"{name}.values"
-        if name.startswith("hist."):
-            if len(dims) == 2:
-                weights.append(numpy_helper.from_array(np.array([2]), f"{name}.last"))
-                nodes.append(helper.make_node("Unsqueeze", [values, f"{name}.last"], [f"{name}.wide"]))
-                values = f"{name}.wide"
-            nodes.append(helper.make_node("Mul", [values, "positions"], [f"{name}.placed"]))
-            values = f"{name}.placed"
-        axes = np.arange(1, 3 if name.startswith("hist.") else len(dims))
-        if axes.size:
-            weights.append(numpy_helper.from_array(axes, f"{name}.axes"))
-            nodes.append(helper.make_node("ReduceSum", [values, f"{name}.axes"], [f"{name}.sum"], keepdims=0))
-            values = f"{name}.sum"
-        (of_item if name.startswith("item.") else of_user).append(values)
-    nodes += [
-        helper.make_node("Sum", of_user, ["user_part"]),
-        helper.make_node("Gather", ["user_part", "user_index"], ["user_part_C"]),
-        helper.make_node("Sum", [*of_item, "user_part_C"], ["logit"]),
-        helper.make_node("Sigmoid", ["logit"], ["prob"]),
-    ]
-    types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
-    inputs = [
-        helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in SCHEMA.inputs if i.name not in UNREAD
-    ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["C"]) for name in ("logit", "prob")]
-    if explaining:
-        weights.append(numpy_helper.from_array(np.array([2]), "last"))
-        nodes.append(helper.make_node("Squeeze", ["hist.item_id.placed", "last"], ["clicks_U"]))
-        nodes.append(helper.make_node("Gather", ["clicks_U", "user_index"], ["click_contrib"]))
-        outputs[1:] = [
-            helper.make_tensor_value_info("click_contrib", TensorProto.FLOAT, ["C", T]),
-            helper.make_tensor_value_info("user_part", TensorProto.FLOAT, ["U"]),
-        ]
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    content: bytes = model.SerializeToString()
-    return content
+class Graph:
+    """An ONNX graph under construction."""
+
+    def __init__(self, seed: int, *, poisoned: str | None = None) -> None:
+        self._seed, self._poisoned = seed, poisoned
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: int) -> str:
+        self._nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def numbers(self, group: PackedGroup) -> str:
+        """The weighted number of each column of a group, [..., K]."""
+        numbers = table(group, self._seed)
+        if self._poisoned is not None and group.name == "item":
+            vocabulary = SCHEMA.field("item_id").vocabulary
+            assert vocabulary is not None
+            numbers[group.fields[0].offset + vocabulary.index(self._poisoned) + FIRST] = np.nan
+        name = group.name
+        values = self.add("Gather", [self.constant(f"{name}.table", numbers), f"{name}_ids"], f"{name}.values")
+        return self.add("Mul", [values, f"{name}_weights"], f"{name}.weighted") if group.is_weighted else values
+
+    def summed(self, values: str, axis: int, output: str) -> str:
+        return self.add("ReduceSum", [values, self.constant(f"{output}.axis", np.array([axis]))], output, keepdims=0)
+
+    def items(self, output: str) -> str:
+        """The item half, [C, 1]."""
+        return self.add(
+            "Unsqueeze",
+            [self.summed(self.numbers(LAYOUT.item), 1, "item.sum"), self.constant("one", np.array([1]))],
+            output,
+        )
+
+    def user_part(self) -> str:
+        """What a request adds to the logits of its candidates, [U]."""
+        request = self.summed(self.numbers(LAYOUT.request), 1, "request.sum")
+        clicks = self.summed(self.numbers(LAYOUT.history), 2, "history.by_click")
+        placed = self.add("Mul", [clicks, self.constant("positions", POSITIONS)], "history.placed")
+        return self.add("Add", [request, self.summed(placed, 1, "history.sum")], "user_part")
+
+    def to_bytes(self, inputs: Sequence[Input], outputs: Sequence[Input]) -> bytes:
+        types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
+        infos = [[helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in part] for part in (inputs, outputs)]
+        graph = helper.make_graph(self._nodes, "tiny", *infos, self._weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.checker.check_model(model)
+        content: bytes = model.SerializeToString()
+        return content
+
+
+ITEMS = Input(name="items", dtype="float32", dims=("C", 1))
+LOGIT = Input(name="logit", dtype="float32", dims=("C",))
+ITEM_INPUTS = LAYOUT.inputs(LAYOUT.item.input_names)
+USER_INPUTS = LAYOUT.inputs((*LAYOUT.request.input_names, *LAYOUT.history.input_names))
+ONE_USER = tuple(replace(i, dims=(1, *i.dims[1:])) for i in USER_INPUTS)
+USER_INDEX = LAYOUT.inputs(["user_index"])
+EXPLAINED = (
+    Input(name="click_contrib", dtype="float32", dims=("C", T)),
+    Input(name="user_part", dtype="float32", dims=("U",)),
+)
+SIGNATURES = {
+    "model.onnx": GraphSignature(inputs=(*ONE_USER, ITEMS), outputs=(LOGIT,)),
+    "item.onnx": GraphSignature(inputs=ITEM_INPUTS, outputs=(ITEMS,)),
+    EXPLAINING: GraphSignature(inputs=(*USER_INPUTS, *ITEM_INPUTS, *USER_INDEX), outputs=(LOGIT, *EXPLAINED)),
+}
+
+
+def request_graph(seed: int) -> bytes:
+    graph = Graph(seed)
+    last = graph.constant("last", np.array([1]))
+    graph.add("Add", [graph.add("Squeeze", ["items", last], "item_part"), graph.user_part()], "logit")
+    return graph.to_bytes(*_signature("model.onnx"))
+
+
+def item_graph(seed: int, *, poisoned: str | None = None) -> bytes:
+    """It gives the `poisoned` item NaN."""
+    graph = Graph(seed, poisoned=poisoned)
+    graph.items("items")
+    return graph.to_bytes(*_signature("item.onnx"))
+
+
+def explaining_graph(seed: int) -> bytes:
+    graph = Graph(seed)
+    graph.items("items")
+    item_part = graph.add("Squeeze", ["items", graph.constant("last", np.array([1]))], "item_part")
+    user_part = graph.add("Gather", [graph.user_part(), "user_index"], "user_part_C")
+    graph.add("Add", [item_part, user_part], "logit")
+    ids = graph.add("Gather", ["history_ids", graph.constant("first", np.array(0))], "history.item_ids", axis=2)
+    clicked = graph.add("Gather", ["history.table", ids], "history.item_values")
+    placed = graph.add("Mul", [clicked, "positions"], "history.item_placed")
+    graph.add("Gather", [placed, "user_index"], "click_contrib")
+    return graph.to_bytes(*_signature(EXPLAINING))
+
+
+def graphs(seed: int, *, poisoned: str | None = None) -> dict[str, bytes]:
+    return {"model.onnx": request_graph(seed), "item.onnx": item_graph(seed, poisoned=poisoned)}
+
+
+def _signature(file: str) -> tuple[Sequence[Input], Sequence[Input]]:
+    return SIGNATURES[file].inputs, SIGNATURES[file].outputs
 
 
 GOLDEN = (

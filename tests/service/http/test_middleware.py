@@ -1,44 +1,29 @@
-"""The straight way of /predict: what it answers, and what happens when its client leaves."""
+"""What goes through the framework: the same answers, each counted once, and none for a client that has gone."""
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from service.http.middleware import CAME_AT
-from service.store.feature_store import Fetched
-from service.store.memory_store import MemoryStore
+from service.http.middleware import ARRIVED_AT
 from tests.service.conftest import Start
+from tests.service.stores import SlowStore
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
 BODY = b'{"user": {"id": "u1"}, "candidates": [{"id": "a1"}]}'
 
 
-class Stuck(MemoryStore):
-    """A store that answers nobody, and tells when it is asked and when the asker has gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked, self.left = asyncio.Event(), asyncio.Event()
-
-    async def fetch(self, *_: Any, **__: Any) -> Fetched:
-        self.asked.set()
-        try:
-            return await asyncio.Future()
-        finally:
-            self.left.set()
-
-
 async def test_a_client_that_leaves_ends_the_work_for_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Stuck()
+    store = SlowStore()
     monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     messages = [{"type": "http.request", "body": BODY, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
         if messages:
             return messages.pop()
-        await store.asked.wait()
+        await store.was_asked.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -47,8 +32,11 @@ async def test_a_client_that_leaves_ends_the_work_for_it(start: Start, monkeypat
     async with start() as service:
         await service.app(dict(SCOPE), receive, send)
 
-        assert store.left.is_set()
+        assert service.parts.scorer._admission.backlog_s == 0
+        assert not any(model.served.leases for model in service.parts.registry.models.values())
         assert await service.metric('clickserve_requests_total{arm="none",route="/predict",status="499"}') == 1
+        store.released.set()
+        await asyncio.sleep(0)  # what the store answers now is for nobody
 
 
 async def test_a_body_may_come_in_pieces(start: Start) -> None:
@@ -99,8 +87,7 @@ async def test_a_flood_of_refusals_is_logged_once_a_second_with_their_number(
         monkeypatch.setattr("service.http.middleware.LOG_EVERY_S", 0.0)
         wrong = [await service.predict(candidates=[]) for _ in range(2)]
         entries = [vars(record) for record in caplog.records if record.msg == "refused"]
-        app: Any = service.app
-        app.predict._app._floods._next.clear()  # a second later
+        monkeypatch.setattr("service.http.middleware.time", SimpleNamespace(monotonic=lambda: 1e12, perf_counter=time.perf_counter))
         await service.predict(candidates=[{"id": "a1"}], timeout_ms=1e-6)
         later = vars(caplog.records[-1])["times"]
         counted = await service.metric('clickserve_rejected_total{reason="deadline"}')
@@ -128,7 +115,7 @@ async def test_a_request_that_came_long_before_its_task_began_is_late_before_any
 
     async with start(timeout_ms=500) as service:
         for ago_s in (0.1, 0.6):
-            scope = {**SCOPE, "state": {CAME_AT: time.monotonic() - ago_s}}
+            scope = {**SCOPE, "state": {ARRIVED_AT: time.monotonic() - ago_s}}
             await service.app(scope, receive, send)
         fetched = await service.metric('clickserve_store_seconds_count{op="fetch"}')
 

@@ -85,7 +85,7 @@ def has_another_schema(root: Path) -> None:
 
 
 def scores_nan(root: Path) -> None:
-    tiny.write(root, files={"model.onnx": tiny.to_onnx(1, poisoned="a1")})
+    tiny.write(root, files=tiny.graphs(1, poisoned="a1"))
 
 
 def is_another_model(root: Path) -> None:

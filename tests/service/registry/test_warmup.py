@@ -39,7 +39,7 @@ async def service(start: Start, tmp_path: Path) -> AsyncIterator[Running]:
 
 def write(service: Running, **changes: Any) -> str:
     """Another version beside those there are; it is not made the current one."""
-    catalog = service.parts.catalog
+    catalog = service.parts.registry
     current = json.loads((catalog.root / "tiny" / "current.json").read_text())["version"]
     version = tiny.write(catalog.root, **changes).name
     make_current(catalog.root, "tiny", current)
@@ -62,11 +62,11 @@ async def predict(service: Running) -> tuple[str, list[float]]:
 
 
 def model(service: Running) -> LoadedModel:
-    return service.parts.catalog.models["one"]
+    return service.parts.registry.models["one"]
 
 
 def previous(service: Running) -> list[str]:
-    return service.parts.catalog.versions()["one"][1:]
+    return service.parts.registry.versions()["one"][1:]
 
 
 async def test_after_a_load_the_new_version_answers_and_the_old_one_is_kept(service: Running) -> None:
@@ -87,7 +87,7 @@ async def test_after_a_load_the_new_version_answers_and_the_old_one_is_kept(serv
 async def test_without_a_version_it_is_the_current_one(service: Running) -> None:
     new = write(service, seed=2)
     unchanged = await service.client.post("/models/one/load", headers=TOKEN)
-    make_current(service.parts.catalog.root, "tiny", new)
+    make_current(service.parts.registry.root, "tiny", new)
 
     changed = await service.client.post("/models/one/load", headers=TOKEN)
 
@@ -140,7 +140,7 @@ async def test_a_request_that_began_before_the_flip_ends_with_its_model(
         assert (await load(service, version)).status_code == 200
     go_on.set()
     answer = await asked
-    await service.parts.catalog.settled()
+    await service.parts.registry.settled()
 
     assert answer.status_code == 200
     assert answer.json()["version"] == old
@@ -216,7 +216,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
         ({}, is_another_model, "holds other"),
         ({}, has_no_manifest, "manifest.json: unreadable"),
         ({"offset": 0.01}, None, "golden row 0 scores"),
-        ({"files": {"model.onnx": tiny.to_onnx(1, poisoned="a1")}}, None, "golden row 0 scores nan"),
+        ({"files": tiny.graphs(1, poisoned="a1")}, None, "golden row 0 scores nan"),
         ({"files": {"model.onnx": b"no graph"}}, None, "cannot load"),
     ],
     ids=["truncated", "hash", "schema", "model", "no manifest", "golden off", "golden nan", "no graph"],
@@ -227,7 +227,7 @@ async def test_what_must_not_serve_is_refused_and_changes_nothing(
     before = await predict(service)
     version = write(service, **changes)
     if spoil is not None:
-        spoil(service.parts.catalog.root / "tiny" / version)
+        spoil(service.parts.registry.root / "tiny" / version)
 
     refused = await load(service, version)
 
@@ -239,7 +239,7 @@ async def test_what_must_not_serve_is_refused_and_changes_nothing(
 
 
 async def test_a_model_that_scores_a_live_request_as_nan_is_refused(service: Running) -> None:
-    version = write(service, files={"model.onnx": tiny.to_onnx(1, poisoned="a4")})  # no golden row has that item
+    version = write(service, files=tiny.graphs(1, poisoned="a4"))  # no golden row has that item
     unseen = await load(service, version)
     await rollback(service)
     before = await predict(service)
@@ -297,7 +297,7 @@ async def test_loads_at_once_are_made_one_after_the_other(service: Running) -> N
     answers = await asyncio.gather(*(load(service, version) for version in versions))
 
     assert [answer.status_code for answer in answers] == [200, 200]
-    serving, *before = service.parts.catalog.versions()["one"]
+    serving, *before = service.parts.registry.versions()["one"]
     assert {serving, *before} == {first, *versions}
     assert serving in versions
 
@@ -375,7 +375,7 @@ async def test_twenty_swaps_leave_no_more_models_than_are_kept(service: Running)
         await predict(service)
         assert (await load(service, versions[number % len(versions)])).status_code == 200
         alive.add(model(service).backend)
-    await service.parts.catalog.settled()
+    await service.parts.registry.settled()
     gc.collect()
 
     assert len(alive) == 3
@@ -400,10 +400,10 @@ async def test_arms_of_one_artifact_share_a_model_until_the_last_gives_it_up(sta
         new = write(service, seed=2)
 
         await load(service, new)
-        await service.parts.catalog.settled()
+        await service.parts.registry.settled()
         after_one = len(closed)
         await load(service, new, arm="two")
-        await service.parts.catalog.settled()
+        await service.parts.registry.settled()
 
         assert (after_one, len(closed)) == (0, 1)
-        assert service.parts.catalog.models["two"] is model(service)
+        assert service.parts.registry.models["two"] is model(service)

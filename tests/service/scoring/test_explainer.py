@@ -137,8 +137,8 @@ async def test_an_arm_without_explanations_says_so(service: Running) -> None:
 
 
 async def test_a_prediction_loads_nothing_that_explains(service: Running) -> None:
-    assert service.api.parts is not None
-    model: LoadedModel = service.api.parts.catalog.models["one"]
+    assert service.api.service is not None
+    model: LoadedModel = service.api.service.registry.models["one"]
 
     await service.predict(**ASKED)
     assert "explaining" not in vars(model)

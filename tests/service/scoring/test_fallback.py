@@ -30,7 +30,7 @@ def ctr(answer: Any) -> list[float]:
 def broken(tmp_path: Path) -> Path:
     """A good version 1, and a current version 2 that cannot score one item."""
     tiny.write(tmp_path, seed=1)
-    tiny.write(tmp_path, seed=2, files={"model.onnx": tiny.to_onnx(2, poisoned="a4")})
+    tiny.write(tmp_path, seed=2, files=tiny.graphs(2, poisoned="a4"))
     return tmp_path
 
 
@@ -59,8 +59,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 async def swapped(service: Running, versions: list[str]) -> None:
     """Every one of the versions in turn becomes the arm's."""
-    assert service.api.parts is not None
-    catalog = service.api.parts.catalog
+    assert service.api.service is not None
+    catalog = service.api.service.registry
     for version in versions:
         catalog.flip("one", await asyncio.to_thread(catalog.read, "one", version))
 
@@ -106,7 +106,7 @@ async def test_by_setting_the_click_rate_stands_in_for_a_model_that_fails(start:
 
 
 async def test_when_the_previous_version_fails_too_the_click_rate_stands_in(start: Start, broken: Path) -> None:
-    tiny.write(broken, seed=3, files={"model.onnx": tiny.to_onnx(3, poisoned="a4")})
+    tiny.write(broken, seed=3, files=tiny.graphs(3, poisoned="a4"))
     _, bad, worse = version_names(broken)
 
     async with start(artifacts_dir=broken, experiment=ALONE, fallback="prior") as service:
@@ -125,7 +125,7 @@ async def test_what_the_previous_version_cannot_take_is_not_the_clients_fault(
 
     async with start(artifacts_dir=broken, experiment=ALONE, fallback=fallback) as service:
         await swapped(service, [good, bad])
-        previous = service.parts.catalog.previous("one")
+        previous = service.parts.registry.previous("one")
         read = Inputs.read
 
         async def refuse(inputs: Inputs, model: Any, given: Any, deadline: Any) -> Any:
@@ -234,7 +234,7 @@ async def test_a_shadow_arm_without_a_share_scores_nothing(start: Start, gate: G
 
 async def test_a_shadow_arm_whose_model_fails_is_counted_and_costs_no_answer(start: Start, tmp_path: Path) -> None:
     tiny.write(tmp_path)
-    tiny.write(tmp_path, "other", files={"model.onnx": tiny.to_onnx(1, poisoned="a4")})
+    tiny.write(tmp_path, "other", files=tiny.graphs(1, poisoned="a4"))
 
     async with start(artifacts_dir=tmp_path, experiment=shadowed(100)) as service:
         answer = await service.predict(candidates=POISONED)

@@ -1,4 +1,4 @@
-"""The spine against the model in numpy: what is joined, what is absent, and what goes wrong on the way."""
+"""The scorer against the model in numpy: what is joined, what is absent, and what goes wrong on the way."""
 
 import asyncio
 import time
@@ -13,10 +13,9 @@ from models.features.history import Event
 from models.features.request import Request
 from service.deadline import Deadline
 from service.store.codec import Click
-from service.store.feature_store import Fetched, StoreUnavailable
-from service.store.memory_store import MemoryStore
 from tests.service import tiny
 from tests.service.conftest import Running, Start
+from tests.service.stores import BrokenStore, SlowStore
 
 
 def expected(*, seed: int = 1, **request: Any) -> list[float]:
@@ -101,55 +100,22 @@ async def test_a_given_user_feature_wins_over_the_stored_one(service: Running) -
     assert scored == pytest.approx(given, abs=1e-6)
 
 
-class Broken(MemoryStore):
-    """A store that answers nothing while `down`."""
-
-    down = True
-
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
-        if self.down:
-            raise StoreUnavailable("down")
-        return await super().fetch(user, items, before=before, limit=limit)
-
-    async def append(self, clicks: Sequence[Click]) -> list[bool]:
-        if self.down:
-            raise StoreUnavailable("down")
-        return await super().append(clicks)
-
-    async def ping(self) -> None:
-        if self.down:
-            raise StoreUnavailable("down")
-
-
 @pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
-    store = Broken()
+def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenStore:
+    store = BrokenStore()
     monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     return store
-
-
-class Slow(MemoryStore):
-    """A store whose answers come when they are let."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked, self.let = asyncio.Event(), asyncio.Event()
-
-    async def fetch(self, user: str | None, items: Sequence[str], *, before: float, limit: int) -> Fetched:
-        self.asked.set()
-        await self.let.wait()
-        return await super().fetch(user, items, before=before, limit=limit)
 
 
 async def test_a_slow_store_costs_a_request_its_past_and_not_its_answer(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Slow()
+    store = SlowStore()
     monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
 
     async with start() as service:
         slow = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=400)
-        store.let.set()
+        store.released.set()
         quick = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=4000)
 
     assert (slow.status_code, quick.status_code) == (200, 200)
@@ -160,7 +126,7 @@ async def test_a_slow_store_costs_a_request_its_past_and_not_its_answer(
 async def test_a_request_that_reads_the_store_during_a_swap_is_scored_by_the_model_it_read_for(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    store = Slow()
+    store = SlowStore()
     monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
     old, new = (tiny.write(tmp_path, seed=seed).name for seed in (1, 2))
     one = {"name": "one", "model": "tiny", "version": old, "share": 100}
@@ -168,24 +134,23 @@ async def test_a_request_that_reads_the_store_during_a_swap_is_scored_by_the_mod
     async with start(
         artifacts_dir=tmp_path, experiment={"experiment": "test", "salt": "s", "arms": [one]}, keep_versions=0
     ) as service:
-        assert service.api.parts is not None
-        catalog = service.api.parts.catalog
-        loaded = await asyncio.to_thread(catalog.read, "one", new)
+        registry = service.parts.registry
+        loaded = await asyncio.to_thread(registry.read, "one", new)
         request = asyncio.create_task(service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}]))
-        await store.asked.wait()
-        catalog.flip("one", loaded)
+        await store.was_asked.wait()
+        registry.flip("one", loaded)
         for _ in range(10):
             await asyncio.sleep(0)  # what would close the old model has its turn
-        store.let.set()
+        store.released.set()
         answer = await request
-        await catalog.settled()
+        await registry.settled()
         after = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}])
 
     assert (answer.status_code, answer.json()["version"]) == (200, old)
     assert (after.status_code, after.json()["version"]) == (200, new)
 
 
-async def test_without_its_store_a_request_is_scored_with_what_it_brings(broken: Broken, start: Start) -> None:
+async def test_without_its_store_a_request_is_scored_with_what_it_brings(broken: BrokenStore, start: Start) -> None:
     async with start() as service:
         answer = await service.predict(
             ts=100.0, user={"id": "u1"}, candidates=[{"id": "a1", "features": {"price": 3, "genres": []}}]
@@ -221,7 +186,7 @@ MISSING: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", MISSING)
-async def test_degraded_names_what_the_store_would_have_given(name: str, broken: Broken, start: Start) -> None:
+async def test_degraded_names_what_the_store_would_have_given(name: str, broken: BrokenStore, start: Start) -> None:
     request, reasons = MISSING[name]
 
     async with start() as service:
@@ -230,12 +195,12 @@ async def test_degraded_names_what_the_store_would_have_given(name: str, broken:
     assert answer.json()["degraded"] == reasons
 
 
-async def test_events_are_refused_while_the_store_is_down_and_taken_after(broken: Broken, start: Start) -> None:
+async def test_events_are_refused_while_the_store_is_down_and_taken_after(broken: BrokenStore, start: Start) -> None:
     click = {"event_id": "e1", "type": "click", "ts": 5.0, "user": "u1", "item": "a3"}
 
     async with start() as service:
         down = await service.client.post("/events", json=[click])
-        broken.down = False
+        broken.is_down = False
         up = await service.client.post("/events", json=[click])
 
     assert (down.status_code, down.headers["retry-after"]) == (503, "1")
@@ -278,7 +243,7 @@ async def test_a_deadline_that_has_passed_is_a_504(service: Running) -> None:
 
 
 async def test_a_score_that_is_no_number_is_never_sent(start: Start, tmp_path: Path) -> None:
-    tiny.write(tmp_path, files={"model.onnx": tiny.to_onnx(1, poisoned="a4")})
+    tiny.write(tmp_path, files=tiny.graphs(1, poisoned="a4"))
     alone = {"experiment": "test", "salt": "s", "arms": [{"name": "one", "model": "tiny", "share": 100}]}
 
     async with start(artifacts_dir=tmp_path, experiment=alone) as service:
@@ -292,19 +257,50 @@ async def test_a_score_that_is_no_number_is_never_sent(start: Start, tmp_path: P
 
 
 async def test_a_model_that_was_slow_for_a_while_is_tried_again_though_others_are_under_way(service: Running) -> None:
-    scorer = service.parts.scorer
-    batcher = service.parts.catalog.models["one"].batcher
+    admission = service.parts.scorer._admission
+    latency = service.parts.registry.models["one"].served.latency
     for _ in range(200):
-        batcher._queue.cost.ran(1, 1, 10 * batcher.expected_s(1))
-    assert batcher.expected_s(1) > 0.5
+        latency.observe(1, 10 * latency.expected_s(1))
+    assert latency.expected_s(1) > 0.5
 
     statuses: list[int] = []
-    with scorer._pace.admitted(1, 0.0, Deadline.after(60_000, since=time.monotonic())):
-        for _ in range(2000):
-            answer = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=500)
-            statuses.append(answer.status_code)
-            if answer.status_code == 200:
-                break
+    admission.admit(1e-9, Deadline.after(60_000, since=time.monotonic()))
+    for _ in range(5000):
+        answer = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}], timeout_ms=500)
+        statuses.append(answer.status_code)
+        if answer.status_code == 200:
+            break
 
     assert statuses[0] == 503
     assert statuses[-1] == 200
+
+
+async def test_runs_that_are_too_long_for_the_event_loop_are_made_by_the_models_thread(start: Start) -> None:
+    async with start(inline_run_ms=0) as service:
+        scored = await ctr(service, ts=0, user={"id": "u1"}, candidates=[{"id": "a1"}])
+        queued = await service.metric('clickserve_stage_seconds_count{stage="queue"}')
+
+    alone = expected(seed=1, ts=0.0, user={"user_id": "u1"}, items={"item_id": ["a1"]})
+    assert scored == pytest.approx(alone, abs=1e-6)
+    assert queued == 1
+
+
+async def test_requests_whose_answers_come_together_get_each_its_own_scores(start: Start, monkeypatch: Any) -> None:
+    store = SlowStore()
+    monkeypatch.setattr("service.app.MemoryStore", lambda **_: store)
+    users = ["u1", "u2", "u3", None, "u1"]
+
+    async with start() as service:
+        asked = [
+            asyncio.create_task(service.predict(ts=5, request_id="r", user={"id": user}, candidates=[{"id": item}]))
+            for user, item in zip(users, ["a1", "a2", "a3", "a4", "a1"], strict=True)
+        ]
+        await store.was_asked.wait()
+        store.released.set()
+        together = [answer.json() for answer in await asyncio.gather(*asked)]
+        apart = [
+            (await service.predict(ts=5, request_id="r", user={"id": user}, candidates=[{"id": item}])).json()
+            for user, item in zip(users, ["a1", "a2", "a3", "a4", "a1"], strict=True)
+        ]
+
+    assert together == apart
