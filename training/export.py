@@ -10,8 +10,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import safetensors.torch
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.folder import EXPLAINING, LOGIT_TOLERANCE, Golden
+from models.artifact.manifest import GraphSignature
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.field import PAD, Input, input_name
+from models.features.packing import PackedLayout, num_requests
 from models.features.request import Request
 from models.features.schema import Schema
 from models.layers.base import CTRModel, explain
@@ -33,12 +36,15 @@ from models.layers.base import CTRModel, explain
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-OUTPUTS = ("logit", "prob")
 # Exporters take a size of 0 or 1 for a constant, and equal sizes for the same dimension.
 EXAMPLE_SIZES = (3, 5)  # U, C
 LONGEST_AGE_S = 40_000_000  # of an event in an example: more than a year
 CHECKED_SIZES = ((1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 2), (2, 100), (2, 1000))
 EXPLAINED_SIZES = ((1, 1), (1, 20), (2, 5))  # the service explains one request of a few candidates
+
+
+Outputs: TypeAlias = tuple[NDArray[Any], ...]
+"""One array for each of a graph's outputs."""
 
 
 class ExportError(RuntimeError):
@@ -64,11 +70,13 @@ def export(
     """
     model = copy.deepcopy(model).cpu().float().eval()
     arrays = concat([Encoder(schema).encode(request) for request in golden_requests])
-    graphs = {"model.onnx": to_onnx(model, schema), "model.ts": to_torchscript(model, schema)}
-    if model.explanations():
-        graphs[EXPLAINING] = to_explaining_onnx(model, schema)
-    check(model, schema, graphs, golden=arrays)
-    logits, _ = _run_eager(_graph(model, schema))(arrays)
+    graphs = {graph.file: graph for graph in graphs_of(model, schema)}
+    contents = {
+        file: graph.to_torchscript() if file.endswith(".ts") else graph.to_onnx() for file, graph in graphs.items()
+    }
+    check(model, schema, contents, golden=arrays)
+    with torch.no_grad():
+        logits = model(_tensors(arrays)).numpy()
     return artifact.write(
         out,
         model=name,
@@ -78,8 +86,9 @@ def export(
         metrics=metrics,
         golden=Golden(requests=tuple(golden_requests), arrays=arrays, logits=logits),
         inputs=[i.name for i in used_inputs(model, schema)],
+        graphs={file: graph.signature for file, graph in graphs.items()},
         data_hash=data_hash,
-        files={**graphs, "weights.safetensors": safetensors.torch.save(model.state_dict())},
+        files={**contents, "weights.safetensors": safetensors.torch.save(model.state_dict())},
         explain=model.explanations(),
     )
 
@@ -92,70 +101,52 @@ def used_inputs(model: CTRModel, schema: Schema) -> tuple[Input, ...]:
     return tuple(i for i in schema.inputs if i.name in reads.names)
 
 
-def to_onnx(model: CTRModel, schema: Schema) -> bytes:
-    """A model in eval mode as one self-contained ONNX file, dynamic in U and C; at most 2 GB, where the format ends."""
-    return _to_onnx(_graph(model, schema), schema)
-
-
-def to_explaining_onnx(model: CTRModel, schema: Schema) -> bytes:
-    """The same with other outputs: the logits, and all that `model.explanations()` names."""
-    return _to_onnx(_graph(model, schema, ExplainingGraph), schema)
-
-
-def _to_onnx(graph: "ServingGraph", schema: Schema) -> bytes:
-    inputs = [i for i in schema.inputs if i.name in graph.inputs]
-    dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
-    shapes = tuple({axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs)
-    with _known_warnings():
-        program = torch.onnx.export(
-            graph,
-            _example_values(schema, graph.inputs),
-            dynamo=True,
-            verbose=False,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=(shapes,),
-        )
-    assert program is not None
-    content: bytes = program.model_proto.SerializeToString()
-    return content
-
-
-def to_torchscript(model: CTRModel, schema: Schema) -> bytes:
-    """The same for `torch.jit.load`; inputs go by position."""
-    graph = _graph(model, schema)
-    buffer = io.BytesIO()
-    with _known_warnings():
-        traced = torch.jit.trace(graph, _example_values(schema, graph.inputs))  # type: ignore[no-untyped-call]  # torch's
-        torch.jit.save(torch.jit.freeze(traced), buffer)
-    return buffer.getvalue()
+def graphs_of(model: CTRModel, schema: Schema) -> list["ServingGraph"]:
+    """Every graph of a model in eval mode: of one request, of an ad, of requests joined (ONNX and TorchScript), and,
+    where the model shows anything of itself, the one that does.
+    """
+    kinds: list[type[ServingGraph]] = [RequestGraph, ItemGraph, BatchedGraph, TorchScriptGraph]
+    if model.explanations():
+        kinds.append(ExplainingGraph)
+    return [kind(model, schema).eval() for kind in kinds]
 
 
 def check(model: CTRModel, schema: Schema, graphs: Mapping[str, bytes], *, golden: Arrays) -> None:
     """Compare the graphs, each by its file's name, with the model: at several sizes, with and without history, on the
-    golden requests. Raises ExportError, saying which output of which graph is off, at which sizes and by how much.
+    golden requests; whatever takes item rows is fed those that item.onnx gives. Raises ExportError, saying which output
+    of which graph is off, at which sizes and by how much.
     """
-    for file, content in graphs.items():
-        graph = _graph(model, schema, ExplainingGraph if file == EXPLAINING else ServingGraph)
-        run = _run_torchscript(content, graph.inputs) if file.endswith(".ts") else _run_onnx(content, graph.outputs)
-        eager = _run_eager(graph)
-        for case, arrays in _cases(schema, EXPLAINED_SIZES if file == EXPLAINING else CHECKED_SIZES, golden):
-            for output, wanted, found in zip(graph.outputs, eager(arrays), run(arrays), strict=True):
-                if found.shape != wanted.shape:
-                    raise ExportError(f"{file}: {output} has shape {found.shape}, not {wanted.shape}, at {case}")
-                off = np.abs(found - wanted)
-                # Of what a row adds up, each part is as far off as the largest makes it.
-                largest = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True, initial=0)
-                if not (off <= LOGIT_TOLERANCE * (1 + largest)).all():
-                    raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
+    by_file = {graph.file: graph for graph in graphs_of(model, schema)}
+    runs = {file: by_file[file].runner(content) for file, content in graphs.items()}
+    layout = PackedLayout(schema)
+    for file, run in runs.items():
+        sizes = EXPLAINED_SIZES if file == EXPLAINING else CHECKED_SIZES
+        for case, arrays in _cases(schema, sizes, golden):
+            packed = layout.pack(arrays)
+            if "item.onnx" in runs and file != "item.onnx":
+                (packed["items"],) = runs["item.onnx"](packed)
+            for part in by_file[file].parts(packed):
+                expected = by_file[file].eager(part)
+                for output, wanted, found in zip(by_file[file].signature.outputs, expected, run(part), strict=True):
+                    _compare(file, output.name, wanted, found, case)
+
+
+def _compare(file: str, output: str, wanted: NDArray[Any], found: NDArray[Any], case: str) -> None:
+    if found.shape != wanted.shape:
+        raise ExportError(f"{file}: {output} has shape {found.shape}, not {wanted.shape}, at {case}")
+    off = np.abs(found - wanted)
+    # Of what a row adds up, each part is as far off as the largest makes it.
+    largest = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True, initial=0)
+    if not (off <= LOGIT_TOLERANCE * (1 + largest)).all():
+        raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
 
 
 def _cases(schema: Schema, sizes: Iterable[tuple[int, int]], golden: Arrays) -> Iterator[tuple[str, Arrays]]:
     yield "the golden requests", golden
-    for num_requests, num_candidates in sizes:
-        case = f"U={num_requests}, C={num_candidates}"
-        yield case, example(schema, num_requests, num_candidates)
-        yield f"{case}, no history", example(schema, num_requests, num_candidates, history=False)
+    for users, candidates in sizes:
+        case = f"U={users}, C={candidates}"
+        yield case, example(schema, users, candidates)
+        yield f"{case}, no history", example(schema, users, candidates, history=False)
 
 
 def example(schema: Schema, num_requests: int, num_candidates: int, *, history: bool = True) -> Arrays:
@@ -183,35 +174,178 @@ def example(schema: Schema, num_requests: int, num_candidates: int, *, history: 
 
 
 class ServingGraph(nn.Module):
-    """What is exported: inputs by position; out come the logits [C] and their sigmoid, not yet calibrated."""
+    """What is exported: packed tensors by position in, `signature.outputs` out. A subclass for each file."""
 
-    def __init__(self, model: CTRModel, inputs: Sequence[str]) -> None:
+    file: ClassVar[str]
+
+    def __init__(self, model: CTRModel, schema: Schema) -> None:
         super().__init__()
+        assert not model.training, "dropout and batch statistics do not belong in a graph"
         self.model = model
-        self.inputs = tuple(inputs)
-        self.outputs: tuple[str, ...] = OUTPUTS
+        self.schema = schema
+        self.layout = PackedLayout(schema)
+        self.signature = GraphSignature(inputs=self._inputs(), outputs=self._outputs())
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        logit_C = self.model(dict(zip(self.inputs, values, strict=True)))
-        return logit_C, logit_C.sigmoid()
+        return self.compute({i.name: value for i, value in zip(self.signature.inputs, values, strict=True)})
+
+    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def parts(self, packed: Arrays) -> Iterator[Arrays]:
+        """The same requests as this graph takes them: all at once, unless it takes one."""
+        yield packed
+
+    def eager(self, packed: Arrays) -> tuple[NDArray[Any], ...]:
+        """The outputs as PyTorch computes them."""
+        with torch.no_grad():
+            return tuple(o.numpy() for o in self(*(torch.from_numpy(packed[i.name]) for i in self.signature.inputs)))
+
+    def to_onnx(self) -> bytes:
+        """One self-contained ONNX file, dynamic in U and C; at most 2 GB, where the format ends."""
+        dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
+        shapes = tuple(
+            {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in self.signature.inputs
+        )
+        with _known_warnings():
+            program = torch.onnx.export(
+                self,
+                self._example(),
+                dynamo=True,
+                verbose=False,
+                input_names=[i.name for i in self.signature.inputs],
+                output_names=[o.name for o in self.signature.outputs],
+                dynamic_shapes=(shapes,),
+            )
+        assert program is not None
+        content: bytes = program.model_proto.SerializeToString()
+        return content
+
+    def to_torchscript(self) -> bytes:
+        """The same for `torch.jit.load`."""
+        buffer = io.BytesIO()
+        with _known_warnings():
+            traced = torch.jit.trace(self, self._example())  # type: ignore[no-untyped-call]  # torch's
+            torch.jit.save(torch.jit.freeze(traced), buffer)
+        return buffer.getvalue()
+
+    def runner(self, content: bytes) -> Callable[[Arrays], Outputs]:
+        """The exported file as a function of packed tensors."""
+        inputs, outputs = ([tensor.name for tensor in part] for part in (self.signature.inputs, self.signature.outputs))
+        return _run_torchscript(content, inputs) if self.file.endswith(".ts") else _run_onnx(content, outputs)
+
+    def _example(self) -> tuple[Tensor, ...]:
+        packed = self.layout.pack(example(self.schema, *EXAMPLE_SIZES))
+        packed["items"] = np.zeros((EXAMPLE_SIZES[1], item_width(self.model, self.schema)), dtype=np.float32)
+        return tuple(torch.from_numpy(packed[i.name]) for i in self.signature.inputs)
+
+    def _of_request(self) -> tuple[Input, ...]:
+        """The request's packed tensors that the model reads."""
+        reads = _Reads(_tensors(self.layout.pack(example(self.schema, *EXAMPLE_SIZES))))
+        with torch.no_grad():
+            self.model.encode_user(reads)
+        return self.layout.inputs([name for name in reads.names if name.startswith(("request_", "history_"))])
+
+    def _of_items(self) -> tuple[Input, ...]:
+        return self.layout.inputs(self.layout.item.input_names if self.layout.item.fields else ())
+
+    def _item_rows(self) -> Input:
+        return Input(name="items", dtype="float32", dims=("C", item_width(self.model, self.schema)))
+
+    def _inputs(self) -> tuple[Input, ...]:
+        raise NotImplementedError
+
+    def _outputs(self) -> tuple[Input, ...]:
+        return (LOGIT,)
+
+
+class RequestGraph(ServingGraph):
+    """One request and the item rows of its candidates."""
+
+    file = "model.onnx"
+
+    def _inputs(self) -> tuple[Input, ...]:
+        one = tuple(replace(i, dims=(1, *i.dims[1:])) for i in self._of_request())
+        return (*one, self._item_rows())
+
+    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (self.model.score(self.model.encode_user(packed), packed["items"], None),)
+
+    def parts(self, packed: Arrays) -> Iterator[Arrays]:
+        for user in range(num_requests(packed)):
+            rows = np.flatnonzero(packed["user_index"] == user)
+            if rows.size:
+                of_request = {
+                    n: v[user : user + 1] for n, v in packed.items() if n.startswith(("request_", "history_"))
+                }
+                yield {**of_request, "items": packed["items"][rows]}
+
+    def _example(self) -> tuple[Tensor, ...]:
+        return tuple(
+            v[:1] if n.dims[0] == 1 else v for n, v in zip(self.signature.inputs, super()._example(), strict=True)
+        )
+
+
+class ItemGraph(ServingGraph):
+    """The item rows of ads."""
+
+    file = "item.onnx"
+
+    def _inputs(self) -> tuple[Input, ...]:
+        return self._of_items()
+
+    def _outputs(self) -> tuple[Input, ...]:
+        return (self._item_rows(),)
+
+    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (self.model.encode_items(packed),)
+
+
+class BatchedGraph(ServingGraph):
+    """The candidates of several requests joined; `user_index` names each one's."""
+
+    file = "model.batched.onnx"
+
+    def _inputs(self) -> tuple[Input, ...]:
+        return (*self._of_request(), self._item_rows(), *self.layout.inputs(["user_index"]))
+
+    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (self.model.score(self.model.encode_user(packed), packed["items"], packed["user_index"]),)
+
+
+class TorchScriptGraph(BatchedGraph):
+    file = "model.ts"
 
 
 class ExplainingGraph(ServingGraph):
-    """Beside it: out come the logits, and what the model shows of itself."""
+    """Row form with other outputs: the logits, and all that `model.explanations()` names."""
 
-    def __init__(self, model: CTRModel, inputs: Sequence[str]) -> None:
-        super().__init__(model, inputs)
+    file = EXPLAINING
+
+    def __init__(self, model: CTRModel, schema: Schema) -> None:
         self.explanations = model.explanations()
-        self.outputs = ("logit", *(explanation.name for explanation in self.explanations))
+        super().__init__(model, schema)
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        logit_C, shown = explain(self.model, dict(zip(self.inputs, values, strict=True)), self.explanations)
+    def _inputs(self) -> tuple[Input, ...]:
+        return (*self._of_request(), *self._of_items(), *self.layout.inputs(["user_index"]))
+
+    def _outputs(self) -> tuple[Input, ...]:
+        length = self.schema.history_length
+        shown = (Input(name=e.name, dtype="float32", dims=e.dims(length)) for e in self.explanations)
+        return (LOGIT, *shown)
+
+    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        logit_C, shown = explain(self.model, packed, self.explanations)
         return logit_C, *shown.values()
 
 
-def _graph(model: CTRModel, schema: Schema, kind: type[ServingGraph] = ServingGraph) -> ServingGraph:
-    assert not model.training, "dropout and batch statistics do not belong in a graph"
-    return kind(model, [i.name for i in used_inputs(model, schema)]).eval()
+LOGIT = Input(name="logit", dtype="float32", dims=("C",))
+
+
+def item_width(model: CTRModel, schema: Schema) -> int:
+    """W: how many numbers the item half of an ad has."""
+    with torch.no_grad():
+        return model.encode_items(_tensors(PackedLayout(schema).pack(example(schema, *EXAMPLE_SIZES)))).shape[1]
 
 
 class _Reads(dict[str, Tensor]):
@@ -224,19 +358,6 @@ class _Reads(dict[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         self.names.add(name)
         return super().__getitem__(name)
-
-
-Outputs: TypeAlias = tuple[NDArray[Any], ...]
-"""One array for each of a graph's outputs."""
-
-
-def _run_eager(graph: ServingGraph) -> Callable[[Arrays], Outputs]:
-    @torch.no_grad()
-    def run(arrays: Arrays) -> Outputs:
-        tensors = _tensors(arrays)
-        return tuple(output.numpy() for output in graph(*(tensors[name] for name in graph.inputs)))
-
-    return run
 
 
 def _run_onnx(content: bytes, outputs: Sequence[str]) -> Callable[[Arrays], Outputs]:
@@ -258,11 +379,6 @@ def _run_torchscript(content: bytes, inputs: Sequence[str]) -> Callable[[Arrays]
 
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _example_values(schema: Schema, inputs: Sequence[str]) -> tuple[Tensor, ...]:
-    tensors = _tensors(example(schema, *EXAMPLE_SIZES))
-    return tuple(tensors[name] for name in inputs)
 
 
 @contextmanager

@@ -67,9 +67,14 @@ class Explanation(BaseModel):
 
     def shape(self, *, requests: int, candidates: int, history_length: int) -> tuple[int, ...]:
         """The tensor's, as its axes promise it, where so many requests with so many candidates are scored at once."""
-        along: Mapping[str | None, int] = {
-            "request": requests,
-            "candidate": candidates,
+        sizes = {"U": requests, "C": candidates}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims(history_length))
+
+    def dims(self, history_length: int) -> tuple[str | int, ...]:
+        """The tensor's dimensions: "U" requests, "C" candidates, and fixed numbers."""
+        along: Mapping[str | None, str | int] = {
+            "request": "U",
+            "candidate": "C",
             "behaviour": history_length,
             "event": history_length + 1,
         }

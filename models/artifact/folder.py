@@ -24,7 +24,7 @@ from models.artifact.calibration import Calibration
 from models.artifact.errors import ArtifactError
 from models.artifact.explanation import Explanation
 from models.artifact.golden import golden_from_json, golden_to_json
-from models.artifact.manifest import Manifest
+from models.artifact.manifest import GraphSignature, Manifest
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.request import Request
@@ -68,13 +68,15 @@ def write(
     metrics: Mapping[str, Any],
     golden: Golden,
     inputs: Sequence[str],
+    graphs: Mapping[str, GraphSignature],
     data_hash: str,
     files: Mapping[str, bytes],
     explain: Sequence[Explanation] = (),
 ) -> Path:
     """Write one new version and make it the current one; returns its folder.
 
-    `inputs` names the schema's inputs that the exported graphs take; `files` are the graphs and weights by name;
+    `inputs` names the encoder's arrays that the model reads, `graphs` says which tensors each exported graph takes and
+    gives; `files` are the graphs and weights by name;
     `explain` is what explain.onnx gives, if it is among them.
     The folder is written under a temporary name, read back as the service would, and only then renamed: a reader
     never sees half an artifact. Raises ArtifactError when what was written does not read back.
@@ -103,7 +105,7 @@ def write(
                 metrics=dict(metrics),
                 schema_fingerprint=schema.fingerprint,
                 inputs=tuple(i for i in schema.inputs if i.name in inputs),
-                outputs=("logit", "prob"),
+                graphs=dict(graphs),
                 explain=tuple(explain),
                 code_version=_code_version(),
                 data_hash=data_hash,

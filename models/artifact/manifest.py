@@ -1,11 +1,22 @@
 """What an artifact says of itself: the model, where it came from, what its graphs take, the sha256 of its files."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from models.artifact.explanation import Explanation
 from models.features.field import Input
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSignature:
+    """The tensors that a graph takes, by name, and those it gives: packed ones (`models.features.packing`)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Input, ...]
 
 
 class Manifest(BaseModel):
@@ -20,11 +31,18 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     schema_fingerprint: str
     inputs: tuple[Input, ...]
-    outputs: tuple[Literal["logit"], Literal["prob"]]
+    graphs: dict[str, GraphSignature]
     explain: tuple[Explanation, ...] = ()
     code_version: str
     data_hash: str
     files: dict[str, str]
+
+    @property
+    def item_width(self) -> int:
+        """W: how many numbers the item half of an ad has."""
+        width = self.graphs["item.onnx"].outputs[0].dims[-1]
+        assert isinstance(width, int)
+        return width
 
     @property
     def click_rate(self) -> float | None:

@@ -79,7 +79,7 @@ class Dice(nn.Module):
 
 
 def _scale_and_shift(x_nA: Tensor, scale_A: Tensor, shift_A: Tensor) -> Tensor:
-    """x * scale + shift, as a normalisation by 0 and 1: in ONNX Runtime a third of the time of the two operations."""
+    """X * scale + shift, as a normalisation by 0 and 1: in ONNX Runtime a third of the time of the two operations."""
     eps = 1e-5  # the least that cuDNN takes
     mean_A, variance_A = torch.zeros_like(scale_A), torch.full_like(scale_A, 1 - eps)
     return F.batch_norm(x_nA, mean_A, variance_A, weight=scale_A, bias=shift_A, eps=eps)

@@ -77,6 +77,7 @@ class PendingScore:
         "arm",
         "asked_at",
         "busy_s",
+        "cause",
         "deadline",
         "expected_s",
         "experiment",
@@ -88,7 +89,6 @@ class PendingScore:
         "lookup",
         "model",
         "on_outcome",
-        "reasons",
         "request",
         "request_id",
         "run",
@@ -105,7 +105,7 @@ class PendingScore:
         arm: str,
         model: LoadedModel,
         is_shadow: bool = False,
-        reasons: tuple[Degraded, ...] = (),
+        cause: ModelFailed | None = None,
     ) -> None:
         self.request = request
         self.request_id = request_id
@@ -115,7 +115,7 @@ class PendingScore:
         self.arm = arm
         self.model = model
         self.is_shadow = is_shadow
-        self.reasons = reasons  # beside those of the inputs
+        self.cause = cause  # why the arm's own version does not answer, where its previous one is to
         self.expected_s = 0.0
         self.asked_at = 0.0
         self.busy_s = 0.0
@@ -432,21 +432,23 @@ class Scorer:
         model = pending.model
         self._end(pending)
         self._count(pending, ctr)
-        self._resolve(pending, ctr, (*pending.input.degraded, *pending.reasons))
+        self._resolve(pending, model, ctr, _degraded(pending.input.degraded, pending.cause))
         model.served.latency.observe(pending.num_candidates, pending.busy_s + time.perf_counter() - started)
         if not pending.is_shadow:
             self.recent.add(pending.arm, pending.request)  # only what a model could take: a load replays it
             if pending.experiment.shadow:
                 self._start_shadows(pending)
 
-    def _resolve(self, pending: PendingScore, ctr: NDArray[np.float64], degraded: Sequence[Degraded]) -> None:
+    def _resolve(
+        self, pending: PendingScore, model: LoadedModel, ctr: NDArray[np.float64], degraded: Sequence[Degraded]
+    ) -> None:
         pending.on_outcome(
             Scored(
                 request_id=pending.request_id,
                 experiment=pending.experiment.name,
                 arm=pending.arm,
-                model=pending.model.name,
-                version=pending.model.version,
+                model=model.name,
+                version=model.version,
                 ctr=ctr,
                 degraded=degraded,
             )
@@ -463,7 +465,7 @@ class Scorer:
             metrics.unknown_values(name).inc(number)
         if of_input.num_unnamed:
             metrics.unknown_values(OTHER_FIELD).inc(of_input.num_unnamed)
-        for reason in (*of_input.degraded, *pending.reasons):
+        for reason in _degraded(of_input.degraded, pending.cause):
             metrics.degraded(reason).inc()
         if pending.request.behaviours is None and pending.fetched is not None and pending.lookup is not None:
             history = pending.fetched.behaviours
@@ -486,11 +488,13 @@ class Scorer:
         latency = pending.model.served.latency
         if isinstance(err, WouldBeLate) and latency.expected_s(pending.num_candidates) > pending.deadline.left_s:
             latency.decay()
+        if pending.cause is not None and err.reason not in STANDS_IN:
+            err = pending.cause  # what the previous version has against the request is not the client's fault
         if pending.is_shadow or err.reason not in STANDS_IN:
             pending.on_outcome(err)
             return
         previous = self._models.previous(pending.arm)
-        if isinstance(err, ModelFailed) and previous is not None and not pending.reasons:
+        if isinstance(err, ModelFailed) and previous is not None and pending.cause is None:
             log.error("model failed", extra={"arm": pending.arm, "cause": str(err.__cause__ or err)})
             self._begin(
                 PendingScore(
@@ -501,11 +505,12 @@ class Scorer:
                     experiment=pending.experiment,
                     arm=pending.arm,
                     model=previous,
-                    reasons=(Degraded.PREVIOUS_VERSION,),
+                    cause=err,
                 )
             )
             return
-        rate = self._models.get(pending.arm).artifact.manifest.click_rate
+        model = self._models.get(pending.arm)
+        rate = model.artifact.manifest.click_rate
         if self._fallback == "none" or rate is None:
             pending.on_outcome(err)
             return
@@ -513,7 +518,7 @@ class Scorer:
         ctr = np.full(pending.num_candidates, rate)
         self._metrics.degraded(reason).inc()
         self._metrics.arm(pending.arm).scored(ctr)
-        self._resolve(pending, ctr, (reason,))
+        self._resolve(pending, model, ctr, (reason,))
 
     def _end(self, pending: PendingScore) -> None:
         pending.is_done = True
@@ -550,6 +555,10 @@ class Scorer:
             self._metrics.rejected(outcome.reason).inc()
         elif isinstance(outcome, Exception):  # behind an answer there is nobody else to tell
             log.error("unforeseen error of a shadow arm", exc_info=outcome)
+
+
+def _degraded(reasons: Sequence[Degraded], cause: ModelFailed | None) -> Sequence[Degraded]:
+    return reasons if cause is None else [*reasons, Degraded.PREVIOUS_VERSION]
 
 
 NOTHING_FETCHED = Fetched(user=None, behaviours=NO_HISTORY, items=[])

@@ -1,5 +1,7 @@
 """A model small enough to score by hand, written as an artifact: one number per known value, added up."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,12 @@ from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
 from models.artifact.folder import EXPLAINING, Golden
+from models.artifact.manifest import GraphSignature
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
-from models.features.field import FIRST, FieldSpec
+from models.features.field import FIRST, FieldSpec, Input
 from models.features.history import Event
+from models.features.packing import PackedGroup, PackedLayout
 from models.features.request import Request
 from models.features.schema import Schema, SchemaSpec
 
@@ -44,6 +48,7 @@ SCHEMA = SchemaSpec(
         "genres": [["x"], ["y"], ["x", "z"], []],
     }
 )
+UNREAD = ("hist_mask", "hist_age")
 CLICK_RATE = 0.125
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
 LAYOUT = PackedLayout(SCHEMA)
@@ -141,7 +146,9 @@ class Graph:
 
     def to_bytes(self, inputs: Sequence[Input], outputs: Sequence[Input]) -> bytes:
         types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
-        infos = [[helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in part] for part in (inputs, outputs)]
+        infos = [
+            [helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in part] for part in (inputs, outputs)
+        ]
         graph = helper.make_graph(self._nodes, "tiny", *infos, self._weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
         onnx.checker.check_model(model)
@@ -235,10 +242,11 @@ def write(
         metrics={"test_auc": 0.5, "valid": {"click_rate": CLICK_RATE}},
         golden=Golden(requests=GOLDEN, arrays=arrays, logits=score(arrays, seed=seed) + offset),
         inputs=[i.name for i in schema.inputs if i.name not in UNREAD],
+        graphs=SIGNATURES if explaining_seed is not None else {n: SIGNATURES[n] for n in ("model.onnx", "item.onnx")},
         data_hash="none",
         files={
-            **(files or {"model.onnx": to_onnx(seed)}),
-            **({} if explaining_seed is None else {EXPLAINING: to_onnx(explaining_seed, explaining=True)}),
+            **(files or graphs(seed)),
+            **({} if explaining_seed is None else {EXPLAINING: explaining_graph(explaining_seed)}),
         },
         explain=() if explaining_seed is None else EXPLANATIONS,
     )

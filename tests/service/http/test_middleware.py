@@ -87,7 +87,9 @@ async def test_a_flood_of_refusals_is_logged_once_a_second_with_their_number(
         monkeypatch.setattr("service.http.middleware.LOG_EVERY_S", 0.0)
         wrong = [await service.predict(candidates=[]) for _ in range(2)]
         entries = [vars(record) for record in caplog.records if record.msg == "refused"]
-        monkeypatch.setattr("service.http.middleware.time", SimpleNamespace(monotonic=lambda: 1e12, perf_counter=time.perf_counter))
+        monkeypatch.setattr(
+            "service.http.middleware.time", SimpleNamespace(monotonic=lambda: 1e12, perf_counter=time.perf_counter)
+        )
         await service.predict(candidates=[{"id": "a1"}], timeout_ms=1e-6)
         later = vars(caplog.records[-1])["times"]
         counted = await service.metric('clickserve_rejected_total{reason="deadline"}')

@@ -13,10 +13,9 @@ import pytest
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import make_current
 from service.experiments.assignment import Arm
-from service.observability.metrics import Metrics
 from service.registry.loader import ModelLoader
 from service.registry.registry import ModelRegistry
-from service.runtime.batcher import Runner
+from service.runtime import backends
 from tests.service import tiny
 
 pytestmark = pytest.mark.usefixtures("measured_once")
@@ -30,34 +29,33 @@ def arm(name: str = "one", **changes: object) -> Arm:
 
 @pytest.fixture
 async def load(tmp_path: Path) -> AsyncIterator[Load]:
-    runner = Runner(Metrics(), max_queued_candidates=1000)
-    yield partial(
-        ModelRegistry.load, ModelLoader(root=tmp_path, runner=runner, max_candidates=1000, keep_behaviours=200)
-    )
-    await runner.aclose()
+    loader = ModelLoader(root=tmp_path, max_candidates=1000, keep_behaviours=200, item_rows=100, fresh_s=10)
+    yield partial(ModelRegistry.load, loader)
 
 
 async def test_every_arm_has_its_model(load: Load, tmp_path: Path) -> None:
     tiny.write(tmp_path, "tiny", seed=1)
     tiny.write(tmp_path, "other", seed=2)
 
-    catalog = load([arm(), arm("two", model="other")])
+    registry = load([arm(), arm("two", model="other")])
 
-    arrays = catalog.models["one"].artifact.golden.arrays
     for name, seed in (("one", 1), ("two", 2)):
-        assert np.allclose(catalog.models[name].backend.run(arrays), tiny.score(arrays, seed=seed), atol=1e-6)
-    await catalog.aclose()
+        model = registry.get(name)
+        arrays = model.artifact.golden.arrays
+        scores = backends.score(model.served.backend, model.item_graph, tiny.LAYOUT.pack(arrays))
+        assert np.allclose(scores, tiny.score(arrays, seed=seed), atol=1e-6)
+    await registry.aclose()
 
 
 async def test_arms_of_one_artifact_share_it(load: Load, tmp_path: Path) -> None:
     version = tiny.write(tmp_path).name
     tiny.write(tmp_path, seed=2)
 
-    catalog = load([arm(version=version), arm("same", version=version), arm("newer")])
+    registry = load([arm(version=version), arm("same", version=version), arm("newer")])
 
-    assert catalog.models["one"] is catalog.models["same"]
-    assert catalog.models["one"] is not catalog.models["newer"]
-    await catalog.aclose()
+    assert registry.models["one"] is registry.models["same"]
+    assert registry.models["one"] is not registry.models["newer"]
+    await registry.aclose()
 
 
 def lies(root: Path) -> None:
@@ -72,7 +70,7 @@ def is_damaged(root: Path) -> None:
 
 
 def is_no_graph(root: Path) -> None:
-    tiny.write(root, files={"model.onnx": b"not a graph"})
+    tiny.write(root, files={**tiny.graphs(1), "model.onnx": b"not a graph"})
 
 
 def has_no_graph(root: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from models.features.arrays import Arrays
 from service.errors import FieldError, InvalidValue, WouldBeLate
 from service.runtime.onnx_cpu import OnnxBackend
-from service.scoring.admission import Pace
-from service.scoring.model_inputs import Inputs
+from service.scoring.admission import AdmissionController
+from service.scoring.model_inputs import ModelInputBuilder
 from tests.service import tiny
 from tests.service.conftest import Running, Start
 
@@ -48,7 +48,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate, run = Gate(), OnnxBackend.run
 
     def gated(self: OnnxBackend, arrays: Arrays) -> np.ndarray:
-        gate.runs.append(len(arrays["user_index"]))
+        gate.runs.append(len(arrays.get("items", ())))
         assert gate.open.wait(10)
         return run(self, arrays)
 
@@ -59,10 +59,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 async def swapped(service: Running, versions: list[str]) -> None:
     """Every one of the versions in turn becomes the arm's."""
-    assert service.api.service is not None
-    catalog = service.api.service.registry
+    registry = service.parts.registry
     for version in versions:
-        catalog.flip("one", await asyncio.to_thread(catalog.read, "one", version))
+        registry.flip("one", await asyncio.to_thread(registry.read, "one", version))
 
 
 def version_names(root: Path) -> list[str]:
@@ -126,14 +125,15 @@ async def test_what_the_previous_version_cannot_take_is_not_the_clients_fault(
     async with start(artifacts_dir=broken, experiment=ALONE, fallback=fallback) as service:
         await swapped(service, [good, bad])
         previous = service.parts.registry.previous("one")
-        read = Inputs.read
+        assert previous is not None
+        build = ModelInputBuilder.build
 
-        async def refuse(inputs: Inputs, model: Any, given: Any, deadline: Any) -> Any:
-            if model is previous:
+        def refuse(inputs: ModelInputBuilder, *arguments: Any) -> Any:
+            if inputs is previous.inputs:
                 raise InvalidValue([FieldError(pointer="/context", expected="another schema's", got="this one's")])
-            return await read(inputs, model, given, deadline)
+            return build(inputs, *arguments)
 
-        monkeypatch.setattr(Inputs, "read", refuse)
+        monkeypatch.setattr(ModelInputBuilder, "build", refuse)
         answer = await service.predict(candidates=POISONED)
 
     assert answer.status_code == status
@@ -148,14 +148,15 @@ async def test_a_client_is_never_told_a_click_rate_for_his_own_mistake(start: St
     assert answer.status_code == 422
 
 
-@pytest.mark.parametrize(("fallback", "status", "fetches"), [("none", 503, 0), ("prior", 200, 1)])
+@pytest.mark.parametrize(("fallback", "status", "fetches"), [("none", 503, 0), ("prior", 200, 0)])
 async def test_under_overload_a_request_is_refused_before_any_work_unless_the_click_rate_may_stand_in(
     start: Start, monkeypatch: pytest.MonkeyPatch, fallback: str, status: int, fetches: int
 ) -> None:
-    def full(pace: Pace, deadline: Any) -> None:
+    def full(admission: AdmissionController, *arguments: Any) -> None:
         raise WouldBeLate(1.0)
 
-    monkeypatch.setattr(Pace, "check", full)
+    monkeypatch.setattr(AdmissionController, "check", full)
+    monkeypatch.setattr(AdmissionController, "admit", full)
     async with start(experiment=ALONE, fallback=fallback) as service:
         answer = await service.predict(user={"id": "u1"}, candidates=[{"id": "a1"}])
 
@@ -167,7 +168,9 @@ async def test_under_overload_a_request_is_refused_before_any_work_unless_the_cl
 async def test_behind_a_model_that_hangs_every_answer_is_out_at_its_deadline(
     start: Start, gate: Gate, fallback: str, status: int
 ) -> None:
-    async with start(experiment=ALONE, fallback=fallback) as service:
+    async with start(experiment=ALONE, fallback=fallback, inline_run_ms=0) as service:
+        await service.predict(candidates=[{"id": "a1"}])  # its row is made, and cached
+        service.parts.scorer.recent._by_arm.clear()
         gate.open.clear()
         started = time.monotonic()
         first = await service.predict(candidates=[{"id": "a1"}], timeout_ms=100)
@@ -225,6 +228,7 @@ async def test_a_shadow_arm_scores_what_another_answers(shadowing: Running) -> N
 
 async def test_a_shadow_arm_without_a_share_scores_nothing(start: Start, gate: Gate) -> None:
     async with start(experiment=shadowed(0)) as service:
+        await service.predict(candidates=[{"id": "a1"}])  # its row is made, and cached
         warmed = len(gate.runs)
         for _ in range(3):
             await service.predict(candidates=[{"id": "a1"}])
