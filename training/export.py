@@ -1,6 +1,10 @@
-"""A trained model as the graphs that serving runs, ONNX and TorchScript, proven equal to it and packed for serving.
+"""A trained model as the graphs that serving runs, proven equal to it and packed for serving.
 
-What the model shows of itself is a graph of its own, explain.onnx: the others stay as fast as they are without it.
+- `item.onnx` makes an ad's item row, once per version; `model.onnx` scores one request's candidates by their rows;
+- `model.batched.onnx` and `model.ts` (TorchScript) do so for the joined candidates of several requests;
+- `explain.onnx` gives, from the ads' ids, what the model shows of itself beside the logits.
+
+All take packed inputs (`models.features.packing`).
 """
 
 import copy
@@ -10,10 +14,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -21,24 +27,33 @@ from torch import Tensor, nn
 
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
-from models.artifact.folder import EXPLAINING, LOGIT_TOLERANCE, Golden
+from models.artifact.folder import LOGIT_TOLERANCE, Golden
+from models.artifact.manifest import BATCHED, EXPLAINING, ITEM, MODEL, TORCHSCRIPT, Graph
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.field import PAD, Input, input_name
+from models.features.packing import PackedLayout, slice_candidates
 from models.features.request import Request
 from models.features.schema import Schema
-from models.layers.base import CTRModel, explain
+from models.layers.base import CTRModel, explain, shown
+from models.layers.folding import folded_weights
+from models.layers.intermediates import recording
 
 # From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-OUTPUTS = ("logit", "prob")
 # Exporters take a size of 0 or 1 for a constant, and equal sizes for the same dimension.
 EXAMPLE_SIZES = (3, 5)  # U, C
 LONGEST_AGE_S = 40_000_000  # of an event in an example: more than a year
 CHECKED_SIZES = ((1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 2), (2, 100), (2, 1000))
-EXPLAINED_SIZES = ((1, 1), (1, 20), (2, 5))  # the service explains one request of a few candidates
+MOST_EXPLAINED = 20  # candidates: the service explains one request of a few
+
+
+Outputs: TypeAlias = tuple[NDArray[Any], ...]
+"""One array for each of a graph's outputs."""
+Run: TypeAlias = Callable[[Arrays], Outputs]
+"""Reads what the graph takes from among packed arrays."""
 
 
 class ExportError(RuntimeError):
@@ -60,15 +75,15 @@ def export(
     """Write a trained model's artifact under `out`, read it back as the service does, and return its folder.
 
     `golden_requests`, about 32 raw ones, stay in the artifact with the scores that the model gives them now.
-    Raises ExportError where a graph and the model differ, ArtifactError where the folder does not read back.
+    Raises ExportError where a graph and the model differ or the schema has no item field, ArtifactError where the
+    folder does not read back.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     arrays = concat([Encoder(schema).encode(request) for request in golden_requests])
-    graphs = {"model.onnx": to_onnx(model, schema), "model.ts": to_torchscript(model, schema)}
-    if model.explanations():
-        graphs[EXPLAINING] = to_explaining_onnx(model, schema)
+    graphs = to_graphs(model, schema)
     check(model, schema, graphs, golden=arrays)
-    logits, _ = _run_eager(_graph(model, schema))(arrays)
+    with torch.no_grad():
+        logits = model(_tensors(arrays)).numpy()
     return artifact.write(
         out,
         model=name,
@@ -78,6 +93,7 @@ def export(
         metrics=metrics,
         golden=Golden(requests=tuple(golden_requests), arrays=arrays, logits=logits),
         inputs=[i.name for i in used_inputs(model, schema)],
+        graphs=signatures(model, schema),
         data_hash=data_hash,
         files={**graphs, "weights.safetensors": safetensors.torch.save(model.state_dict())},
         explain=model.explanations(),
@@ -92,66 +108,207 @@ def used_inputs(model: CTRModel, schema: Schema) -> tuple[Input, ...]:
     return tuple(i for i in schema.inputs if i.name in reads.names)
 
 
-def to_onnx(model: CTRModel, schema: Schema) -> bytes:
-    """A model in eval mode as one self-contained ONNX file, dynamic in U and C; at most 2 GB, where the format ends."""
-    return _to_onnx(_graph(model, schema), schema)
+def signatures(model: CTRModel, schema: Schema) -> dict[str, Graph]:
+    """What each graph of the model takes and gives, by the graph's file name; dimensions are U, C or a number."""
+    layout, tensors = PackedLayout(schema), _tensors(_packed(schema, *EXAMPLE_SIZES))
+    reads, item_reads = _Reads(tensors), _Reads(tensors)
+    with torch.no_grad():
+        model.encode_user(reads)
+        width = model.encode_items(item_reads).shape[1]
+    items = Input(name="items", dtype="float32", dims=("C", width))
+    logit = Input(name="logit", dtype="float32", dims=("C",))
+    (user_index,) = layout.inputs(["user_index"])
+    request, item = layout.inputs([*reads.names]), layout.inputs([*item_reads.names])
+    if not item or not {i.name for i in item} <= {*layout.item.input_names}:
+        names = ", ".join(sorted(item_reads.names)) or "nothing"
+        raise ExportError(
+            f"an item row depends on the schema's item fields alone, and on some; this model's reads {names}"
+        )
+    one_request = tuple(replace(i, dims=(1, *i.dims[1:])) for i in request)
+    graphs = {
+        MODEL: Graph(inputs=(*one_request, items), outputs=(logit,)),
+        BATCHED: Graph(inputs=(*request, items, user_index), outputs=(logit,)),
+        TORCHSCRIPT: Graph(inputs=(*request, items, user_index), outputs=(logit,)),
+        ITEM: Graph(inputs=item, outputs=(items,)),
+    }
+    if model.explanations():
+        length = schema.history_length
+        tensors_shown = tuple(
+            Input(name=explanation.name, dtype="float32", dims=explanation.dims(history_length=length))
+            for explanation in model.explanations()
+        )
+        graphs[EXPLAINING] = Graph(inputs=(*request, *item, user_index), outputs=(logit, *tensors_shown))
+    return graphs
 
 
-def to_explaining_onnx(model: CTRModel, schema: Schema) -> bytes:
-    """The same with other outputs: the logits, and all that `model.explanations()` names."""
-    return _to_onnx(_graph(model, schema, ExplainingGraph), schema)
+def to_graphs(model: CTRModel, schema: Schema) -> dict[str, bytes]:
+    """The graphs of a model in eval mode, by file name, each self-contained; at most 2 GB together, where ONNX ends.
+
+    Tracing takes nearly all the time, so there are two: of one request, and of several from their ids on, whose parts
+    are the item half, the batched graph and the explaining one.
+    """
+    assert not model.training, "dropout and batch statistics do not belong in a graph"
+    graphs = signatures(model, schema)
+    explained = graphs[EXPLAINING].outputs[1:] if EXPLAINING in graphs else ()
+    (items,), (logit,) = graphs[ITEM].outputs, graphs[MODEL].outputs
+    *request, _, user_index = graphs[BATCHED].inputs
+    composed = Graph(inputs=(*request, *graphs[ITEM].inputs, user_index), outputs=(logit, items, *explained))
+    with folded_weights():
+        whole = _to_onnx(_ComposedGraph(model, composed), composed, schema)
+        contents = {
+            MODEL: _to_onnx(_ScoringGraph(model, graphs[MODEL]), graphs[MODEL], schema).SerializeToString(),
+            TORCHSCRIPT: _to_torchscript(_ScoringGraph(model, graphs[TORCHSCRIPT]), graphs[TORCHSCRIPT], schema),
+        }
+    for file in (ITEM, BATCHED, *([EXPLAINING] if explained else [])):
+        contents[file] = _part(whole, graphs[file]).SerializeToString()
+    return contents
 
 
-def _to_onnx(graph: "ServingGraph", schema: Schema) -> bytes:
-    inputs = [i for i in schema.inputs if i.name in graph.inputs]
+class _ScoringGraph(nn.Module):
+    """Inputs by position; out come the logits [C], not calibrated. Without `user_index` all are of one request."""
+
+    def __init__(self, model: CTRModel, graph: Graph) -> None:
+        super().__init__()
+        self.model, self.names = model, [i.name for i in graph.inputs]
+
+    def forward(self, *values: Tensor) -> Tensor:
+        inputs = dict(zip(self.names, values, strict=True))
+        return self.model.score(self.model.encode_user(inputs), inputs["items"], inputs.get("user_index"))
+
+
+class _ComposedGraph(nn.Module):
+    """Inputs by position; out come the logits, the item rows they were made of, and what the model shows of itself."""
+
+    def __init__(self, model: CTRModel, graph: Graph) -> None:
+        super().__init__()
+        self.model, self.names, self.explanations = model, [i.name for i in graph.inputs], model.explanations()
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(self.names, values, strict=True))
+        items_CW = self.model.encode_items(inputs)
+        if not self.explanations:
+            return self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"]), items_CW
+        with recording() as recorded:
+            logit_C = self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"])
+        return logit_C, items_CW, *shown(recorded, self.explanations).values()
+
+
+def _to_onnx(module: nn.Module, graph: Graph, schema: Schema) -> onnx.ModelProto:
+    values = _example_values(graph, schema)
     dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
-    shapes = tuple({axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs)
-    with _known_warnings():
+    shapes = tuple({axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in graph.inputs)
+    with _known_warnings(), torch.no_grad():
+        module.eval()(*values)  # computes what `folded_weights` keeps, before anything is traced
+        # Exported here, as torch.onnx would make of a size that is not free a constant, and say nothing.
+        exported = torch.export.export(module, values, dynamic_shapes=(shapes,))
         program = torch.onnx.export(
-            graph,
-            _example_values(schema, graph.inputs),
+            exported,
             dynamo=True,
             verbose=False,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=(shapes,),
+            input_names=[i.name for i in graph.inputs],
+            output_names=[o.name for o in graph.outputs],
         )
     assert program is not None
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    proto: onnx.ModelProto = program.model_proto
+    return _part(proto, graph)
 
 
-def to_torchscript(model: CTRModel, schema: Schema) -> bytes:
-    """The same for `torch.jit.load`; inputs go by position."""
-    graph = _graph(model, schema)
+def _to_torchscript(module: nn.Module, graph: Graph, schema: Schema) -> bytes:
     buffer = io.BytesIO()
-    with _known_warnings():
-        traced = torch.jit.trace(graph, _example_values(schema, graph.inputs))  # type: ignore[no-untyped-call]  # torch's
+    with _known_warnings(), torch.no_grad():
+        traced = torch.jit.trace(module.eval(), _example_values(graph, schema))  # type: ignore[no-untyped-call]  # torch's
         torch.jit.save(torch.jit.freeze(traced), buffer)
     return buffer.getvalue()
 
 
+def _part(proto: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+    """Those nodes and constants of an ONNX model that make these outputs of these inputs."""
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    constants = {constant.name: constant for constant in proto.graph.initializer}
+    inputs = {i.name for i in graph.inputs}
+    used: set[str] = set()
+    pending = [output.name for output in graph.outputs]
+    while pending:
+        name = pending.pop()
+        if name in used or name in inputs or not name:
+            continue
+        used.add(name)
+        if name in makers:
+            pending += makers[name].input
+        elif name not in constants:
+            raise ExportError(
+                f"{', '.join(o.name for o in graph.outputs)} depends on {name}, which is no input of its graph"
+            )
+    nodes = [node for node in proto.graph.node if used & {*node.output}]
+    part = onnx.helper.make_graph(
+        nodes,
+        proto.graph.name,
+        [_value_info(i) for i in graph.inputs],
+        [_value_info(o) for o in graph.outputs],
+        [constant for name, constant in constants.items() if name in used],
+    )
+    return onnx.helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+
+
+def _value_info(value: Input) -> onnx.ValueInfoProto:
+    kinds = {"int64": onnx.TensorProto.INT64, "float32": onnx.TensorProto.FLOAT, "bool": onnx.TensorProto.BOOL}
+    return onnx.helper.make_tensor_value_info(value.name, kinds[value.dtype], value.dims)
+
+
 def check(model: CTRModel, schema: Schema, graphs: Mapping[str, bytes], *, golden: Arrays) -> None:
     """Compare the graphs, each by its file's name, with the model: at several sizes, with and without history, on the
-    golden requests. Raises ExportError, saying which output of which graph is off, at which sizes and by how much.
+    golden requests. The item rows that scoring graphs are fed are those of item.onnx.
+
+    Raises ExportError, saying which output of which graph is off, at which sizes and by how much.
     """
-    for file, content in graphs.items():
-        graph = _graph(model, schema, ExplainingGraph if file == EXPLAINING else ServingGraph)
-        run = _run_torchscript(content, graph.inputs) if file.endswith(".ts") else _run_onnx(content, graph.outputs)
-        eager = _run_eager(graph)
-        for case, arrays in _cases(schema, EXPLAINED_SIZES if file == EXPLAINING else CHECKED_SIZES, golden):
-            for output, wanted, found in zip(graph.outputs, eager(arrays), run(arrays), strict=True):
-                if found.shape != wanted.shape:
-                    raise ExportError(f"{file}: {output} has shape {found.shape}, not {wanted.shape}, at {case}")
-                off = np.abs(found - wanted)
-                # Of what a row adds up, each part is as far off as the largest makes it.
-                largest = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True, initial=0)
-                if not (off <= LOGIT_TOLERANCE * (1 + largest)).all():
-                    raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
+    known = signatures(model, schema)
+    layout = PackedLayout(schema)
+    make_items = _run_onnx(graphs[ITEM], known[ITEM])
+    runs = {
+        file: _run_torchscript(content, known[file]) if file == TORCHSCRIPT else _run_onnx(content, known[file])
+        for file, content in graphs.items()
+        if file != ITEM
+    }
+    for case, arrays in _cases(schema, CHECKED_SIZES, golden):
+        is_explained = case == _GOLDEN or len(arrays["user_index"]) <= MOST_EXPLAINED
+        packed = layout.pack(arrays)
+        (packed["items"],) = make_items(packed)
+        expected = _eager(model, arrays, shows=EXPLAINING in graphs and is_explained)
+        for file, run in runs.items():
+            if file == EXPLAINING and not is_explained:
+                continue
+            found = _one_by_one(run, packed) if file == MODEL else run(packed)
+            for output, value in zip(known[file].outputs, found, strict=True):
+                _compare(file, output.name, value, expected[output.name], case)
+
+
+_GOLDEN = "the golden requests"
+
+
+def _compare(file: str, output: str, found: NDArray[Any], expected: NDArray[Any], case: str) -> None:
+    if found.shape != expected.shape:
+        raise ExportError(f"{file}: {output} has shape {found.shape}, not {expected.shape}, at {case}")
+    off = np.abs(found - expected)
+    # Of what a row adds up, each part is as far off as the largest makes it.
+    largest = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True, initial=0)
+    if not (off <= LOGIT_TOLERANCE * (1 + largest)).all():
+        raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
+
+
+def _one_by_one(run: Run, packed: Arrays) -> Outputs:
+    """Joined requests scored each on its own, as the graph of one request does, in the candidates' order."""
+    index_C = packed["user_index"]
+    logits_C = np.empty(len(index_C), dtype=np.float32)
+    for user in np.unique(index_C).tolist():
+        rows = np.flatnonzero(index_C == user)
+        alone = slice_candidates(packed, rows)
+        by_request = {n: a[user : user + 1] for n, a in alone.items() if n.startswith(("request_", "history_"))}
+        (logits_C[rows],) = run(alone | by_request)
+    return (logits_C,)
 
 
 def _cases(schema: Schema, sizes: Iterable[tuple[int, int]], golden: Arrays) -> Iterator[tuple[str, Arrays]]:
-    yield "the golden requests", golden
+    yield _GOLDEN, golden
     for num_requests, num_candidates in sizes:
         case = f"U={num_requests}, C={num_candidates}"
         yield case, example(schema, num_requests, num_candidates)
@@ -182,36 +339,47 @@ def example(schema: Schema, num_requests: int, num_candidates: int, *, history: 
     return arrays
 
 
-class ServingGraph(nn.Module):
-    """What is exported: inputs by position; out come the logits [C] and their sigmoid, not yet calibrated."""
-
-    def __init__(self, model: CTRModel, inputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = tuple(inputs)
-        self.outputs: tuple[str, ...] = OUTPUTS
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        logit_C = self.model(dict(zip(self.inputs, values, strict=True)))
-        return logit_C, logit_C.sigmoid()
+def _run_onnx(content: bytes, graph: Graph) -> Run:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    outputs = [o.name for o in graph.outputs]
+    return lambda packed: tuple(session.run(outputs, {i.name: packed[i.name] for i in graph.inputs}))
 
 
-class ExplainingGraph(ServingGraph):
-    """Beside it: out come the logits, and what the model shows of itself."""
+def _run_torchscript(content: bytes, graph: Graph) -> Run:
+    with _known_warnings():
+        loaded = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]  # torch's
 
-    def __init__(self, model: CTRModel, inputs: Sequence[str]) -> None:
-        super().__init__(model, inputs)
-        self.explanations = model.explanations()
-        self.outputs = ("logit", *(explanation.name for explanation in self.explanations))
+    @torch.no_grad()
+    def run(packed: Arrays) -> Outputs:
+        return (loaded(*(torch.from_numpy(packed[i.name]) for i in graph.inputs)).numpy(),)
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        logit_C, shown = explain(self.model, dict(zip(self.inputs, values, strict=True)), self.explanations)
-        return logit_C, *shown.values()
+    return run
 
 
-def _graph(model: CTRModel, schema: Schema, kind: type[ServingGraph] = ServingGraph) -> ServingGraph:
-    assert not model.training, "dropout and batch statistics do not belong in a graph"
-    return kind(model, [i.name for i in used_inputs(model, schema)]).eval()
+@torch.no_grad()
+def _eager(model: CTRModel, arrays: Arrays, *, shows: bool) -> Arrays:
+    """The model's own logits of the encoder's arrays, by name, and what it shows of itself where that is asked for."""
+    logit_C, tensors = explain(model, _tensors(arrays)) if shows else (model(_tensors(arrays)), {})
+    return {"logit": logit_C.numpy(), **{name: tensor.numpy() for name, tensor in tensors.items()}}
+
+
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _packed(schema: Schema, num_requests: int, num_candidates: int) -> Arrays:
+    return PackedLayout(schema).pack(example(schema, num_requests, num_candidates))
+
+
+def _example_values(graph: Graph, schema: Schema) -> tuple[Tensor, ...]:
+    num_requests, num_candidates = EXAMPLE_SIZES
+    if "user_index" not in {i.name for i in graph.inputs}:
+        num_requests = 1  # and a constant of the graph
+    packed = _packed(schema, num_requests, num_candidates)
+    for i in graph.inputs:
+        if i.name == "items":
+            packed["items"] = np.zeros(i.shape(users=num_requests, candidates=num_candidates), dtype=np.float32)
+    return tuple(torch.from_numpy(packed[i.name]) for i in graph.inputs)
 
 
 class _Reads(dict[str, Tensor]):
@@ -224,45 +392,6 @@ class _Reads(dict[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         self.names.add(name)
         return super().__getitem__(name)
-
-
-Outputs: TypeAlias = tuple[NDArray[Any], ...]
-"""One array for each of a graph's outputs."""
-
-
-def _run_eager(graph: ServingGraph) -> Callable[[Arrays], Outputs]:
-    @torch.no_grad()
-    def run(arrays: Arrays) -> Outputs:
-        tensors = _tensors(arrays)
-        return tuple(output.numpy() for output in graph(*(tensors[name] for name in graph.inputs)))
-
-    return run
-
-
-def _run_onnx(content: bytes, outputs: Sequence[str]) -> Callable[[Arrays], Outputs]:
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    return lambda arrays: tuple(session.run(list(outputs), {name: arrays[name] for name in names}))
-
-
-def _run_torchscript(content: bytes, inputs: Sequence[str]) -> Callable[[Arrays], Outputs]:
-    with _known_warnings():
-        graph = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]  # torch's
-
-    @torch.no_grad()
-    def run(arrays: Arrays) -> Outputs:
-        return tuple(output.numpy() for output in graph(*(torch.from_numpy(arrays[name]) for name in inputs)))
-
-    return run
-
-
-def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _example_values(schema: Schema, inputs: Sequence[str]) -> tuple[Tensor, ...]:
-    tensors = _tensors(example(schema, *EXAMPLE_SIZES))
-    return tuple(tensors[name] for name in inputs)
 
 
 @contextmanager

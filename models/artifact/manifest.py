@@ -1,11 +1,28 @@
 """What an artifact says of itself: the model, where it came from, what its graphs take, the sha256 of its files."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from models.artifact.explanation import Explanation
 from models.features.field import Input
+
+MODEL = "model.onnx"  # one request's candidates, by their item rows
+BATCHED = "model.batched.onnx"  # the same of several requests joined
+TORCHSCRIPT = "model.ts"  # the same for torch.jit.load; inputs go by position
+ITEM = "item.onnx"  # ads to item rows
+EXPLAINING = "explain.onnx"  # several requests from their ads' ids on: the logits, then what `explain` lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The tensors that one graph takes, in order, and gives: dimensions are "U" requests, "C" candidates, or fixed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Input, ...]
 
 
 class Manifest(BaseModel):
@@ -19,12 +36,20 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, Any]
     schema_fingerprint: str
-    inputs: tuple[Input, ...]
-    outputs: tuple[Literal["logit"], Literal["prob"]]
+    inputs: tuple[Input, ...]  # of the encoder's arrays, those that the model reads
+    graphs: dict[str, Graph]  # by file name
     explain: tuple[Explanation, ...] = ()
     code_version: str
     data_hash: str
     files: dict[str, str]
+
+    @property
+    def item_width(self) -> int:
+        """W: how many numbers an item row has."""
+        (items,) = self.graphs[ITEM].outputs
+        width = items.dims[-1]
+        assert isinstance(width, int)
+        return width
 
     @property
     def click_rate(self) -> float | None:

@@ -537,7 +537,7 @@ class GlobalInteraction(nn.Module):
         """The softmax over all groups, in their order."""
         groups = list(self.candidate_groups)
         if "omega" in state:
-            omega_CL = torch.cat([omega_CL, of_request(state["omega"], user_index, len(omega_CL))], dim=1)
+            omega_CL = torch.cat([omega_CL, of_request(state["omega"], user_index, omega_CL.shape[0])], dim=1)
             groups += self.request_groups
         return torch.stack([omega_CL[:, groups.index(group)] for group in self.groups], dim=1) / total_C1
 
