@@ -185,10 +185,11 @@ class _ComposedGraph(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.names, values, strict=True))
-        items_CW = self.model.encode_items(inputs)
         if not self.explanations:
+            items_CW = self.model.encode_items(inputs)
             return self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"]), items_CW
-        with recording() as recorded:
+        with recording() as recorded:  # of all three parts: FESeq, say, makes its query where it makes item rows
+            items_CW = self.model.encode_items(inputs)
             logit_C = self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"])
         return logit_C, items_CW, *shown(recorded, self.explanations).values()
 
