@@ -236,7 +236,7 @@ class FESeq(CTRModel):
             read, read_index = state, user_index
         else:
             mask_CS = of_request(state["mask"], user_index, num_candidates)
-            candidate_CM, read = self._refine_whole(state, x_CM, mask_CS, user_index)
+            candidate_CM, read = self._refine_together(state, x_CM, mask_CS, user_index)
             read_index = torch.arange(num_candidates, device=items_CW.device)
 
         if self.pooling is not None:
@@ -293,7 +293,7 @@ class FESeq(CTRModel):
         by_part = dict(zip(("constant", "unpaired", "history", "pooled"), columns, strict=True))
         return torch.cat([by_part[part] for part in parts], dim=1)
 
-    def _refine_whole(
+    def _refine_together(
         self, state: UserState, x_CM: Tensor, mask_CS: Tensor, user_index: Tensor | None
     ) -> tuple[Tensor, UserState]:
         """Each candidate's position [C, M] and what its history brings to the pooling, where clicks see candidates."""
