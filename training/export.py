@@ -1,6 +1,10 @@
-"""A trained model as the graphs that serving runs, ONNX and TorchScript, proven equal to it and packed for serving.
+"""A trained model as the graphs that serving runs, proven equal to it and packed for serving.
 
-What the model shows of itself is a graph of its own, explain.onnx: the others stay as fast as they are without it.
+- `item.onnx` makes an ad's item row, once per version; `model.onnx` scores one request's candidates by their rows;
+- `model.batched.onnx` and `model.ts` (TorchScript) do so for the joined candidates of several requests;
+- `explain.onnx` gives, from the ads' ids, what the model shows of itself beside the logits.
+
+All take packed inputs (`models.features.packing`).
 """
 
 import copy
@@ -12,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -22,15 +27,17 @@ from torch import Tensor, nn
 
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
-from models.artifact.folder import EXPLAINING, LOGIT_TOLERANCE, Golden
-from models.artifact.manifest import GraphSignature
+from models.artifact.folder import LOGIT_TOLERANCE, Golden
+from models.artifact.manifest import BATCHED, EXPLAINING, ITEM, MODEL, TORCHSCRIPT, Graph
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.field import PAD, Input, input_name
-from models.features.packing import PackedLayout, num_requests
+from models.features.packing import PackedLayout, slice_candidates
 from models.features.request import Request
 from models.features.schema import Schema
-from models.layers.base import CTRModel, explain
+from models.layers.base import CTRModel, explain, shown
+from models.layers.folding import folded_weights
+from models.layers.intermediates import recording
 
 # From 1.31 on it reports its use to its makers, on Linux too, and asks only once: when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -40,11 +47,13 @@ import onnxruntime
 EXAMPLE_SIZES = (3, 5)  # U, C
 LONGEST_AGE_S = 40_000_000  # of an event in an example: more than a year
 CHECKED_SIZES = ((1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 2), (2, 100), (2, 1000))
-EXPLAINED_SIZES = ((1, 1), (1, 20), (2, 5))  # the service explains one request of a few candidates
+MOST_EXPLAINED = 20  # candidates: the service explains one request of a few
 
 
 Outputs: TypeAlias = tuple[NDArray[Any], ...]
 """One array for each of a graph's outputs."""
+Run: TypeAlias = Callable[[Arrays], Outputs]
+"""Reads what the graph takes from among packed arrays."""
 
 
 class ExportError(RuntimeError):
@@ -66,15 +75,13 @@ def export(
     """Write a trained model's artifact under `out`, read it back as the service does, and return its folder.
 
     `golden_requests`, about 32 raw ones, stay in the artifact with the scores that the model gives them now.
-    Raises ExportError where a graph and the model differ, ArtifactError where the folder does not read back.
+    Raises ExportError where a graph and the model differ or the schema has no item field, ArtifactError where the
+    folder does not read back.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     arrays = concat([Encoder(schema).encode(request) for request in golden_requests])
-    graphs = {graph.file: graph for graph in graphs_of(model, schema)}
-    contents = {
-        file: graph.to_torchscript() if file.endswith(".ts") else graph.to_onnx() for file, graph in graphs.items()
-    }
-    check(model, schema, contents, golden=arrays)
+    graphs = to_graphs(model, schema)
+    check(model, schema, graphs, golden=arrays)
     with torch.no_grad():
         logits = model(_tensors(arrays)).numpy()
     return artifact.write(
@@ -86,9 +93,9 @@ def export(
         metrics=metrics,
         golden=Golden(requests=tuple(golden_requests), arrays=arrays, logits=logits),
         inputs=[i.name for i in used_inputs(model, schema)],
-        graphs={file: graph.signature for file, graph in graphs.items()},
+        graphs=signatures(model, schema),
         data_hash=data_hash,
-        files={**contents, "weights.safetensors": safetensors.torch.save(model.state_dict())},
+        files={**graphs, "weights.safetensors": safetensors.torch.save(model.state_dict())},
         explain=model.explanations(),
     )
 
@@ -101,52 +108,212 @@ def used_inputs(model: CTRModel, schema: Schema) -> tuple[Input, ...]:
     return tuple(i for i in schema.inputs if i.name in reads.names)
 
 
-def graphs_of(model: CTRModel, schema: Schema) -> list["ServingGraph"]:
-    """Every graph of a model in eval mode: of one request, of an ad, of requests joined (ONNX and TorchScript), and,
-    where the model shows anything of itself, the one that does.
-    """
-    kinds: list[type[ServingGraph]] = [RequestGraph, ItemGraph, BatchedGraph, TorchScriptGraph]
+def signatures(model: CTRModel, schema: Schema) -> dict[str, Graph]:
+    """What each graph of the model takes and gives, by the graph's file name; dimensions are U, C or a number."""
+    layout, tensors = PackedLayout(schema), _tensors(_packed(schema, *EXAMPLE_SIZES))
+    reads, item_reads = _Reads(tensors), _Reads(tensors)
+    with torch.no_grad():
+        model.encode_user(reads)
+        width = model.encode_items(item_reads).shape[1]
+    items = Input(name="items", dtype="float32", dims=("C", width))
+    logit = Input(name="logit", dtype="float32", dims=("C",))
+    (user_index,) = layout.inputs(["user_index"])
+    request, item = layout.inputs([*reads.names]), layout.inputs([*item_reads.names])
+    if not item or not {i.name for i in item} <= {*layout.item.input_names}:
+        names = ", ".join(sorted(item_reads.names)) or "nothing"
+        raise ExportError(
+            f"an item row depends on the schema's item fields alone, and on some; this model's reads {names}"
+        )
+    one_request = tuple(replace(i, dims=(1, *i.dims[1:])) for i in request)
+    graphs = {
+        MODEL: Graph(inputs=(*one_request, items), outputs=(logit,)),
+        BATCHED: Graph(inputs=(*request, items, user_index), outputs=(logit,)),
+        TORCHSCRIPT: Graph(inputs=(*request, items, user_index), outputs=(logit,)),
+        ITEM: Graph(inputs=item, outputs=(items,)),
+    }
     if model.explanations():
-        kinds.append(ExplainingGraph)
-    return [kind(model, schema).eval() for kind in kinds]
+        length = schema.history_length
+        tensors_shown = tuple(
+            Input(name=explanation.name, dtype="float32", dims=explanation.dims(history_length=length))
+            for explanation in model.explanations()
+        )
+        graphs[EXPLAINING] = Graph(inputs=(*request, *item, user_index), outputs=(logit, *tensors_shown))
+    return graphs
+
+
+def to_graphs(model: CTRModel, schema: Schema) -> dict[str, bytes]:
+    """The graphs of a model in eval mode, by file name, each self-contained; at most 2 GB together, where ONNX ends.
+
+    Tracing takes nearly all the time, so there are two: of one request, and of several from their ids on, whose parts
+    are the item half, the batched graph and the explaining one.
+    """
+    assert not model.training, "dropout and batch statistics do not belong in a graph"
+    graphs = signatures(model, schema)
+    explained = graphs[EXPLAINING].outputs[1:] if EXPLAINING in graphs else ()
+    (items,), (logit,) = graphs[ITEM].outputs, graphs[MODEL].outputs
+    *request, _, user_index = graphs[BATCHED].inputs
+    composed = Graph(inputs=(*request, *graphs[ITEM].inputs, user_index), outputs=(logit, items, *explained))
+    with folded_weights():
+        whole = _to_onnx(_ComposedGraph(model, composed), composed, schema)
+        contents = {
+            MODEL: _to_onnx(_ScoringGraph(model, graphs[MODEL]), graphs[MODEL], schema).SerializeToString(),
+            TORCHSCRIPT: _to_torchscript(_ScoringGraph(model, graphs[TORCHSCRIPT]), graphs[TORCHSCRIPT], schema),
+        }
+    for file in (ITEM, BATCHED, *([EXPLAINING] if explained else [])):
+        contents[file] = _part(whole, graphs[file]).SerializeToString()
+    return contents
+
+
+class _ScoringGraph(nn.Module):
+    """Inputs by position; out come the logits [C], not calibrated. Without `user_index` all are of one request."""
+
+    def __init__(self, model: CTRModel, graph: Graph) -> None:
+        super().__init__()
+        self.model, self.names = model, [i.name for i in graph.inputs]
+
+    def forward(self, *values: Tensor) -> Tensor:
+        inputs = dict(zip(self.names, values, strict=True))
+        return self.model.score(self.model.encode_user(inputs), inputs["items"], inputs.get("user_index"))
+
+
+class _ComposedGraph(nn.Module):
+    """Inputs by position; out come the logits, the item rows they were made of, and what the model shows of itself."""
+
+    def __init__(self, model: CTRModel, graph: Graph) -> None:
+        super().__init__()
+        self.model, self.names, self.explanations = model, [i.name for i in graph.inputs], model.explanations()
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(self.names, values, strict=True))
+        if not self.explanations:
+            items_CW = self.model.encode_items(inputs)
+            return self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"]), items_CW
+        with recording() as recorded:  # of all three parts: FESeq, say, makes its query where it makes item rows
+            items_CW = self.model.encode_items(inputs)
+            logit_C = self.model.score(self.model.encode_user(inputs), items_CW, inputs["user_index"])
+        return logit_C, items_CW, *shown(recorded, self.explanations).values()
+
+
+def _to_onnx(module: nn.Module, graph: Graph, schema: Schema) -> onnx.ModelProto:
+    values = _example_values(graph, schema)
+    dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
+    shapes = tuple({axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in graph.inputs)
+    with _known_warnings(), torch.no_grad():
+        module.eval()(*values)  # computes what `folded_weights` keeps, before anything is traced
+        # Exported here, as torch.onnx would make of a size that is not free a constant, and say nothing.
+        exported = torch.export.export(module, values, dynamic_shapes=(shapes,))
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            input_names=[i.name for i in graph.inputs],
+            output_names=[o.name for o in graph.outputs],
+        )
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    return _part(proto, graph)
+
+
+def _to_torchscript(module: nn.Module, graph: Graph, schema: Schema) -> bytes:
+    buffer = io.BytesIO()
+    with _known_warnings(), torch.no_grad():
+        traced = torch.jit.trace(module.eval(), _example_values(graph, schema))  # type: ignore[no-untyped-call]  # torch's
+        torch.jit.save(torch.jit.freeze(traced), buffer)
+    return buffer.getvalue()
+
+
+def _part(proto: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+    """Those nodes and constants of an ONNX model that make these outputs of these inputs."""
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    constants = {constant.name: constant for constant in proto.graph.initializer}
+    inputs = {i.name for i in graph.inputs}
+    used: set[str] = set()
+    pending = [output.name for output in graph.outputs]
+    while pending:
+        name = pending.pop()
+        if name in used or name in inputs or not name:
+            continue
+        used.add(name)
+        if name in makers:
+            pending += makers[name].input
+        elif name not in constants:
+            raise ExportError(
+                f"{', '.join(o.name for o in graph.outputs)} depends on {name}, which is no input of its graph"
+            )
+    nodes = [node for node in proto.graph.node if used & {*node.output}]
+    part = onnx.helper.make_graph(
+        nodes,
+        proto.graph.name,
+        [_value_info(i) for i in graph.inputs],
+        [_value_info(o) for o in graph.outputs],
+        [constant for name, constant in constants.items() if name in used],
+    )
+    return onnx.helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+
+
+def _value_info(value: Input) -> onnx.ValueInfoProto:
+    kinds = {"int64": onnx.TensorProto.INT64, "float32": onnx.TensorProto.FLOAT, "bool": onnx.TensorProto.BOOL}
+    return onnx.helper.make_tensor_value_info(value.name, kinds[value.dtype], value.dims)
 
 
 def check(model: CTRModel, schema: Schema, graphs: Mapping[str, bytes], *, golden: Arrays) -> None:
     """Compare the graphs, each by its file's name, with the model: at several sizes, with and without history, on the
-    golden requests; whatever takes item rows is fed those that item.onnx gives. Raises ExportError, saying which output
-    of which graph is off, at which sizes and by how much.
+    golden requests. The item rows that scoring graphs are fed are those of item.onnx.
+
+    Raises ExportError, saying which output of which graph is off, at which sizes and by how much.
     """
-    by_file = {graph.file: graph for graph in graphs_of(model, schema)}
-    runs = {file: by_file[file].runner(content) for file, content in graphs.items()}
+    known = signatures(model, schema)
     layout = PackedLayout(schema)
-    for file, run in runs.items():
-        sizes = EXPLAINED_SIZES if file == EXPLAINING else CHECKED_SIZES
-        for case, arrays in _cases(schema, sizes, golden):
-            packed = layout.pack(arrays)
-            if "item.onnx" in runs and file != "item.onnx":
-                (packed["items"],) = runs["item.onnx"](packed)
-            for part in by_file[file].parts(packed):
-                expected = by_file[file].eager(part)
-                for output, wanted, found in zip(by_file[file].signature.outputs, expected, run(part), strict=True):
-                    _compare(file, output.name, wanted, found, case)
+    make_items = _run_onnx(graphs[ITEM], known[ITEM])
+    runs = {
+        file: _run_torchscript(content, known[file]) if file == TORCHSCRIPT else _run_onnx(content, known[file])
+        for file, content in graphs.items()
+        if file != ITEM
+    }
+    for case, arrays in _cases(schema, CHECKED_SIZES, golden):
+        is_explained = case == _GOLDEN or len(arrays["user_index"]) <= MOST_EXPLAINED
+        packed = layout.pack(arrays)
+        (packed["items"],) = make_items(packed)
+        expected = _eager(model, arrays, shows=EXPLAINING in graphs and is_explained)
+        for file, run in runs.items():
+            if file == EXPLAINING and not is_explained:
+                continue
+            found = _one_by_one(run, packed) if file == MODEL else run(packed)
+            for output, value in zip(known[file].outputs, found, strict=True):
+                _compare(file, output.name, value, expected[output.name], case)
 
 
-def _compare(file: str, output: str, wanted: NDArray[Any], found: NDArray[Any], case: str) -> None:
-    if found.shape != wanted.shape:
-        raise ExportError(f"{file}: {output} has shape {found.shape}, not {wanted.shape}, at {case}")
-    off = np.abs(found - wanted)
+_GOLDEN = "the golden requests"
+
+
+def _compare(file: str, output: str, found: NDArray[Any], expected: NDArray[Any], case: str) -> None:
+    if found.shape != expected.shape:
+        raise ExportError(f"{file}: {output} has shape {found.shape}, not {expected.shape}, at {case}")
+    off = np.abs(found - expected)
     # Of what a row adds up, each part is as far off as the largest makes it.
-    largest = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True, initial=0)
+    largest = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True, initial=0)
     if not (off <= LOGIT_TOLERANCE * (1 + largest)).all():
         raise ExportError(f"{file}: {output} is up to {off.max():.3g} off the model's at {case}")
 
 
+def _one_by_one(run: Run, packed: Arrays) -> Outputs:
+    """Joined requests scored each on its own, as the graph of one request does, in the candidates' order."""
+    index_C = packed["user_index"]
+    logits_C = np.empty(len(index_C), dtype=np.float32)
+    for user in np.unique(index_C).tolist():
+        rows = np.flatnonzero(index_C == user)
+        alone = slice_candidates(packed, rows)
+        by_request = {n: a[user : user + 1] for n, a in alone.items() if n.startswith(("request_", "history_"))}
+        (logits_C[rows],) = run(alone | by_request)
+    return (logits_C,)
+
+
 def _cases(schema: Schema, sizes: Iterable[tuple[int, int]], golden: Arrays) -> Iterator[tuple[str, Arrays]]:
-    yield "the golden requests", golden
-    for users, candidates in sizes:
-        case = f"U={users}, C={candidates}"
-        yield case, example(schema, users, candidates)
-        yield f"{case}, no history", example(schema, users, candidates, history=False)
+    yield _GOLDEN, golden
+    for num_requests, num_candidates in sizes:
+        case = f"U={num_requests}, C={num_candidates}"
+        yield case, example(schema, num_requests, num_candidates)
+        yield f"{case}, no history", example(schema, num_requests, num_candidates, history=False)
 
 
 def example(schema: Schema, num_requests: int, num_candidates: int, *, history: bool = True) -> Arrays:
@@ -173,179 +340,47 @@ def example(schema: Schema, num_requests: int, num_candidates: int, *, history: 
     return arrays
 
 
-class ServingGraph(nn.Module):
-    """What is exported: packed tensors by position in, `signature.outputs` out. A subclass for each file."""
-
-    file: ClassVar[str]
-
-    def __init__(self, model: CTRModel, schema: Schema) -> None:
-        super().__init__()
-        assert not model.training, "dropout and batch statistics do not belong in a graph"
-        self.model = model
-        self.schema = schema
-        self.layout = PackedLayout(schema)
-        self.signature = GraphSignature(inputs=self._inputs(), outputs=self._outputs())
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return self.compute({i.name: value for i, value in zip(self.signature.inputs, values, strict=True)})
-
-    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def parts(self, packed: Arrays) -> Iterator[Arrays]:
-        """The same requests as this graph takes them: all at once, unless it takes one."""
-        yield packed
-
-    def eager(self, packed: Arrays) -> tuple[NDArray[Any], ...]:
-        """The outputs as PyTorch computes them."""
-        with torch.no_grad():
-            return tuple(o.numpy() for o in self(*(torch.from_numpy(packed[i.name]) for i in self.signature.inputs)))
-
-    def to_onnx(self) -> bytes:
-        """One self-contained ONNX file, dynamic in U and C; at most 2 GB, where the format ends."""
-        dims = {"U": torch.export.Dim("U"), "C": torch.export.Dim("C")}
-        shapes = tuple(
-            {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in self.signature.inputs
-        )
-        with _known_warnings():
-            program = torch.onnx.export(
-                self,
-                self._example(),
-                dynamo=True,
-                verbose=False,
-                input_names=[i.name for i in self.signature.inputs],
-                output_names=[o.name for o in self.signature.outputs],
-                dynamic_shapes=(shapes,),
-            )
-        assert program is not None
-        content: bytes = program.model_proto.SerializeToString()
-        return content
-
-    def to_torchscript(self) -> bytes:
-        """The same for `torch.jit.load`."""
-        buffer = io.BytesIO()
-        with _known_warnings():
-            traced = torch.jit.trace(self, self._example())  # type: ignore[no-untyped-call]  # torch's
-            torch.jit.save(torch.jit.freeze(traced), buffer)
-        return buffer.getvalue()
-
-    def runner(self, content: bytes) -> Callable[[Arrays], Outputs]:
-        """The exported file as a function of packed tensors."""
-        inputs, outputs = ([tensor.name for tensor in part] for part in (self.signature.inputs, self.signature.outputs))
-        return _run_torchscript(content, inputs) if self.file.endswith(".ts") else _run_onnx(content, outputs)
-
-    def _example(self) -> tuple[Tensor, ...]:
-        packed = self.layout.pack(example(self.schema, *EXAMPLE_SIZES))
-        packed["items"] = np.zeros((EXAMPLE_SIZES[1], item_width(self.model, self.schema)), dtype=np.float32)
-        return tuple(torch.from_numpy(packed[i.name]) for i in self.signature.inputs)
-
-    def _of_request(self) -> tuple[Input, ...]:
-        """The request's packed tensors that the model reads."""
-        reads = _Reads(_tensors(self.layout.pack(example(self.schema, *EXAMPLE_SIZES))))
-        with torch.no_grad():
-            self.model.encode_user(reads)
-        return self.layout.inputs([name for name in reads.names if name.startswith(("request_", "history_"))])
-
-    def _of_items(self) -> tuple[Input, ...]:
-        return self.layout.inputs(self.layout.item.input_names if self.layout.item.fields else ())
-
-    def _item_rows(self) -> Input:
-        return Input(name="items", dtype="float32", dims=("C", item_width(self.model, self.schema)))
-
-    def _inputs(self) -> tuple[Input, ...]:
-        raise NotImplementedError
-
-    def _outputs(self) -> tuple[Input, ...]:
-        return (LOGIT,)
+def _run_onnx(content: bytes, graph: Graph) -> Run:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    outputs = [o.name for o in graph.outputs]
+    return lambda packed: tuple(session.run(outputs, {i.name: packed[i.name] for i in graph.inputs}))
 
 
-class RequestGraph(ServingGraph):
-    """One request and the item rows of its candidates."""
+def _run_torchscript(content: bytes, graph: Graph) -> Run:
+    with _known_warnings():
+        loaded = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]  # torch's
 
-    file = "model.onnx"
+    @torch.no_grad()
+    def run(packed: Arrays) -> Outputs:
+        return (loaded(*(torch.from_numpy(packed[i.name]) for i in graph.inputs)).numpy(),)
 
-    def _inputs(self) -> tuple[Input, ...]:
-        one = tuple(replace(i, dims=(1, *i.dims[1:])) for i in self._of_request())
-        return (*one, self._item_rows())
-
-    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return (self.model.score(self.model.encode_user(packed), packed["items"], None),)
-
-    def parts(self, packed: Arrays) -> Iterator[Arrays]:
-        for user in range(num_requests(packed)):
-            rows = np.flatnonzero(packed["user_index"] == user)
-            if rows.size:
-                of_request = {
-                    n: v[user : user + 1] for n, v in packed.items() if n.startswith(("request_", "history_"))
-                }
-                yield {**of_request, "items": packed["items"][rows]}
-
-    def _example(self) -> tuple[Tensor, ...]:
-        return tuple(
-            v[:1] if n.dims[0] == 1 else v for n, v in zip(self.signature.inputs, super()._example(), strict=True)
-        )
+    return run
 
 
-class ItemGraph(ServingGraph):
-    """The item rows of ads."""
-
-    file = "item.onnx"
-
-    def _inputs(self) -> tuple[Input, ...]:
-        return self._of_items()
-
-    def _outputs(self) -> tuple[Input, ...]:
-        return (self._item_rows(),)
-
-    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return (self.model.encode_items(packed),)
+@torch.no_grad()
+def _eager(model: CTRModel, arrays: Arrays, *, shows: bool) -> Arrays:
+    """The model's own logits of the encoder's arrays, by name, and what it shows of itself where that is asked for."""
+    logit_C, tensors = explain(model, _tensors(arrays)) if shows else (model(_tensors(arrays)), {})
+    return {"logit": logit_C.numpy(), **{name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
-class BatchedGraph(ServingGraph):
-    """The candidates of several requests joined; `user_index` names each one's."""
-
-    file = "model.batched.onnx"
-
-    def _inputs(self) -> tuple[Input, ...]:
-        return (*self._of_request(), self._item_rows(), *self.layout.inputs(["user_index"]))
-
-    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return (self.model.score(self.model.encode_user(packed), packed["items"], packed["user_index"]),)
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class TorchScriptGraph(BatchedGraph):
-    file = "model.ts"
+def _packed(schema: Schema, num_requests: int, num_candidates: int) -> Arrays:
+    return PackedLayout(schema).pack(example(schema, num_requests, num_candidates))
 
 
-class ExplainingGraph(ServingGraph):
-    """Row form with other outputs: the logits, and all that `model.explanations()` names."""
-
-    file = EXPLAINING
-
-    def __init__(self, model: CTRModel, schema: Schema) -> None:
-        self.explanations = model.explanations()
-        super().__init__(model, schema)
-
-    def _inputs(self) -> tuple[Input, ...]:
-        return (*self._of_request(), *self._of_items(), *self.layout.inputs(["user_index"]))
-
-    def _outputs(self) -> tuple[Input, ...]:
-        length = self.schema.history_length
-        shown = (Input(name=e.name, dtype="float32", dims=e.dims(length)) for e in self.explanations)
-        return (LOGIT, *shown)
-
-    def compute(self, packed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        logit_C, shown = explain(self.model, packed, self.explanations)
-        return logit_C, *shown.values()
-
-
-LOGIT = Input(name="logit", dtype="float32", dims=("C",))
-
-
-def item_width(model: CTRModel, schema: Schema) -> int:
-    """W: how many numbers the item half of an ad has."""
-    with torch.no_grad():
-        return model.encode_items(_tensors(PackedLayout(schema).pack(example(schema, *EXAMPLE_SIZES)))).shape[1]
+def _example_values(graph: Graph, schema: Schema) -> tuple[Tensor, ...]:
+    num_requests, num_candidates = EXAMPLE_SIZES
+    if "user_index" not in {i.name for i in graph.inputs}:
+        num_requests = 1  # and a constant of the graph
+    packed = _packed(schema, num_requests, num_candidates)
+    for i in graph.inputs:
+        if i.name == "items":
+            packed["items"] = np.zeros(i.shape(users=num_requests, candidates=num_candidates), dtype=np.float32)
+    return tuple(torch.from_numpy(packed[i.name]) for i in graph.inputs)
 
 
 class _Reads(dict[str, Tensor]):
@@ -358,27 +393,6 @@ class _Reads(dict[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         self.names.add(name)
         return super().__getitem__(name)
-
-
-def _run_onnx(content: bytes, outputs: Sequence[str]) -> Callable[[Arrays], Outputs]:
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    return lambda arrays: tuple(session.run(list(outputs), {name: arrays[name] for name in names}))
-
-
-def _run_torchscript(content: bytes, inputs: Sequence[str]) -> Callable[[Arrays], Outputs]:
-    with _known_warnings():
-        graph = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]  # torch's
-
-    @torch.no_grad()
-    def run(arrays: Arrays) -> Outputs:
-        return tuple(output.numpy() for output in graph(*(torch.from_numpy(arrays[name]) for name in inputs)))
-
-    return run
-
-
-def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @contextmanager

@@ -65,13 +65,8 @@ class Explanation(BaseModel):
     axes: tuple[Axis, ...]
     meaning: str
 
-    def shape(self, *, requests: int, candidates: int, history_length: int) -> tuple[int, ...]:
-        """The tensor's, as its axes promise it, where so many requests with so many candidates are scored at once."""
-        sizes = {"U": requests, "C": candidates}
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims(history_length))
-
-    def dims(self, history_length: int) -> tuple[str | int, ...]:
-        """The tensor's dimensions: "U" requests, "C" candidates, and fixed numbers."""
+    def dims(self, *, history_length: int) -> tuple[str | int, ...]:
+        """The tensor's dimensions as its axes promise them: "U" requests, "C" candidates, or fixed."""
         along: Mapping[str | None, str | int] = {
             "request": "U",
             "candidate": "C",
@@ -79,6 +74,12 @@ class Explanation(BaseModel):
             "event": history_length + 1,
         }
         return tuple(along[axis.along] if axis.labels is None else len(axis.labels) for axis in self.axes)
+
+    def shape(self, *, requests: int, candidates: int, history_length: int) -> tuple[int, ...]:
+        """The same where so many requests with so many candidates are scored at once."""
+        sizes = {"U": requests, "C": candidates}
+        dims = self.dims(history_length=history_length)
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
 
 
 LOGIT = Explanation(

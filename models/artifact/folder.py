@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from models.artifact.calibration import Calibration
 from models.artifact.errors import ArtifactError
 from models.artifact.explanation import Explanation
 from models.artifact.golden import golden_from_json, golden_to_json
-from models.artifact.manifest import GraphSignature, Manifest
+from models.artifact.manifest import EXPLAINING, ITEM, MODEL, Graph, Manifest
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
+from models.features.field import Input
+from models.features.packing import PackedLayout
 from models.features.request import Request
 from models.features.schema import Schema
 
 CURRENT = "current"
 _PARTS = ("schema.json", "calibration.json", "golden.json")
-EXPLAINING = "explain.onnx"  # gives the logit, then what the manifest lists under `explain`, by name
 # float32 graphs on different runtimes add the same numbers in different orders (models.md section 1).
 LOGIT_TOLERANCE = 1e-5
 
@@ -68,16 +69,15 @@ def write(
     metrics: Mapping[str, Any],
     golden: Golden,
     inputs: Sequence[str],
-    graphs: Mapping[str, GraphSignature],
+    graphs: Mapping[str, Graph],
     data_hash: str,
     files: Mapping[str, bytes],
     explain: Sequence[Explanation] = (),
 ) -> Path:
     """Write one new version and make it the current one; returns its folder.
 
-    `inputs` names the encoder's arrays that the model reads, `graphs` says which tensors each exported graph takes and
-    gives; `files` are the graphs and weights by name;
-    `explain` is what explain.onnx gives, if it is among them.
+    `inputs` names the schema's inputs that the model reads; `files` are the graphs and weights by name, `graphs` what
+    each graph takes and gives; `explain` is what explain.onnx gives, if it is among them.
     The folder is written under a temporary name, read back as the service would, and only then renamed: a reader
     never sees half an artifact. Raises ArtifactError when what was written does not read back.
     """
@@ -131,8 +131,7 @@ def read(path: Path, *, known: Sequence[Artifact] = ()) -> Artifact:
     """
     manifest = _read_manifest(path)
     contents = {name: _read_file(path, name, expected) for name, expected in manifest.files.items()}
-    explaining = [EXPLAINING] if manifest.explain else []
-    for name in (*_PARTS, *explaining):
+    for name in (*_PARTS, MODEL, ITEM, *manifest.graphs, *([EXPLAINING] if manifest.explain else [])):
         if name not in contents:
             raise ArtifactError(f"{path}/manifest.json: does not list {name}")
     like = next((a for a in known if a.manifest.files["schema.json"] == manifest.files["schema.json"]), None)
@@ -151,6 +150,7 @@ def read(path: Path, *, known: Sequence[Artifact] = ()) -> Artifact:
     for listed in manifest.inputs:
         if listed not in schema.inputs:
             raise ArtifactError(f"{path}/manifest.json: the schema makes no input {listed!r}")
+    _check_graphs(path / "manifest.json", manifest, schema)
     golden = _load(path / "golden.json", contents["golden.json"])
     encoder = Encoder(schema) if like is None else like.encoder
     _check_golden(path / "golden.json", golden, encoder)
@@ -238,6 +238,27 @@ def _read_manifest(path: Path) -> Manifest:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"])) or "top level"
         raise ArtifactError(f"{file}: at {where}: {first['msg']}") from err
+
+
+def _check_graphs(file: Path, manifest: Manifest, schema: Schema) -> None:
+    """The graphs take what this schema's values are packed to, and item rows as item.onnx makes them."""
+    for name in (MODEL, ITEM):
+        if name not in manifest.graphs:
+            raise ArtifactError(f"{file}: at graphs: does not describe {name}")
+    made = manifest.graphs[ITEM].outputs
+    if len(made) != 1 or made[0] != Input(name="items", dtype="float32", dims=("C", made[0].dims[-1])):
+        raise ArtifactError(f"{file}: at graphs.{ITEM}: expected one output, items [C, W] of float32, got {made}")
+    layout = PackedLayout(schema)
+    for name, graph in manifest.graphs.items():
+        known = {i.name: i for i in (*layout.inputs([i.name for i in graph.inputs]), *made)}
+        for listed in graph.inputs:
+            expected = known.get(listed.name)
+            if expected is not None and name == MODEL and expected.dims[0] == "U":
+                expected = replace(expected, dims=(1, *expected.dims[1:]))
+            if listed != expected:
+                raise ArtifactError(
+                    f"{file}: at graphs.{name}: takes {listed}, the schema makes {expected}; export it again"
+                )
 
 
 def _read_file(path: Path, name: str, sha256: str) -> bytes:

@@ -8,10 +8,16 @@ from pydantic import BaseModel, ConfigDict
 from models.artifact.explanation import Explanation
 from models.features.field import Input
 
+MODEL = "model.onnx"  # one request's candidates, by their item rows
+BATCHED = "model.batched.onnx"  # the same of several requests joined
+TORCHSCRIPT = "model.ts"  # the same for torch.jit.load; inputs go by position
+ITEM = "item.onnx"  # ads to item rows
+EXPLAINING = "explain.onnx"  # several requests from their ads' ids on: the logits, then what `explain` lists
+
 
 @dataclass(frozen=True, kw_only=True)
-class GraphSignature:
-    """The tensors that a graph takes, by name, and those it gives: packed ones (`models.features.packing`)."""
+class Graph:
+    """The tensors that one graph takes, in order, and gives: dimensions are "U" requests, "C" candidates, or fixed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -30,8 +36,8 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, Any]
     schema_fingerprint: str
-    inputs: tuple[Input, ...]
-    graphs: dict[str, GraphSignature]
+    inputs: tuple[Input, ...]  # of the encoder's arrays, those that the model reads
+    graphs: dict[str, Graph]  # by file name
     explain: tuple[Explanation, ...] = ()
     code_version: str
     data_hash: str
@@ -39,8 +45,9 @@ class Manifest(BaseModel):
 
     @property
     def item_width(self) -> int:
-        """W: how many numbers the item half of an ad has."""
-        width = self.graphs["item.onnx"].outputs[0].dims[-1]
+        """W: how many numbers an item row has."""
+        (items,) = self.graphs[ITEM].outputs
+        width = items.dims[-1]
         assert isinstance(width, int)
         return width
 

@@ -16,6 +16,7 @@ from models.baselines.linear import LR, LRConfig
 from models.features.schema import Schema
 from models.layers.base import Inputs, UserState
 from models.layers.config import Count
+from models.layers.folding import of_weights
 from models.layers.initialisation import start_linears
 from models.layers.request_matmul import dot_by_request, of_request
 from models.layers.split_linear import SplitLinear, item_product, request_product
@@ -75,12 +76,21 @@ class DCN(FlatModel):
     def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
         first_CW = add_request(items_CW, state, "first", user_index)
         *products, out_C1, deep_CH = torch.split(first_CW, [layer.out_features for layer in self._first()], dim=-1)
-        scale_C1, shift_X = torch.ones_like(out_C1), torch.zeros_like(self.biases[0])
-        for product_C1, weight, bias_X in zip(products, self.weights, self.biases, strict=True):
-            scale_C1 = scale_C1 + scale_C1 * product_C1 + weight(shift_X)
-            shift_X = shift_X + bias_X
-        crossed_C1: Tensor = scale_C1 * out_C1 + self.out(shift_X)
+        scale_C1 = torch.ones_like(out_C1)
+        *shifts, out_shift = self._shifts()
+        for product_C1, shift in zip(products, shifts, strict=True):
+            scale_C1 = scale_C1 + scale_C1 * product_C1 + shift
+        crossed_C1 = scale_C1 * out_C1 + out_shift
         return crossed_C1.squeeze(-1) + self.deep.finish(deep_CH)
+
+    @of_weights
+    def _shifts(self) -> tuple[Tensor, ...]:
+        """Every w_l^T c_l, and w_out^T c_L."""
+        shift_X, shifts = torch.zeros_like(self.biases[0]), []
+        for weight, bias_X in zip(self.weights, self.biases, strict=True):
+            shifts.append(weight(shift_X))
+            shift_X = shift_X + bias_X
+        return (*shifts, self.out(shift_X))
 
     def _first(self) -> tuple[SplitLinear, ...]:
         """All that reads x_0."""
@@ -231,9 +241,13 @@ class Mixture(nn.Module):
     def _mix(self, gate_CE: Tensor, into_CZ: Tensor) -> Tensor:
         """g_k tanh(C_k tanh(V_k^T x)) of every expert, side by side."""
         low_ECR = torch.tanh(torch.unflatten(into_CZ, -1, (self.experts, self.rank)).transpose(0, 1))
-        within_ERR = torch.stack([layer.get_parameter("weight").T for layer in self.within])
-        low_CER = torch.tanh(low_ECR @ within_ERR).transpose(0, 1)
+        low_CER = torch.tanh(low_ECR @ self._within()).transpose(0, 1)
         return (gate_CE.softmax(dim=-1).unsqueeze(-1) * low_CER).flatten(1)
+
+    @of_weights
+    def _within(self) -> Tensor:
+        """C of every expert, transposed."""
+        return torch.stack([layer.get_parameter("weight").T for layer in self.within])
 
 
 class XDeepFM(FlatModel):
@@ -268,9 +282,7 @@ class XDeepFM(FlatModel):
         state["deep"] = self.deep.first.request(fields_URD.flatten(1))
         if len(self.layers) > 1:
             return state | {"fields": fields_URD}
-        pairs_FF, num_request = self._last_pairs(), self.num_request
-        within_RR = pairs_FF[:num_request, :num_request]
-        across_IR = pairs_FF[num_request:, :num_request] + pairs_FF[:num_request, num_request:].T
+        within_RR, across_IR = self._request_pairs()
         state["first_order"] = state["first_order"] + _pairs(within_RR, fields_URD, fields_URD)
         return state | {"across": (across_IR @ fields_URD).flatten(1)}
 
@@ -305,6 +317,14 @@ class XDeepFM(FlatModel):
             sums.append(x_CKD.sum(dim=-1) @ weight_K)
         return torch.stack([*sums, _pairs(self._last_pairs().T, x0_CFD, x_CKD)]).sum(dim=0)
 
+    @of_weights
+    def _request_pairs(self) -> tuple[Tensor, Tensor]:
+        """V [R, R] within the request, and what it has across, item by request: [I, R]."""
+        pairs_FF, num_request = self._last_pairs(), self.num_request
+        across_IR = pairs_FF[num_request:, :num_request] + pairs_FF[:num_request, num_request:].T
+        return pairs_FF[:num_request, :num_request], across_IR
+
+    @of_weights
     def _last_pairs(self) -> Tensor:
         """V [rows of the layer before, F]."""
         num_rows = self.config.cin[-1]

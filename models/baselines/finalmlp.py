@@ -21,6 +21,7 @@ from models.features.schema import Schema
 from models.layers.base import Inputs, UserState
 from models.layers.config import Count, Share
 from models.layers.embeddings import FieldEmbeddings
+from models.layers.folding import of_weights
 from models.layers.initialisation import start_linears, tiny_normal
 from models.layers.request_matmul import of_request
 from models.layers.split_linear import SplitLinear
@@ -153,10 +154,17 @@ class FinalMLP(FlatModel):
 
     def _gate(self, k: int, inputs: Inputs) -> Tensor:
         """Stream k's gate [n, X]; ones if it has none."""
-        if f"gate_{k}" not in self.gates:
-            return self.out_1.weight.new_ones(1, self.request_width + self.item_width)
+        if self.deciding[k] == "nothing":
+            return self._fixed_gate(k)
         gate_nX: Tensor = self.gates[f"gate_{k}"](inputs)
         return gate_nX
+
+    @of_weights
+    def _fixed_gate(self, k: int) -> Tensor:
+        if f"gate_{k}" not in self.gates:
+            return self.out_1.weight.new_ones(1, self.request_width + self.item_width)
+        gate_1X: Tensor = self.gates[f"gate_{k}"]({})
+        return gate_1X
 
     def _stream(self, k: int) -> nn.Sequential:
         return self.stream_1 if k == 1 else self.stream_2

@@ -1,4 +1,5 @@
 """What several models share.
 
-base, embeddings, attention, mlp, target_attention, request_matmul, intermediates, initialisation, config.
+base, embeddings, attention, mlp, target_attention, request_matmul, split_linear, folding, intermediates, initialisation,
+config.
 """

@@ -5,8 +5,10 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.folding import of_weights
 from models.layers.intermediates import record
 
 
@@ -24,8 +26,9 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_nTD: Tensor, mask_nT: Tensor | None = None) -> Tensor:
-        # What is H x T x T large takes most of the time: scale the queries, and clear the values, in its place.
-        query_nTD, key_nTD, value_nTD = self.query(x_nTD) / self.scale, self.key(x_nTD), self.value(x_nTD)
+        # What is H x T x T large takes most of the time: the scale is in the weights, and the values are cleared.
+        products_nTX = F.linear(x_nTD, self._weight())
+        query_nTD, key_nTD, value_nTD = products_nTX.chunk(3, dim=-1)
         scores_nHTT = split_heads(query_nTD, self.heads) @ split_heads(key_nTD, self.heads).transpose(-1, -2)
         if mask_nT is not None:
             scores_nHTT = scores_nHTT + mask_bias(mask_nT, scores_nHTT.dtype).unsqueeze(1).unsqueeze(1)
@@ -35,6 +38,11 @@ class SelfAttention(nn.Module):
         attended_nHTD = self.dropout(weights_nHTT) @ split_heads(value_nTD, self.heads)
         out_nTD: Tensor = self.out(merge_heads(attended_nHTD))
         return out_nTD
+
+    @of_weights
+    def _weight(self) -> Tensor:
+        """Of queries divided by sqrt(D/H), keys and values, in one product: [3 D, D]."""
+        return torch.cat([self.query.weight / self.scale, self.key.weight, self.value.weight])
 
 
 def _both(mask_nT: Tensor) -> Tensor:

@@ -63,25 +63,26 @@ class CTRModel(nn.Module):
         return ()
 
 
-def explain(
-    model: CTRModel, inputs: Mapping[str, Tensor], explanations: Sequence[Explanation] | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits [C] and, by name, the tensors that `model.explanations()` promises.
+def explain(model: CTRModel, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits [C] and, by name, the tensors that `model.explanations()` promises."""
+    with recording() as recorded:
+        logit_C: Tensor = model(inputs)
+    return logit_C, shown(recorded, model.explanations())
 
-    Ask the model for those beforehand where it is traced: then nothing can be read from its tensors.
+
+def shown(recorded: Mapping[str, Sequence[Tensor]], explanations: Sequence[Explanation]) -> dict[str, Tensor]:
+    """Of what was recorded the tensors that these explanations promise, in their order.
 
     Where the declared axes are one more than a recorded tensor has, the second counts the records (blocks, layers).
     """
-    with recording() as recorded:
-        logit_C: Tensor = model(inputs)
-    shown = {}
-    for explanation in model.explanations() if explanations is None else explanations:
+    tensors = {}
+    for explanation in explanations:
         values = recorded[explanation.name]
         if values[0].dim() < len(explanation.axes):
-            shown[explanation.name] = torch.stack(values, dim=1)
+            tensors[explanation.name] = torch.stack(list(values), dim=1)
         else:
-            (shown[explanation.name],) = values
-    return logit_C, shown
+            (tensors[explanation.name],) = values
+    return tensors
 
 
 def history_mask(inputs: Inputs) -> Tensor:

@@ -14,6 +14,7 @@ from models.features.field import PAD, Field, input_name
 from models.features.packing import PackedField, PackedGroup, PackedLayout, PackedName
 from models.features.schema import Schema
 from models.layers.base import Inputs, history_mask
+from models.layers.folding import of_weights
 from models.layers.initialisation import Init, l2
 
 
@@ -105,9 +106,16 @@ class FieldEmbeddings(nn.Module):
         if not reader.fields:
             raise ValueError(f"the schema has no {name} field to read")
         if f"{name}_ids" in inputs:
-            vectors: Tensor = reader(torch.cat([self._rows(f.field) for f in reader.fields]), inputs)
+            vectors: Tensor = reader(self._table(name), inputs)
             return vectors
         return torch.stack([self.embed(f.field, inputs[f.name]) for f in reader.fields], dim=-2)
+
+    @of_weights
+    def _table(self, name: PackedName) -> Tensor:
+        """The tables of a group's fields one below the other."""
+        reader = self._readers[name]
+        assert isinstance(reader, _PackedReader)
+        return torch.cat([self._rows(f.field) for f in reader.fields])
 
     def _rows(self, field: Field) -> Tensor:
         """What a field contributes to its group's table, [rows, D]."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.folding import of_weights
+
 
 class SplitLinear(nn.Linear):
     """One nn.Linear, with its parameters and their start; `request(r) + item(i) + cross(x)` is its output."""
@@ -30,6 +32,7 @@ class SplitLinear(nn.Linear):
     def cross(self, x_nX: Tensor) -> Tensor:
         return F.linear(x_nX, self.part(2))
 
+    @of_weights
     def part(self, index: int) -> Tensor:
         """The columns of the weight that read part 0 (request), 1 (item) or 2 (cross)."""
         start = sum(self.widths[:index])
@@ -38,15 +41,26 @@ class SplitLinear(nn.Linear):
 
 def request_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
     """`layer.request(x)` of several layers side by side, [n, sum of their O], in one matrix product."""
-    return F.linear(x_nX, _stacked([layer.part(0) for layer in layers]))
+    return F.linear(x_nX, _request_weight(*layers))
 
 
 def item_product(x_nX: Tensor, *layers: SplitLinear) -> Tensor:
     """`layer.item(x)` of several layers side by side, [n, sum of their O], in one matrix product."""
+    return F.linear(x_nX, *_item_weight(*layers))
+
+
+@of_weights
+def _request_weight(*layers: SplitLinear) -> Tensor:
+    return _stacked([layer.part(0) for layer in layers])
+
+
+@of_weights
+def _item_weight(*layers: SplitLinear) -> tuple[Tensor, Tensor]:
+    """Weight and bias."""
     biases: list[Tensor] = [
         layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers
     ]
-    return F.linear(x_nX, _stacked([layer.part(1) for layer in layers]), _stacked(biases))
+    return _stacked([layer.part(1) for layer in layers]), _stacked(biases)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.attention import masked_softmax
+from models.layers.folding import of_weights
 
 
 class TargetAttention(nn.Module):
@@ -34,14 +35,13 @@ class TargetAttention(nn.Module):
 
     def read(self, clicks_UTE: Tensor) -> Tensor:
         """What the clicks alone bring to the first layer, [U, T, A]."""
-        _, of_click, of_difference, _ = self.first.weight.chunk(4, dim=1)
-        return F.linear(clicks_UTE, of_click - of_difference)
+        return F.linear(clicks_UTE, self._kernels()["click"])
 
     def forward(self, target_CE: Tensor, clicks_CTE: Tensor, read_CTA: Tensor, mask_CT: Tensor) -> Tensor:
         """The weights [C, T] of each candidate's clicks; `read` is what `self.read` makes of them."""
-        of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
-        target_C1A = F.linear(target_CE, of_target + of_difference, self.first.bias).unsqueeze(1)
-        product_CTA = F.linear(target_CE.unsqueeze(1) * clicks_CTE, of_product)
+        kernels = self._kernels()
+        target_C1A = F.linear(target_CE, kernels["target"], self.first.bias).unsqueeze(1)
+        product_CTA = F.linear(target_CE.unsqueeze(1) * clicks_CTE, kernels["product"])
         return self._weigh((read_CTA + target_C1A + product_CTA).flatten(0, 1), mask_CT)
 
     def of_one_request(self, target_CE: Tensor, clicks_TE: Tensor, read_TA: Tensor, mask_T: Tensor) -> Tensor:
@@ -49,13 +49,19 @@ class TargetAttention(nn.Module):
 
         Then the first layer is one map of the target, W_p diag(e_t) + W_i + W_d for every click t.
         """
-        of_target, _, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         # One product for the multiplication and the sum: as two operations over [E, T, A] they take twice as long.
         clicks_ET2 = torch.stack([clicks_TE.T, torch.ones_like(clicks_TE.T)], dim=-1)
-        kernel_E2A = torch.stack([of_product.T, (of_target + of_difference).T], dim=1)
-        weight_EX = (clicks_ET2 @ kernel_E2A).flatten(1)
+        weight_EX = (clicks_ET2 @ self._kernels()["both"]).flatten(1)
         z_CX = torch.addmm((read_TA + self.first.bias).flatten(), target_CE, weight_EX)
         return self._weigh(z_CX.reshape(-1, self.first.out_features), mask_T)
+
+    @of_weights
+    def _kernels(self) -> dict[str, Tensor]:
+        """The first layer's weight by what it reads, each [A, E]; `both` [E, 2, A] is the product's, the target's."""
+        of_target, of_click, of_difference, of_product = self.first.weight.chunk(4, dim=1)
+        target, click = of_target + of_difference, of_click - of_difference
+        both = torch.stack([of_product.T, target.T], dim=1)
+        return {"target": target, "click": click, "product": of_product, "both": both}
 
     def _weigh(self, z_nA: Tensor, mask_CT: Tensor) -> Tensor:
         # Two dimensions: over three, a runtime adds each bias in a pass of its own.
@@ -75,7 +81,11 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_nA: Tensor) -> Tensor:
-        return x_nA * _scale_and_shift(torch.sigmoid(self.norm(x_nA)), 1 - self.alpha, self.alpha)
+        return x_nA * _scale_and_shift(torch.sigmoid(self.norm(x_nA)), self._sigmoid_scale(), self.alpha)
+
+    @of_weights
+    def _sigmoid_scale(self) -> Tensor:
+        return 1 - self.alpha
 
 
 def _scale_and_shift(x_nA: Tensor, scale_A: Tensor, shift_A: Tensor) -> Tensor:

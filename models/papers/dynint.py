@@ -22,6 +22,7 @@ from models.features.schema import Schema
 from models.layers.base import CTRModel, Inputs, UserState
 from models.layers.config import Config, Count, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
+from models.layers.folding import of_weights
 from models.layers.intermediates import is_recording, record
 from models.layers.request_matmul import of_request
 
@@ -81,6 +82,7 @@ class DynInt(CTRModel):
                 config.emb_dim,
                 reduction=config.reduction,
                 out=self.maps.gate_width,
+                order=self.maps.gate_order(),
                 detach=config.detach_gate_input,
             )
         self.out = nn.Linear(self.num_fields * (1 if config.residual else config.layers + 1), 1)
@@ -218,6 +220,10 @@ class Maps(nn.Module):
     gate_width = 0
     """How many numbers a layer's gate gives."""
 
+    def gate_order(self) -> Tensor | None:
+        """In which order the terms take these numbers, where it is not that of the gate's weights."""
+        return None
+
     def read(self, rows_nWSG: Tensor, fields: slice) -> UserState:
         """`map`: the part of these fields in what is linear in all."""
         raise NotImplementedError
@@ -267,20 +273,23 @@ class DA(PIN):
         self.subspaces, self.width, self.by_element = subspaces, width, by_element
         self.gate_width = num_rows // subspaces * width if by_element else num_rows
 
-    def forward(self, read: UserState) -> tuple[Tensor, ...]:
-        gate = self._gate(read["gate"])
+    def gate_order(self) -> Tensor | None:
+        """By element the gate's weights go by fields, the products by crossed rows."""
         if not self.by_element:
-            return (gate.unsqueeze(1) * read["map"]).unbind(dim=2)
-        gate_CLWP = cross(gate, self.subspaces).flatten(3)
-        return (gate_CLWP.transpose(1, 2) * read["map"]).unbind(dim=2)
+            return None
+        return cross(torch.arange(self.gate_width).view(1, -1, self.width), self.subspaces).flatten()
+
+    def forward(self, read: UserState) -> tuple[Tensor, ...]:
+        gate_CLZ = 2 * torch.sigmoid(read["gate"])  # Z: W * P by element, P by row
+        gates = torch.unflatten(gate_CLZ, -1, (-1, self.kernel_LPP.shape[1])).unbind(dim=1)
+        return tuple(gate * map_CWP for gate, map_CWP in zip(gates, read["map"].unbind(dim=2), strict=True))
 
     def show(self, read: UserState) -> None:
-        record("gate", self._gate(read["gate"]))
-
-    def _gate(self, gate_CLO: Tensor) -> Tensor:
-        """[C, L, F, D], or by row [C, L, P]."""
-        gate_CLO = 2 * torch.sigmoid(gate_CLO)
-        return torch.unflatten(gate_CLO, -1, (-1, self.width)) if self.by_element else gate_CLO
+        gate_CLZ = 2 * torch.sigmoid(read["gate"])
+        if self.by_element:  # back to [C, L, F, D]
+            gate_CLWSF = torch.unflatten(gate_CLZ, -1, (self.width // self.subspaces, self.subspaces, -1))
+            gate_CLZ = gate_CLWSF.permute(0, 1, 4, 3, 2).flatten(3)
+        record("gate", gate_CLZ)
 
     def explanations(self, fields: Sequence[str]) -> tuple[Explanation, ...]:
         layers, num_rows, _ = self.kernel_LPP.shape
@@ -397,7 +406,18 @@ class DWP(Maps):
 class Gate(nn.Module):
     """Per layer a two-layer net of the flattened input, whose gradient stops there: the layer's weights for one row."""
 
-    def __init__(self, layers: int, num_fields: int, width: int, *, reduction: int, out: int, detach: bool) -> None:
+    def __init__(
+        self,
+        layers: int,
+        num_fields: int,
+        width: int,
+        *,
+        reduction: int,
+        out: int,
+        order: Tensor | None,
+        detach: bool,
+    ) -> None:
+        """`order`: in which the gate's numbers come, where not in that of their weights."""
         super().__init__()
         self.num_fields, self.detach = num_fields, detach
         inner = max(1, num_fields * width // reduction)
@@ -405,6 +425,8 @@ class Gate(nn.Module):
         self.squeeze_bias_LH = nn.Parameter(torch.zeros(layers, inner))
         self.excite_LHO = _glorot(layers, inner, out)
         self.excite_bias_LO = nn.Parameter(torch.zeros(layers, out))
+        self.order: Tensor | None
+        self.register_buffer("order", order, persistent=False)
 
     def read(self, x_nGD: Tensor, fields: slice) -> Tensor:
         """These fields' part in the first layer, [n, L, H]."""
@@ -416,8 +438,16 @@ class Gate(nn.Module):
 
     def forward(self, read_nLH: Tensor) -> Tensor:
         """The gates [n, L, O], given the first layer's product."""
+        excite_LHO, excite_bias_LO = self._excite()
         hidden_LnH = F.relu(read_nLH + self.squeeze_bias_LH).transpose(0, 1)
-        return (hidden_LnH @ self.excite_LHO).transpose(0, 1) + self.excite_bias_LO
+        return (hidden_LnH @ excite_LHO).transpose(0, 1) + excite_bias_LO
+
+    @of_weights
+    def _excite(self) -> tuple[Tensor, Tensor]:
+        """The second layer's weights and biases, in the order of its numbers."""
+        if self.order is None:
+            return self.excite_LHO, self.excite_bias_LO
+        return self.excite_LHO.index_select(2, self.order), self.excite_bias_LO.index_select(1, self.order)
 
 
 def cross(x_nFD: Tensor, subspaces: int) -> Tensor:

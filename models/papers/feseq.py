@@ -36,6 +36,7 @@ from models.layers.attention import masked_softmax, merge_heads, split_heads
 from models.layers.base import CTRModel, Inputs, UserState, history_age, history_mask
 from models.layers.config import Config, Count, Share, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
+from models.layers.folding import of_weights
 from models.layers.initialisation import l2, start_linears, tiny_normal
 from models.layers.intermediates import record
 from models.layers.request_matmul import matmul_by_request, of_request
@@ -235,7 +236,7 @@ class FESeq(CTRModel):
             read, read_index = state, user_index
         else:
             mask_CS = of_request(state["mask"], user_index, num_candidates)
-            candidate_CM, read = self._refine_whole(state, x_CM, mask_CS, user_index)
+            candidate_CM, read = self._refine_together(state, x_CM, mask_CS, user_index)
             read_index = torch.arange(num_candidates, device=items_CW.device)
 
         if self.pooling is not None:
@@ -245,8 +246,8 @@ class FESeq(CTRModel):
             u_CM = u_CM / mask_CS.sum(dim=1, keepdim=True) if self.config.pool == "mean" else u_CM
         else:  # the head reads the candidate's position, and, with concat, the history by itself
             u_CM = candidate_CM
-        kernel_HX = torch.cat([self._kernel("unpaired"), self._kernel("pooled")], dim=1)
-        z_CH = F.linear(torch.cat([unpaired_CX, u_CM], dim=1), kernel_HX) + of_request(read["head"], read_index)
+        z_CH = F.linear(torch.cat([unpaired_CX, u_CM], dim=1), self._kernel("unpaired", "pooled"))
+        z_CH = z_CH + of_request(read["head"], read_index)
         logit_C1: Tensor = self.rest(z_CH)
         return logit_C1.squeeze(-1)
 
@@ -285,12 +286,14 @@ class FESeq(CTRModel):
         attend = self.config.interaction in ("autoint", "destine")
         return {name: numbered("layer", layers) for name, layers in inside.items() if layers and attend}
 
-    def _kernel(self, part: Literal["constant", "unpaired", "history", "pooled"]) -> Tensor:
+    @of_weights
+    def _kernel(self, *parts: Literal["constant", "unpaired", "history", "pooled"]) -> Tensor:
         """The head's first layer where it reads constant fields, unpaired ones, the history (concat alone), or u."""
-        kernels = torch.split(self.first.weight, self.columns, dim=1)
-        return kernels[("constant", "unpaired", "history", "pooled").index(part)]
+        columns = torch.split(self.first.weight, self.columns, dim=1)
+        by_part = dict(zip(("constant", "unpaired", "history", "pooled"), columns, strict=True))
+        return torch.cat([by_part[part] for part in parts], dim=1)
 
-    def _refine_whole(
+    def _refine_together(
         self, state: UserState, x_CM: Tensor, mask_CS: Tensor, user_index: Tensor | None
     ) -> tuple[Tensor, UserState]:
         """Each candidate's position [C, M] and what its history brings to the pooling, where clicks see candidates."""
@@ -368,12 +371,15 @@ class AutoIntLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, name: str) -> Tensor:
-        # Q K^T = X (W_Q^T W_K) X^T: one product of x for two. The fields attended to are the rows at first: a softmax
-        # over a short last axis takes three times as long.
-        kernel_DD = self.key.weight.T @ self.query.weight / self.scale
-        weights = (x @ kernel_DD @ x.transpose(-1, -2)).softmax(dim=-2).transpose(-1, -2)
+        # The fields attended to are the rows at first: a softmax over a short last axis takes three times as long.
+        weights = (x @ self._kernel() @ x.transpose(-1, -2)).softmax(dim=-2).transpose(-1, -2)
         record(name, weights)
         return F.relu(self.norm(self.dropout(weights) @ self.value(x) + x))
+
+    @of_weights
+    def _kernel(self) -> Tensor:
+        """K Q^T / sqrt(D) = X (W_K^T W_Q / sqrt(D)) X^T: one product of X in place of two."""
+        return self.key.weight.T @ self.query.weight / self.scale
 
 
 class DestineLayer(nn.Module):
@@ -597,7 +603,7 @@ class AttentionPooling(nn.Module):
     def query_of(self, inputs: Inputs) -> Tensor:
         """What each item meets the keys with, [C, A]: its query q, or W q, over the scale."""
         item_CID = self.interaction(self.fields.item(inputs), "interact_attn_query")
-        query_CA = self.dropout(self.activation(self.query(item_CID.flatten(1))))
+        query_CA: Tensor = self.dropout(self.activation(self.query(item_CID.flatten(1))))
         if self.meeting is not None:
             return query_CA
         return (query_CA if self.kernel is None else F.linear(query_CA, self.kernel)) / self.scale
@@ -628,9 +634,12 @@ class AttentionPooling(nn.Module):
 
     def _keys_and_values(self, events: Tensor) -> tuple[Tensor, Tensor]:
         """[*, M] to keys and values, [*, A] each."""
-        both = F.linear(events, torch.cat([self.key.weight, self.value.weight]))
-        keys, values = self.dropout(self.activation(both)).chunk(2, dim=-1)
+        keys, values = self.dropout(self.activation(F.linear(events, self._key_and_value()))).chunk(2, dim=-1)
         return keys, values
+
+    @of_weights
+    def _key_and_value(self) -> Tensor:
+        return torch.cat([self.key.weight, self.value.weight])
 
     def _meet(
         self, query_CA: Tensor, read: UserState, key_CA: Tensor, mask_CS: Tensor, user_index: Tensor | None

@@ -25,6 +25,7 @@ from models.layers.attention import SelfAttention, masked_mean
 from models.layers.base import CTRModel, Inputs, UserState, history_mask
 from models.layers.config import Config, Count, Share, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
+from models.layers.folding import of_weights
 from models.layers.initialisation import l2, start_linears, truncated_normal
 from models.layers.intermediates import is_recording, record
 from models.layers.mlp import MLP
@@ -105,7 +106,8 @@ class MIAN(CTRModel):
         self.crosses: Crosses | None = None
         if config.cross_layers:
             self.crosses = Crosses((num_user + num_context) * width + event, item, config.cross_layers)
-        self.num_user, self.user_width, self.item_width = num_user, num_user * width, item
+        self.num_fields, self.user_width, self.item_width = [num_user, num_context], num_user * width, item
+        self.request_width = (num_user + num_context) * width
         self.reads_clicks = "ibim" in groups or "behaviour" in groups or (self.crosses is not None and event > 0)
         # A batch of many requests copies what is summed for each candidate: K_x x or x, whichever is narrower.
         self.sums_first = self.gim.head_width > sum(widths[name] for name in self.local)
@@ -137,10 +139,13 @@ class MIAN(CTRModel):
                     state["clicks"] = read
         if self.fields.num_request:
             request_URD = self.fields.request(inputs)
-            elements |= {"iuim": request_URD[:, : self.num_user], "icim": request_URD[:, self.num_user :]}
+            elements["iuim"], elements["icim"] = torch.split(request_URD, self.num_fields, dim=1)
             vectors.insert(0, request_URD.flatten(1))
-            for part, parts in zip(self._read_fields(vectors[0]), (raw, scores), strict=True):
-                parts.append(part)
+            products_UX = F.linear(vectors[0], *self._request_layer())
+            num_parts = len({"user", "context"} & {*self.gim.groups}) * self.gim.part_width
+            raw_UX, scores_UN = torch.split(products_UX, [num_parts, products_UX.shape[-1] - num_parts], dim=-1)
+            raw.append(raw_UX)
+            scores.append(scores_UN)
         if self.gim.request_groups:
             state |= self.gim.sum_request(torch.cat(raw, dim=-1))
         if scores:
@@ -151,8 +156,7 @@ class MIAN(CTRModel):
 
     def encode_items(self, inputs: Inputs) -> Tensor:
         """One product for all that is linear in the candidate: the parts of `_item_layers` in their order."""
-        weights, biases = zip(*self._item_layers().values(), strict=True)
-        return F.linear(self.fields.item(inputs).flatten(1), torch.cat(weights), torch.cat(biases))
+        return F.linear(self.fields.item(inputs).flatten(1), *self._item_layer())
 
     def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
         row = dict(zip(self.row_widths, torch.split(items_CW, [*self.row_widths.values()], dim=-1), strict=True))
@@ -161,12 +165,12 @@ class MIAN(CTRModel):
             # A tanh is between -1 and 1, so the softmaxes take exp of it as it is.
             exp_CN = torch.exp(torch.tanh(self._element_scores(state, row, user_index)))
             sums_CX = vector_by_request(exp_CN, state["sums"], user_index)
-            num_groups = len(self.gim.candidate_groups)
-            total_CL = sums_CX[:, -num_groups:].clamp(min=0.25)  # at least 1/e where there is an element, else 0
+            *group_scores, total_CL = sums_CX.chunk(1 + self.gim.attends, dim=-1)
+            total_CL = total_CL.clamp(min=0.25)  # it is at least 1/e where there is an element, else 0
             if is_recording():
                 self._record_alphas(exp_CN, total_CL, state, user_index)
             if score_CL is not None:
-                score_CL = score_CL + sums_CX[:, :num_groups] / total_CL
+                score_CL = score_CL + group_scores[0] / total_CL
         omega_CL = None if score_CL is None else torch.exp(torch.tanh(score_CL))
         found_CH = self.gim.sum_candidate(row["part"], omega_CL)
         if self.local:
@@ -176,6 +180,11 @@ class MIAN(CTRModel):
         if self.crosses is not None:
             logits_C = logits_C + self.crosses(state.get("crosses"), row["crosses"], row["item"], user_index)
         return logits_C
+
+    @of_weights
+    def _item_layer(self) -> tuple[Tensor, Tensor]:
+        weights, biases = zip(*self._item_layers().values(), strict=True)
+        return torch.cat(weights), torch.cat(biases)
 
     def _item_layers(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The parts of an item row, each a weight and a bias over the candidate's vectors together."""
@@ -199,20 +208,21 @@ class MIAN(CTRModel):
             layers["item"] = identity_II, torch.zeros_like(identity_II[0])
         return layers
 
-    def _read_fields(self, request_UR: Tensor) -> tuple[Tensor, Tensor]:
-        """One product for all that is linear in user and context fields: their groups' parts [U, *], scores [U, *]."""
+    @of_weights
+    def _request_layer(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of all that is linear in user and context fields: their groups' parts, then their scores."""
         starts = {"user": 0, "iuim": 0, "context": self.user_width, "icim": self.user_width}
-        groups = {group: self.gim.kernel(group) for group in self.gim.request_groups if group != "behaviour"}
-        fields = {name: scorer for name, scorer in self.local.items() if name != "ibim"}
-        scores = {n: scorer.request_layer() for n, scorer in fields.items() if isinstance(scorer, AdditiveScorer)}
-        weights, biases = [request_UR.new_zeros(0, request_UR.shape[1])], [request_UR.new_zeros(0)]
-        for name, (weight, bias) in (groups | scores).items():
-            after = request_UR.shape[1] - starts[name] - weight.shape[1]
-            weights.append(F.pad(weight, (starts[name], after)))
+        layers: dict[str, tuple[Tensor, Tensor]]
+        layers = {group: self.gim.kernel(group) for group in self.gim.request_groups if group != "behaviour"}
+        for name, scorer in self.local.items():
+            if name != "ibim" and isinstance(scorer, AdditiveScorer):
+                layers[name] = scorer.request_layer()
+        of_head_H = self.gim.head.first.bias
+        weights, biases = [of_head_H.new_zeros(0, self.request_width)], [of_head_H.new_zeros(0)]
+        for name, (weight, bias) in layers.items():
+            weights.append(F.pad(weight, (starts[name], self.request_width - starts[name] - weight.shape[1])))
             biases.append(bias)
-        products = F.linear(request_UR, torch.cat(weights), torch.cat(biases))
-        num_parts = len(groups) * self.gim.part_width
-        return products[:, :num_parts], products[:, num_parts:]
+        return torch.cat(weights), torch.cat(biases)
 
     def _read_elements(self, elements: dict[str, Tensor], mask_UT: Tensor | None) -> UserState:
         """What a candidate's attention sums over the elements x [U, N, *], zero where there is no click.
@@ -222,18 +232,9 @@ class MIAN(CTRModel):
         """
         state: UserState = {}
         products = []
-        for n, name in enumerate(self.local, start=1):
-            x_UNX, num_after = elements[name], len(self.local) - n
-            kernel_FX = self.gim.kernel(name)[0][:, self.item_width :]
-            ones_X1 = F.pad(kernel_FX.new_ones(1), (n, num_after))
-            weights = [torch.zeros_like(kernel_FX[:1]).repeat(len(ones_X1), 1)]
-            if self.gim.attends:
-                weights.insert(0, F.pad(kernel_FX[:1], (0, 0, n, num_after)))
-                ones_X1 = F.pad(ones_X1, (len(ones_X1), 0))
-            if not self.sums_first:
-                weights.append(kernel_FX[-self.gim.head_width :])
-                ones_X1 = F.pad(ones_X1, (0, self.gim.head_width))
-            product_UNX = F.linear(x_UNX, torch.cat(weights), ones_X1)
+        for name in self.local:
+            x_UNX = elements[name]
+            product_UNX = F.linear(x_UNX, *self._element_layer(name))
             if name == "ibim" and mask_UT is not None:
                 mask_UT1 = mask_UT.unsqueeze(-1).to(x_UNX.dtype)
                 x_UNX, product_UNX = x_UNX * mask_UT1, product_UNX * mask_UT1
@@ -241,12 +242,28 @@ class MIAN(CTRModel):
                 state[f"{name}.elements"] = x_UNX
             products.append(product_UNX)
         if products:
-            product_UNX = torch.cat(products, dim=1)
-            num_sums = product_UNX.shape[-1] - (0 if self.sums_first else self.gim.head_width)
-            state["sums"] = product_UNX[..., :num_sums]
+            state["sums"] = torch.cat(products, dim=1)
             if not self.sums_first:
-                state["values"] = product_UNX[..., num_sums:]
+                width = self.gim.head_width
+                num_sums = state["sums"].shape[-1] - width
+                state["sums"], state["values"] = torch.split(state["sums"], [num_sums, width], dim=-1)
         return state
+
+    @of_weights
+    def _element_layer(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias that make of an element x of this module its `sums` and, unless they come first, K_x x."""
+        group = self.gim.candidate_groups.index(name)
+        num_before, num_after = group, len(self.local) - group
+        kernel_FX = self.gim.kernel(name)[0][:, self.item_width :]
+        bias_L = F.pad(kernel_FX.new_ones(1), (num_before, num_after))
+        weights, biases = [kernel_FX.new_zeros(len(bias_L), kernel_FX.shape[1])], [bias_L]
+        if self.gim.attends:
+            weights.insert(0, F.pad(kernel_FX[:1], (0, 0, num_before, num_after)))
+            biases.insert(0, torch.zeros_like(bias_L))
+        if not self.sums_first:
+            weights.append(kernel_FX[-self.gim.head_width :])
+            biases.append(torch.zeros_like(kernel_FX[-self.gim.head_width :, 0]))
+        return torch.cat(weights), torch.cat(biases)
 
     def _element_scores(self, state: UserState, row: dict[str, Tensor], user_index: Tensor | None) -> Tensor:
         """Gamma before its tanh, of all elements [C, N]."""
@@ -271,6 +288,11 @@ class MIAN(CTRModel):
         weights = torch.split(weight_CN, [self.counts[name] for name in self.local], dim=-1)
         sums = [vector_by_request(w_CN, x, user_index) for w_CN, x in zip(weights, elements, strict=True)]
         return F.linear(torch.cat(sums, dim=-1), torch.cat(kernels, dim=-1))
+
+    @of_weights
+    def _value_kernels(self) -> list[Tensor]:
+        """K_x of each local module."""
+        return [self.gim.kernel(name)[0][-self.gim.head_width :, self.item_width :] for name in self.local]
 
     def _record_alphas(self, exp_CN: Tensor, total_CL: Tensor, state: UserState, user_index: Tensor | None) -> None:
         parts = torch.split(exp_CN, [self.counts[name] for name in self.local], dim=-1)
@@ -370,7 +392,11 @@ class AdditiveScorer(Scorer):
         return weight_NI, self.kernel.bias.expand(self.num_elements)
 
     def read(self, x_UNX: Tensor) -> Tensor:
-        return (x_UNX * self.kernel.weight[:, self.item :]).sum(dim=-1)
+        return (x_UNX * self._element_weight()).sum(dim=-1)
+
+    @of_weights
+    def _element_weight(self) -> Tensor:
+        return self.kernel.weight[:, self.item :]
 
     def request_layer(self) -> tuple[Tensor, Tensor]:
         """`read` as a layer over the elements' vectors together."""
@@ -411,7 +437,11 @@ class MLPScorer(Scorer):
         return self.kernel.weight[:, : self.item], self.kernel.bias
 
     def read(self, x_UNX: Tensor) -> Tensor:
-        return F.linear(x_UNX, self.kernel.weight[:, self.item :])
+        return F.linear(x_UNX, self._element_weight())
+
+    @of_weights
+    def _element_weight(self) -> Tensor:
+        return self.kernel.weight[:, self.item :]
 
     def forward(self, item_CX: Tensor, read_UNX: Tensor, user_index: Tensor | None) -> Tensor:
         inner_CNX = F.relu(item_CX.unsqueeze(1) + of_request(read_UNX, user_index))
@@ -454,6 +484,7 @@ class GlobalInteraction(nn.Module):
         self.head_width = self.head.first.out_features  # H
         self.part_width = self.head_width + self.attends  # F, rows of each group's kernel
 
+    @of_weights
     def kernel(self, group: str) -> tuple[Tensor, Tensor]:
         """Weight and bias that take r_l to its score (first, if there are scores) and its part of the first layer.
 
@@ -475,12 +506,13 @@ class GlobalInteraction(nn.Module):
         return weight, bias
 
     def sum_request(self, parts_UX: Tensor) -> UserState:
-        """Of the request's groups side by side, F numbers each: their weighted sum, and the weights, not yet divided."""
+        """Of the request's groups side by side, F numbers each: their weighted sum, and the weights."""
         parts_ULF = torch.unflatten(parts_UX, -1, (-1, self.part_width))
         if not self.attends:
             return {"found": parts_ULF.sum(dim=1)}
-        omega_UL = torch.exp(torch.tanh(parts_ULF[..., 0]))
-        found_UH = (omega_UL.unsqueeze(1) @ parts_ULF[..., 1:]).squeeze(1)
+        score_UL1, parts_ULH = torch.split(parts_ULF, [1, self.head_width], dim=-1)
+        omega_UL = torch.exp(torch.tanh(score_UL1.squeeze(-1)))
+        found_UH = (omega_UL.unsqueeze(1) @ parts_ULH).squeeze(1)
         return {"found": found_UH, "omega": omega_UL, "total": omega_UL.sum(dim=1, keepdim=True)}
 
     def sum_candidate(self, parts_CX: Tensor, omega_CL: Tensor | None) -> Tensor:
@@ -505,7 +537,7 @@ class GlobalInteraction(nn.Module):
         """The softmax over all groups, in their order."""
         groups = list(self.candidate_groups)
         if "omega" in state:
-            omega_CL = torch.cat([omega_CL, of_request(state["omega"], user_index, len(omega_CL))], dim=1)
+            omega_CL = torch.cat([omega_CL, of_request(state["omega"], user_index, omega_CL.shape[0])], dim=1)
             groups += self.request_groups
         return torch.stack([omega_CL[:, groups.index(group)] for group in self.groups], dim=1) / total_C1
 
@@ -530,13 +562,17 @@ class Crosses(nn.Module):
 
     def read(self, request_UR: Tensor) -> Tensor:
         """The request's part of x_0, and then what W_0 makes of that."""
-        return torch.cat([request_UR, F.linear(request_UR, self.first.weight[:, : self.request_width])], dim=-1)
+        return torch.cat([request_UR, F.linear(request_UR, self._request_weight())], dim=-1)
+
+    @of_weights
+    def _request_weight(self) -> Tensor:
+        return self.first.weight[:, : self.request_width]
 
     def forward(self, read_UX: Tensor | None, first_CX: Tensor, item_CI: Tensor, user_index: Tensor | None) -> Tensor:
         """The logits [C], given what `read` says of the requests, None where they have no fields."""
         x0_CX = item_CI
         if read_UX is not None:
-            request_UR, first_UX = read_UX.tensor_split([self.request_width], dim=-1)
+            request_UR, first_UX = torch.split(read_UX, [self.request_width, self.first.out_features], dim=-1)
             first_CX = first_CX + of_request(first_UX, user_index)
             x0_CX = torch.cat([of_request(request_UR, user_index, item_CI.shape[0]), item_CI], dim=-1)
         x_CX = x0_CX * first_CX + x0_CX

@@ -8,7 +8,9 @@ arXiv 2308.15033. Equation numbers are the paper's; S1..S12 are the ambiguities 
 # P pairs of fields, V = P * D; Q pairs of which each side is known, I and J fields of one side, R or G; K weights
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ from models.layers.attention import SelfAttention, merge_heads, split_heads
 from models.layers.base import CTRModel, Inputs, UserState
 from models.layers.config import Config, Count, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
+from models.layers.folding import of_weights
 from models.layers.initialisation import start_linears, tiny_normal
 from models.layers.intermediates import is_recording, record
 from models.layers.mlp import MLP
@@ -97,6 +100,9 @@ class STEC(CTRModel):
         names = ("x", "right.0", "value.0", *(["left.0"] if self._block(0).has_left else []))
         parts_CGD = torch.unflatten(items_CW, 1, (len(names), self.num_item, self.config.emb_dim)).unbind(1)
         item = dict(zip(names, parts_CGD, strict=True))
+        if self.config.bilinear == "implicit":
+            by_head = (self.config.heads, self.num_item, self.config.emb_dim // self.config.heads)
+            item["value.0"] = torch.unflatten(item["value.0"].flatten(1), 1, by_head)
         shared = {name: of_request(value, user_index, items_CW.shape[0]) for name, value in state.items()}
         if self.request_first:
             levels = self._levels(item, shared)
@@ -117,8 +123,8 @@ class STEC(CTRModel):
 
     def _enter(self, x_nXD: Tensor) -> UserState:
         """What these fields bring to the first block; both factors of products are the fields where they are alike."""
-        left_nXD, right_nXD, value_nXD = self._block(0).read(x_nXD)
-        level = {"x": x_nXD, "right.0": right_nXD, "value.0": value_nXD}
+        left_nXD, right_nXD, value = self._block(0).read(x_nXD)
+        level = {"x": x_nXD, "right.0": right_nXD, "value.0": value}
         return level | {"left.0": left_nXD} if self._block(0).has_left else level
 
     def _levels(self, level: UserState, seen: UserState) -> UserState:
@@ -130,8 +136,8 @@ class STEC(CTRModel):
             block = self._block(n)
             if n > 0:
                 levels[f"left.{n}"], levels[f"right.{n}"], levels[f"value.{n}"] = block.read(x_nXD)
-            right_nYD, value_nYD = _beside(seen, levels, f"right.{n}"), _beside(seen, levels, f"value.{n}")
-            x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], right_nYD, value_nYD)
+            right_nYD, value = _beside(seen, levels, f"right.{n}"), _beside(seen, levels, f"value.{n}")
+            x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], right_nYD, value)
             if weights_nHXY is not None and is_recording():
                 levels[f"weights.{n}"] = weights_nHXY
         levels[f"left.{num}"], levels[f"right.{num}"] = self.last(self.last_norm(x_nXD))
@@ -139,21 +145,35 @@ class STEC(CTRModel):
 
     def _read_pairs(self, state: UserState, item: UserState, levels: UserState) -> Tensor:
         """The output of the head's first layer [C, O] where all candidates are of one request."""
+        bias_O, kernels = self._pair_kernels()
+        z_CO = bias_O
+        for n, kernel in kernels.items():
+            if self._is_shared(n):
+                of_item = _factors(levels if self.request_first else item, n)
+                z_CO = z_CO + self.pairs.of_one_request(_factors(state, n), of_item, kernel)
+            else:
+                z_CO = z_CO + self.pairs(*_factors(levels, n), kernel["all"])
+        return z_CO
+
+    @of_weights
+    def _pair_kernels(self) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        """Batch norms and the head's first layer as one: its bias [O], and its kernels at each level that it reads."""
         first, norms = self.head.first, self._norms()
         kernels_OV = torch.unflatten(first.weight, 1, (-1, self.last.num_outputs)).unbind(1)
         if len(kernels_OV) < len(norms):
             kernels_OV *= len(norms)  # the levels are added up before the layer
-        z_CO = first.bias
+        bias_O: Tensor = first.bias
+        kernels = {}
         for (n, norm), kernel_OV in zip(norms.items(), kernels_OV, strict=True):
             scale_V, shift_V = _affine(norm)
+            bias_O = bias_O + kernel_OV @ shift_V
             kernel_OPD = torch.unflatten(kernel_OV * scale_V, 1, (-1, self.config.emb_dim))
-            z_CO = z_CO + kernel_OV @ shift_V
-            if f"right.{n}" in state:
-                factors = [_factors(of, n) for of in (state, levels if self.request_first else item)]
-                z_CO = z_CO + self.pairs.shared(*factors, kernel_OPD)
-            else:
-                z_CO = z_CO + self.pairs(*_factors(levels, n), kernel_OPD)
-        return z_CO
+            kernels[n] = self.pairs.kernels(kernel_OPD, one_request=self._is_shared(n))
+        return bias_O, kernels
+
+    def _is_shared(self, n: int) -> bool:
+        """Whether the request's fields are at level n before a candidate is known."""
+        return self.num_request > 0 and (self.request_first or n == 0)
 
     def _norms(self) -> dict[int, nn.BatchNorm1d]:
         """The batch norm of each level that the head reads."""
@@ -214,8 +234,8 @@ def _factors(levels: UserState, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _beside(shared: UserState, of_item: UserState, name: str) -> Tensor:
-    """[C, F, D]: the request's fields, where there are any, and the item's."""
-    return torch.cat([shared[name], of_item[name]], dim=1) if name in shared else of_item[name]
+    """The request's fields, where there are any, before the item's."""
+    return torch.cat([shared[name], of_item[name]], dim=-2) if name in shared else of_item[name]
 
 
 class Block(nn.Module):
@@ -243,21 +263,21 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def read(self, x_nXD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each field both factors of its products, and what it shows to those that attend to it."""
+        """Of each field both factors of its products, and its value: by head [n, H, X, W], or, explicit, [n, X, D]."""
         read_nXD = self.norms[0](x_nXD) if self.norm == "pre" else x_nXD
-        shown_nXD = self.value(read_nXD) if self.attention is None else read_nXD
-        return *self.bilinear(read_nXD), shown_nXD
+        value = split_heads(self.value(read_nXD), self.heads) if self.attention is None else read_nXD
+        return *self.bilinear(read_nXD), value
 
     def forward(
-        self, x_nXD: Tensor, left_nXD: Tensor, right_nYD: Tensor, shown_nYD: Tensor
+        self, x_nXD: Tensor, left_nXD: Tensor, right_nYD: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The attending fields after the block, and their attention [n, H, X, Y], if it is made of the products."""
         weights_nHXY = None
         if self.attention is not None:
-            attended_nXD = self.attention(shown_nYD)
+            attended_nXD = self.attention(value)
         else:
             weights_nHXY = self.bilinear.scores(left_nXD, right_nYD).softmax(dim=-1)
-            attended_nXD = self.out(merge_heads(weights_nHXY @ split_heads(shown_nYD, self.heads)))
+            attended_nXD = self.out(merge_heads(weights_nHXY @ value))
         x_nXD = x_nXD + self.dropout(attended_nXD)
         if self.norm == "post":
             x_nXD = self.norms[0](x_nXD)
@@ -321,7 +341,7 @@ class PairReader(nn.Module):
 
     def __init__(self, first_P: Tensor, second_P: Tensor, num_request: int, num_fields: int) -> None:
         super().__init__()
-        self.num_fields = num_fields
+        self.num_request, self.num_fields = num_request, num_fields
         place_FF = torch.full((num_fields, num_fields), len(first_P))  # behind the last pair stands a zero
         place_FF[first_P, second_P] = torch.arange(len(first_P))
         self.register_buffer("place", place_FF.flatten(), persistent=False)
@@ -336,48 +356,59 @@ class PairReader(nn.Module):
             self.register_buffer(f"{kind}_left", first_P[places_Q] - num_request * (not left), persistent=False)
             self.register_buffer(f"{kind}_right", second_P[places_Q] - num_request * (not right), persistent=False)
 
-    def forward(self, left_CFD: Tensor, right_CFD: Tensor, kernel_OPD: Tensor) -> Tensor:
-        """Of all pairs of each candidate's fields."""
+    def kernels(self, kernel_OPD: Tensor, *, one_request: bool) -> dict[str, Tensor]:
+        """W as `of_one_request` reads it, by kind of pair, or as `forward` does."""
+        if one_request:
+            kinds = {kind: kernel_OPD.index_select(1, self.get_buffer(kind)) for kind, n in self.num_pairs.items() if n}
+            return {kind: self._by_item_field(kind, kernel_OQD) for kind, kernel_OQD in kinds.items()}
         if len(kernel_OPD) > 1:
-            return F.linear(self._products("all", left_CFD, right_CFD), kernel_OPD.flatten(1))
+            return {"all": kernel_OPD.flatten(1)}
         kernel_FFD = F.pad(kernel_OPD[0], (0, 0, 0, 1)).index_select(0, self.get_buffer("place"))
-        kernel_DFF = torch.unflatten(kernel_FFD, 0, (self.num_fields, -1)).permute(2, 0, 1)
-        read_DCF = (left_CFD.permute(2, 0, 1) @ kernel_DFF) * right_CFD.permute(2, 0, 1)
+        return {"all": torch.unflatten(kernel_FFD, 0, (self.num_fields, -1)).permute(2, 0, 1)}
+
+    def forward(self, left_CFD: Tensor, right_CFD: Tensor, kernel: Tensor) -> Tensor:
+        """Of all pairs of each candidate's fields; the kernel is [O, P * D], or [D, F, F] where one number is read."""
+        if kernel.dim() == 2:
+            return F.linear(self._products("all", left_CFD, right_CFD), kernel)
+        read_DCF = (left_CFD.permute(2, 0, 1) @ kernel) * right_CFD.permute(2, 0, 1)
         return read_DCF.sum(dim=(0, 2)).unsqueeze(1)
 
-    def shared(self, of_request: tuple[Tensor, Tensor], of_item: tuple[Tensor, Tensor], kernel_OPD: Tensor) -> Tensor:
-        """The same, of the factors l and r of a single request's fields, [1, R, D], and its items', [C, G, D]."""
+    def of_one_request(
+        self, of_request: tuple[Tensor, Tensor], of_item: tuple[Tensor, Tensor], kernels: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The same, of the factors l and r of a single request's fields, [1, R, D], and of the items', [C, G, D]."""
         left_1RD, right_1RD = of_request
         left_CGD, right_CGD = of_item
-        num_request = left_1RD.shape[1]
-        z_CO = F.linear(self._products("rr", left_1RD, right_1RD), self._of("rr", kernel_OPD).flatten(1))
-        if self.num_pairs["gg"]:
-            z_CO = z_CO + F.linear(self._products("gg", left_CGD, right_CGD), self._of("gg", kernel_OPD).flatten(1))
+        parts = []
+        if "rr" in kernels:
+            parts.append(F.linear(self._products("rr", left_1RD, right_1RD), kernels["rr"]))
+        if "gg" in kernels:
+            parts.append(F.linear(self._products("gg", left_CGD, right_CGD), kernels["gg"]))
         values_CK, kernels_KO = [], []
-        if self.num_pairs["rg"]:
-            kernel_OGRD = torch.unflatten(self._of("rg", kernel_OPD), 1, (num_request, -1)).transpose(1, 2)
-            values_CK.append(right_CGD.transpose(1, 2).flatten(1))
-            kernels_KO.append(_times_request(left_1RD, kernel_OGRD))
-        if self.num_pairs["gr"]:
-            kernel_OGRD = torch.unflatten(self._of("gr", kernel_OPD), 1, (-1, num_request))
-            values_CK.append(left_CGD.transpose(1, 2).flatten(1))
-            kernels_KO.append(_times_request(right_1RD, kernel_OGRD))
-        return z_CO + torch.cat(values_CK, dim=1) @ torch.cat(kernels_KO) if values_CK else z_CO
+        for kind, request_1RD, item_CGD in (("rg", left_1RD, right_CGD), ("gr", right_1RD, left_CGD)):
+            if kind in kernels:
+                values_CK.append(item_CGD.transpose(1, 2).flatten(1))
+                read_DV1 = kernels[kind] @ request_1RD.permute(2, 1, 0)
+                kernels_KO.append(read_DV1.reshape(values_CK[-1].shape[1], -1))
+        if values_CK:
+            parts.append(torch.cat(values_CK, dim=1) @ torch.cat(kernels_KO))
+        return reduce(torch.add, parts)
 
-    def _of(self, kind: str, kernel_OPD: Tensor) -> Tensor:
-        return kernel_OPD.index_select(1, self.get_buffer(kind))
+    def _by_item_field(self, kind: str, kernel_OQD: Tensor) -> Tensor:
+        """Of pairs of both kinds [D, G * O, R], to be multiplied by the request's fields in each dimension.
+
+        Batched over D as plain products: an einsum over the weights as they lie costs more than all it saves.
+        """
+        if kind in ("rr", "gg"):
+            return kernel_OQD.flatten(1)
+        num_first = self.num_request if kind == "rg" else self.num_fields - self.num_request
+        kernel_OIJD = torch.unflatten(kernel_OQD, 1, (num_first, -1))
+        kernel_OGRD = kernel_OIJD.transpose(1, 2) if kind == "rg" else kernel_OIJD
+        return kernel_OGRD.permute(3, 1, 0, 2).flatten(1, 2)
 
     def _products(self, kind: str, left_nID: Tensor, right_nJD: Tensor) -> Tensor:
         first_Q, second_Q = self.get_buffer(f"{kind}_left"), self.get_buffer(f"{kind}_right")
         return (left_nID.index_select(1, first_Q) * right_nJD.index_select(1, second_Q)).flatten(1)
-
-
-def _times_request(request_1RD: Tensor, kernel_OGRD: Tensor) -> Tensor:
-    """The weights [D * G, O] of the item's fields, once they are multiplied by the request's and summed over those."""
-    # Batched over D as plain products: an einsum over the weights as they lie costs more than all it saves.
-    kernel_DVR = kernel_OGRD.permute(3, 1, 0, 2).flatten(1, 2)
-    read_DV1 = kernel_DVR @ request_1RD.permute(2, 1, 0)
-    return read_DV1.reshape(-1, kernel_OGRD.shape[0])
 
 
 def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.errors import ArtifactError
-from models.artifact.folder import EXPLAINING, Artifact, check_scores
+from models.artifact.folder import Artifact, check_scores
+from models.artifact.manifest import BATCHED, EXPLAINING, ITEM, MODEL, TORCHSCRIPT
 from models.features.arrays import Arrays
 from models.features.packing import num_candidates, num_requests
 from service.runtime.backend import Backend, BackendError, Device, Kind, Logits
 from service.runtime.onnx_cpu import OnnxBackend
-
-REQUEST_GRAPH = "model.onnx"  # one request and its candidates
-BATCHED_GRAPH = "model.batched.onnx"  # the candidates of several requests
-TORCHSCRIPT_GRAPH = "model.ts"  # the same for libtorch
-ITEM_GRAPH = "item.onnx"  # the item half of ads
 
 
 def load(artifact: Artifact, kind: Kind, device: Device = "cpu") -> Backend:
@@ -24,18 +20,18 @@ def load(artifact: Artifact, kind: Kind, device: Device = "cpu") -> Backend:
     Raises ArtifactError where it cannot be loaded, or the device or what drives it is not here.
     """
     if kind == "onnx" and device == "cpu":
-        return OnnxBackend(_file(artifact, REQUEST_GRAPH), fed=_inputs(artifact, REQUEST_GRAPH))
+        return OnnxBackend(_file(artifact, MODEL), fed=_inputs(artifact, MODEL))
     if kind == "onnx":
         from service.runtime.onnx_cuda import OnnxCudaBackend
 
-        graph = _file(artifact, BATCHED_GRAPH)
-        return OnnxCudaBackend(graph, inputs=artifact.manifest.graphs[BATCHED_GRAPH].inputs)
-    graph = _file(artifact, TORCHSCRIPT_GRAPH)
+        graph = _file(artifact, BATCHED)
+        return OnnxCudaBackend(graph, inputs=artifact.manifest.graphs[BATCHED].inputs)
+    graph = _file(artifact, TORCHSCRIPT)
     try:
         from service.runtime import torchscript
     except ModuleNotFoundError as err:
         raise ArtifactError(f"{artifact.path}: backend torchscript needs torch, which is not installed") from err
-    inputs = artifact.manifest.graphs[TORCHSCRIPT_GRAPH].inputs
+    inputs = artifact.manifest.graphs[TORCHSCRIPT].inputs
     if device == "cpu":
         return torchscript.TorchScriptBackend(graph, inputs=[i.name for i in inputs])
     return torchscript.TorchScriptCudaBackend(graph, inputs=inputs)
@@ -43,7 +39,7 @@ def load(artifact: Artifact, kind: Kind, device: Device = "cpu") -> Backend:
 
 def load_item_graph(artifact: Artifact) -> OnnxBackend:
     """The item half of packed item tensors, [C, W]; on the CPU whatever runs the rest: its rows are kept. As `load`."""
-    return OnnxBackend(_file(artifact, ITEM_GRAPH), fed=_inputs(artifact, ITEM_GRAPH), outputs=["items"])
+    return OnnxBackend(_file(artifact, ITEM), fed=_inputs(artifact, ITEM), outputs=["items"])
 
 
 def load_explaining(artifact: Artifact) -> OnnxBackend:

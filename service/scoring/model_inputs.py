@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.artifact.folder import Artifact
+from models.artifact.manifest import MODEL
 from models.features.arrays import Arrays
 from models.features.column_encoding import EncodingError
 from models.features.history import Event, history
@@ -58,7 +59,7 @@ class ModelInputBuilder:
         self._candidates = CandidateCache(
             encoder, item_graph, item_width=manifest.item_width, capacity=item_rows, fresh_s=fresh_s
         )
-        reads_history = any(i.name.startswith("history_") for i in manifest.graphs["model.onnx"].inputs)
+        reads_history = any(i.name.startswith("history_") for i in manifest.graphs[MODEL].inputs)
         self._histories = HistoryCache(encoder, capacity=item_rows) if reads_history else None
         self._history_length = schema.history_length if reads_history else 0
         self._user_names = frozenset(f.name for f in schema.group("user"))

@@ -91,7 +91,8 @@ def test_an_empty_history_under_a_softmax_of_minus_infinity_is_caught(name, monk
 @pytest.mark.parametrize("name", [n for n in READERS if n not in {"mian", "feseq", "din", "dien", "dmr", "bst"}])
 def test_the_mean_of_no_clicks_divided_by_their_number_is_caught(name, monkeypatch):
     def divided(self: FieldEmbeddings, inputs: Any) -> Tensor:
-        return self.history(inputs).sum(dim=1) / inputs["hist_mask"].sum(dim=1).unsqueeze(-1).unsqueeze(-1)
+        count_U: Tensor = inputs["hist_mask"].sum(dim=1)
+        return self.history(inputs).sum(dim=1) / count_U.unsqueeze(-1).unsqueeze(-1)
 
     monkeypatch.setattr(FieldEmbeddings, "pooled_history", divided)
 

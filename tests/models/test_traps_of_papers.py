@@ -11,6 +11,7 @@ from models import zoo
 from models.layers.attention import masked_softmax
 from models.layers.base import CTRModel
 from models.papers.dynint import DynInt
+from tests.models.flat import fields_of
 from tests.models.small import lively, tensors
 from tests.models.traps import SCHEMA, assert_equal, caught
 from training.export import example
@@ -19,21 +20,22 @@ from training.export import example
 
 
 def r_ibim(model: Any, inputs: Any) -> Any:
-    """R_ibim, read off the global module through kernels that change nothing."""
-    raw = {group: model.gim.kernel(group)[0].shape[1] for group in model.gim.groups}
-    width, own = raw["ibim"], model.gim.groups.index("ibim")
-    with pytest.MonkeyPatch.context() as patch:
-        identity = {group: (torch.eye(width, raw[group]).double(), torch.zeros(width).double()) for group in raw}
-        patch.setattr(model.gim, "kernel", identity.__getitem__)
-        patch.setattr(model.gim, "forward", lambda parts_CLF: parts_CLF[:, own])
-        return model(inputs)
+    """R_ibim, read off a model whose logit is a linear map of all groups: one column of the map at a time."""
+    first, columns = model.gim.head.first, model.gim.columns["ibim"]
+    first.bias.data.zero_()
+    numbers = []
+    for column in range(columns.start, columns.stop):
+        first.weight.data.zero_()
+        first.weight.data[0, column] = 1
+        numbers.append(model(inputs))
+    return torch.stack(numbers, dim=1)
 
 
 def r_ibim_as_written(model: Any, inputs: Any) -> Any:
     """Eq. (8) and (9), sum_t alpha_t [e_i; h_t]: nothing at all where there is no click."""
     index, mask_UT = inputs["user_index"], inputs["hist_mask"]
-    item_CI = torch.cat(model.fields.group("item", inputs), dim=-1)
-    clicks_UTB = model.transformer(torch.cat(model.fields.history(inputs), dim=-1), mask_UT)
+    item_CI = model.fields.item(inputs).flatten(1)
+    clicks_UTB = model.transformer(model.fields.history(inputs).flatten(2), mask_UT)
     both_CTX = torch.cat([item_CI.unsqueeze(1).expand(-1, clicks_UTB.shape[1], -1), clicks_UTB[index]], dim=-1)
     kernel = model.local["ibim"].kernel
     scores_CT = torch.tanh((both_CTX * kernel.weight).sum(dim=-1) + kernel.bias)
@@ -42,7 +44,7 @@ def r_ibim_as_written(model: Any, inputs: Any) -> Any:
 
 def check_r_ibim(read: Callable[[Any, Any], Any]) -> None:
     """[e_i; what the candidate finds], and [e_i; 0] where there is nothing to find."""
-    model: Any = lively("mian", SCHEMA)
+    model: Any = lively("mian", SCHEMA, emb_dim=4, heads=2, gim=False, hidden=())
     inputs = tensors(example(SCHEMA, 3, 20))
     inputs["hist_mask"] = torch.tensor([[False] * 4, [False, True, True, True], [True] * 4])
     empty = inputs["user_index"] == 0
@@ -51,7 +53,7 @@ def check_r_ibim(read: Callable[[Any, Any], Any]) -> None:
     with torch.no_grad():
         found, written = read(model, inputs), r_ibim_as_written(model, inputs)
 
-    item = torch.cat(model.fields.group("item", inputs), dim=-1).detach()
+    item = model.fields.item(inputs).flatten(1).detach()
     assert_equal(found[:, : item.shape[1]], item)
     assert not found[empty, item.shape[1] :].any()
     assert_equal(found[~empty], written[~empty])
@@ -80,9 +82,7 @@ class ReadsItself(DynInt):
 def check_closed_form(model: Any) -> None:
     """X_L = X_0 * prod_l (1 + W_l X_0), which is what the loop comes to."""
     inputs = tensors(example(SCHEMA, 3, 12))
-    fields = model.fields
-    request = torch.stack(fields.group("user", inputs) + fields.group("context", inputs), dim=1)[inputs["user_index"]]
-    x_CFD = torch.cat([request, torch.stack(fields.group("item", inputs), dim=1)], dim=1)
+    x_CFD = torch.from_numpy(fields_of(model, inputs))
     start_CPW = torch.cat(x_CFD.chunk(model.config.subspaces, dim=-1), dim=1)
     closed, loop = start_CPW, start_CPW
     for kernel_PP in model.maps.kernel_LPP:

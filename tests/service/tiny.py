@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
-from models.artifact.folder import EXPLAINING, Golden
-from models.artifact.manifest import GraphSignature
+from models.artifact.folder import Golden
+from models.artifact.manifest import EXPLAINING, Graph
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.field import FIRST, FieldSpec, Input
@@ -99,7 +99,7 @@ EXPLANATIONS = (
 )
 
 
-class Graph:
+class GraphBuilder:
     """An ONNX graph under construction."""
 
     def __init__(self, seed: int, *, poisoned: str | None = None) -> None:
@@ -167,14 +167,14 @@ EXPLAINED = (
     Input(name="user_part", dtype="float32", dims=("U",)),
 )
 SIGNATURES = {
-    "model.onnx": GraphSignature(inputs=(*ONE_USER, ITEMS), outputs=(LOGIT,)),
-    "item.onnx": GraphSignature(inputs=ITEM_INPUTS, outputs=(ITEMS,)),
-    EXPLAINING: GraphSignature(inputs=(*USER_INPUTS, *ITEM_INPUTS, *USER_INDEX), outputs=(LOGIT, *EXPLAINED)),
+    "model.onnx": Graph(inputs=(*ONE_USER, ITEMS), outputs=(LOGIT,)),
+    "item.onnx": Graph(inputs=ITEM_INPUTS, outputs=(ITEMS,)),
+    EXPLAINING: Graph(inputs=(*USER_INPUTS, *ITEM_INPUTS, *USER_INDEX), outputs=(LOGIT, *EXPLAINED)),
 }
 
 
 def request_graph(seed: int) -> bytes:
-    graph = Graph(seed)
+    graph = GraphBuilder(seed)
     last = graph.constant("last", np.array([1]))
     graph.add("Add", [graph.add("Squeeze", ["items", last], "item_part"), graph.user_part()], "logit")
     return graph.to_bytes(*_signature("model.onnx"))
@@ -182,13 +182,13 @@ def request_graph(seed: int) -> bytes:
 
 def item_graph(seed: int, *, poisoned: str | None = None) -> bytes:
     """It gives the `poisoned` item NaN."""
-    graph = Graph(seed, poisoned=poisoned)
+    graph = GraphBuilder(seed, poisoned=poisoned)
     graph.items("items")
     return graph.to_bytes(*_signature("item.onnx"))
 
 
 def explaining_graph(seed: int) -> bytes:
-    graph = Graph(seed)
+    graph = GraphBuilder(seed)
     graph.items("items")
     item_part = graph.add("Squeeze", ["items", graph.constant("last", np.array([1]))], "item_part")
     user_part = graph.add("Gather", [graph.user_part(), "user_index"], "user_part_C")

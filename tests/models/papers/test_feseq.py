@@ -226,7 +226,7 @@ def with_clicks(mask: list[bool]) -> dict[str, torch.Tensor]:
 
 def shown(inputs: dict[str, torch.Tensor], **options: Any) -> dict[str, np.ndarray]:
     model = lively("feseq", SCHEMA, **OPTIONS | options)
-    _, tensors_shown = explain(model, inputs, model.explanations())
+    _, tensors_shown = explain(model, inputs)
     return {name: tensor.detach().numpy() for name, tensor in tensors_shown.items()}
 
 
@@ -305,7 +305,7 @@ def test_what_is_explained_has_the_axes_that_are_promised(options):
     inputs = tensors(example(SCHEMA, 2, 5))
     along = {"request": 2, "candidate": 5, "behaviour": 3, "event": 4}
 
-    logits, tensors_shown = explain(model, inputs, model.explanations())
+    logits, tensors_shown = explain(model, inputs)
 
     assert torch.equal(logits, model(inputs))
     for explanation in model.explanations():

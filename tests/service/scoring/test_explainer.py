@@ -11,6 +11,7 @@ import pytest
 
 from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
+from models.artifact.manifest import EXPLAINING
 from models.features.field import FIRST
 from service.runtime.onnx_cpu import OnnxBackend
 from service.scoring import explainer
@@ -229,9 +230,9 @@ async def test_an_explaining_graph_that_cannot_be_trusted_is_not_used(start: Sta
         (folder / "manifest.json").write_text(json.dumps(manifest))
     async with start(artifacts_dir=tmp_path, experiment=ALONE) as service:
         if spoil == "no graph":
-            (folder / artifact.EXPLAINING).unlink()
+            (folder / EXPLAINING).unlink()
         if spoil == "changed on disk":
-            (folder / artifact.EXPLAINING).write_bytes(tiny.to_onnx(1))
+            (folder / EXPLAINING).write_bytes(tiny.to_onnx(1))
 
         answer = await service.client.post("/explain", json=ASKED)
 
@@ -254,7 +255,7 @@ async def test_a_manifest_from_before_explanations_is_served_and_explains_nothin
 def test_a_manifest_that_promises_explanations_needs_their_graph(tmp_path: Path) -> None:
     file = tiny.write(tmp_path, explaining_seed=1) / "manifest.json"
     manifest = json.loads(file.read_text())
-    del manifest["files"][artifact.EXPLAINING]
+    del manifest["files"][EXPLAINING]
     file.write_text(json.dumps(manifest))
 
     with pytest.raises(ArtifactError, match=r"does not list explain\.onnx"):

@@ -62,9 +62,9 @@ def test_an_explaining_graph_of_another_model_is_refused(graph):
     other = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
     other.get_parameter("blocks.0.bilinear.right.0.weight").data += 0.5
 
-    export.check(model, SCHEMA, {artifact.EXPLAINING: content}, golden=encoded(SCHEMA))
+    export.check(model, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
     with pytest.raises(ExportError, match=r"explain\.onnx: \w+ is up to .* off the model's at the golden requests"):
-        export.check(other, SCHEMA, {artifact.EXPLAINING: content}, golden=encoded(SCHEMA))
+        export.check(other, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
 
 
 def test_the_graphs_that_serve_are_bit_for_bit_what_they_are_without_taps(monkeypatch):
