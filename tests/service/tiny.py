@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,7 +112,7 @@ class GraphBuilder:
         self._weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def add(self, operator: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self._nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
@@ -146,10 +147,10 @@ class GraphBuilder:
 
     def to_bytes(self, inputs: Sequence[Input], outputs: Sequence[Input]) -> bytes:
         types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
-        infos = [
+        takes, gives = (
             [helper.make_tensor_value_info(i.name, types[i.dtype], i.dims) for i in part] for part in (inputs, outputs)
-        ]
-        graph = helper.make_graph(self._nodes, "tiny", *infos, self._weights)
+        )
+        graph = helper.make_graph(self._nodes, "tiny", takes, gives, self._weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
         onnx.checker.check_model(model)
         content: bytes = model.SerializeToString()

@@ -120,11 +120,12 @@ def _train_epoch(
 
 
 def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: Run, state: State) -> torch.Tensor:
-    """One update; returns the log loss of the batch before it, without what the model is fined for or learns beside."""
+    """One optimiser step. Returns the batch's log loss before the update, without penalty and auxiliary losses."""
     optimizer.zero_grad(set_to_none=True)
-    of_users = model.encode_user(batch.inputs)
-    click_loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
-    loss = click_loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
+    state_of_users = model.encode_user(batch.inputs)
+    logit_B = model.score(state_of_users, model.encode_items(batch.inputs), batch.inputs["user_index"])
+    click_loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B)
+    loss = click_loss + model.auxiliary_loss(state_of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
     # The one value read per step, and before it: a weight that is not a number never comes back.

@@ -28,9 +28,9 @@ def arm(name: str = "one", **changes: object) -> Arm:
 
 
 @pytest.fixture
-async def load(tmp_path: Path) -> AsyncIterator[Load]:
+def load(tmp_path: Path) -> Load:
     loader = ModelLoader(root=tmp_path, max_candidates=1000, keep_behaviours=200, item_rows=100, fresh_s=10)
-    yield partial(ModelRegistry.load, loader)
+    return partial(ModelRegistry.load, loader)
 
 
 async def test_every_arm_has_its_model(load: Load, tmp_path: Path) -> None:
