@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+from service.runtime.batcher import Batcher, Runner
+from tests.service.engine import Fake, apart, held_up, in_time, joining, request, waiting, with_runner
 
 from service.errors import Refusal
 from service.observability.metrics import Metrics
-from service.runtime.batcher import Batcher, Runner
-from tests.service.engine import Fake, apart, held_up, in_time, joining, request, waiting, with_runner
 
 
 @pytest.fixture
