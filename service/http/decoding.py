@@ -1,234 +1,201 @@
-"""From a request's bytes to a typed value: one fast pass, and for a refused body a slow one that finds every error."""
+"""JSON decoder of request bodies: typed and strict, and precise about the first value that is wrong.
 
+msgspec says where it stopped. What was expected there, the type at that place says; what came, the body does.
+"""
+
+import difflib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import inspect
 
-from service.errors import MAX_ERRORS, FieldError, InvalidValue, Refusal, pointer, shown
+from service.errors import FieldError, InvalidValue, Refusal, pointer, shown
+from service.http.json_types import is_text, members, predicate, words
 from service.http.problems import NotJSON
 
 T = TypeVar("T")
-_Path = tuple[str | int, ...]
-MAX_LOOKS = 50_000  # values that a refusal looks at, beside plain ones: the process has others to answer
-_READ_LATER = inspect.type_info(dict[str, Any] | None)
+_Step = str | int | None  # a field's name, a place in a list, or some key of a dict: msgspec does not say which
+_Place = tuple[tuple[str | int, ...], Any]  # a path and the value there
 
 
 class Decoder(Generic[T]):
-    """Decodes JSON as one type, strictly: no conversion, no unknown field, no NaN.
+    """Decodes JSON as one type: no conversion, no unknown field, no NaN.
 
-    Raises Refusal (400 or 422), and RecursionError for lists and objects nested too deep.
+    Raises NotJSON (400) or InvalidValue (422), and RecursionError for lists and objects nested too deep.
     """
 
-    def __init__(self, wanted: type[T]) -> None:
-        self._decoder = msgspec.json.Decoder(wanted)
-        self._wanted = inspect.type_info(wanted)
+    def __init__(self, type_: type[T]) -> None:
+        eager = _eager(type_)
+        self._decoder = msgspec.json.Decoder(type_)
+        self._eager_decoder = msgspec.json.Decoder(eager)
+        self._type = inspect.type_info(eager)
 
     def decode(self, body: bytes) -> T:
         try:
             return self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        except (msgspec.DecodeError, UnicodeDecodeError) as err:
             raise self.refusal(body, str(err)) from None
 
     def refusal(self, body: bytes, reason: str) -> Refusal:
-        """What is wrong with a body that could not be decoded, or not what it left to be read later (`msgspec.Raw`)."""
-        errors = Misfits().of(_parse(body), self._wanted)
-        # The last resort keeps the promise that whatever the decoder refuses is a client's error.
-        return InvalidValue(errors or [FieldError(pointer="", expected="a valid body", got=reason)])
+        """What is wrong with a body that could not be decoded, or with what it left to be read later.
 
-
-class Misfits:
-    """Finds every place where a decoded value is not what is wanted, as far as MAX_ERRORS and MAX_LOOKS.
-
-    Names of fields come before values, so that one unknown name is found beside any number of those.
-    """
-
-    def __init__(self) -> None:
-        self._looks = MAX_LOOKS
-
-    def of(self, value: object, wanted: inspect.Type) -> list[FieldError]:
-        errors: list[FieldError] = []
-        self._check(value, wanted, (), errors)
-        return errors
-
-    def _check(self, value: object, wanted: inspect.Type, at: _Path, errors: list[FieldError]) -> None:
-        self._looks -= 1
-        if isinstance(wanted, inspect.Metadata):
-            wanted = wanted.type
-        if isinstance(wanted, inspect.RawType):
-            wanted = _READ_LATER
-        if not _fits(value, wanted):
-            errors.append(FieldError(pointer=pointer(*at), expected=expected(wanted), got=_got(value)))
-            return
-        if isinstance(wanted, inspect.UnionType):
-            wanted = next(member for member in wanted.types if _fits(value, member))
-        match wanted, value:
-            case inspect.StructType(), dict():
-                self._check_fields(value, wanted, at, errors)
-            case inspect.DictType(value_type=inner), dict():
-                odd = ((name, name) for name in value if not _is_text(name))
-                self._check_members(odd, inspect.StrType(), at, errors)
-                self._check_members(value.items(), inner, at, errors)
-            case inspect.ListType(item_type=inner), list():
-                self._check_members(enumerate(value), inner, at, errors)
-            case inspect.AnyType(), dict():
-                self._check(value, inspect.DictType(inspect.StrType(), inspect.AnyType()), at, errors)
-            case inspect.AnyType(), list():
-                self._check(value, inspect.ListType(inspect.AnyType()), at, errors)
-
-    def _check_fields(
-        self, value: dict[str, object], wanted: inspect.StructType, at: _Path, errors: list[FieldError]
-    ) -> None:
-        fields = {field.encode_name: field for field in wanted.fields}
-        unknown = [name for name in value if name not in fields] if wanted.forbid_unknown_fields else []
-        for name in unknown[:MAX_ERRORS]:
-            known = f"one of {', '.join(fields)}"
-            errors.append(FieldError(pointer=pointer(*at, name), expected=known, got=f"an unknown field {shown(name)}"))
-        for name, field in fields.items():
-            if field.required and name not in value:
-                errors.append(FieldError(pointer=pointer(*at, name), expected=expected(field.type), got="nothing"))
-        for name, item in value.items():
-            if name in fields:
-                self._check_members([(name, item)], fields[name].type, at, errors)
-
-    def _check_members(
-        self, members: Iterable[tuple[str | int, object]], wanted: inspect.Type, at: _Path, errors: list[FieldError]
-    ) -> None:
-        plain = _plain(wanted)
-        for place, item in members:
-            if type(item) in plain:
+        NaN and halves of surrogate pairs are JSON to Python and none to msgspec, which then gives no path. It gives
+        one for a number out of range, so that is put in the place of the first of them: a value, or a name.
+        """
+        sound = _SOUND.match(body)
+        for fault in (b"1e999 ", b'"":1e999 '):
+            try:
+                self._eager_decoder.decode((sound.group() if sound else b"") + fault)
+            except msgspec.ValidationError as err:
+                return self._refusal(body, str(err))
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
-            if self._looks <= 0 or len(errors) >= MAX_ERRORS:
-                return
-            self._check(item, wanted, (*at, place), errors)
+        return self._refusal(body, reason)
+
+    def _refusal(self, body: bytes, sentence: str) -> Refusal:
+        try:
+            return InvalidValue([first_error(_parse(body), self._type, sentence)])
+        except NotJSON as err:
+            return err
 
 
-@dataclass(frozen=True, slots=True)
-class _NotANumber:
-    """A literal that Python reads as a number and JSON, or a double, cannot hold: NaN, Infinity, 1e999."""
+# What precedes the first NaN, Infinity, or string with half of a surrogate pair: no N or I, and good strings.
+_SOUND = re.compile(
+    rb"""(?: [^"NI]++
+      | "(?: [^"\\]++ | \\[^u] | \\u(?![dD][89a-fA-F]) | \\u[dD][89abAB]..\\u[dD][c-fC-F].. )*+"
+    )*+""",
+    re.VERBOSE | re.DOTALL,
+)
 
-    text: str
+
+def first_error(document: object, type_: inspect.Type, sentence: str) -> FieldError:
+    """The error of a decoded document at the place that msgspec's sentence names, in a client's words."""
+    path = _PATH.search(sentence)
+    steps = [int(index) if index else name or None for name, index in _STEP.findall(path[1])] if path else []
+    # At the root too: an unknown field may have a name that ends as msgspec's sentences do.
+    error = _error_at(steps, document, type_) or _error_at([], document, type_)
+    if error is not None:
+        return error
+    # A name is there twice: msgspec saw its first value, and the document has the last.
+    known = itertools.takewhile(lambda step: step is not None, steps)
+    return FieldError(pointer=pointer(*map(str, known)), expected="a valid body", got=sentence)
+
+
+def _error_at(steps: Sequence[_Step], document: object, type_: inspect.Type) -> FieldError | None:
+    places: Iterator[_Place] = iter([((), document)])
+    for step in steps:
+        type_, places = _type_inside(type_, step), _values_inside(places, step)
+    fits = predicate(type_)
+    for path, value in places:
+        if path and not is_text(str(path[-1])):
+            return FieldError(pointer=pointer(*path), expected="a name of valid Unicode", got=shown(path[-1]))
+        if not fits(value):
+            return FieldError(pointer=pointer(*path), expected=words(type_), got=_shown(value))
+        error = _field_error(path, value, type_) if isinstance(value, dict) else None
+        if error is not None:
+            return error
+    return None
 
 
 def _parse(body: bytes) -> object:
+    """The body as Python reads JSON: with NaN and infinities. Raises NotJSON."""
     try:
-        return json.loads(body.decode(), parse_constant=_NotANumber, parse_float=_finite, parse_int=_whole)
+        text = body.decode()
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python and msgspec read
+            return json.loads(text, parse_int=_integer)
     except UnicodeDecodeError as err:
-        raise NotJSON(f"the body is not UTF-8: byte {err.start} is {body[err.start]:#04x}") from None
+        problem, byte = f"not UTF-8: {body[err.start]:#04x}", err.start
     except json.JSONDecodeError as err:
-        detail = "it is empty" if not body.strip() else f"{err.msg} at line {err.lineno}, column {err.colno}"
-        raise NotJSON(f"the body is not JSON: {detail}") from None
+        problem, byte = f"not JSON: {err.msg}", len(err.doc[: err.pos].encode())
+    if not body.strip():
+        raise NotJSON("the body is not JSON: it is empty")
+    *lines, line = body[:byte].decode().split("\n")
+    raise NotJSON(f"the body is {problem} at byte {byte} (line {len(lines) + 1}, column {len(line) + 1})")
 
 
-def _finite(text: str) -> float | _NotANumber:
-    number = float(text)
-    return number if math.isfinite(number) else _NotANumber(text)
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else math.inf
 
 
-def _whole(text: str) -> int | _NotANumber:
-    try:
-        return int(text)
-    except ValueError:  # thousands of digits: more than Python converts, and than the fast pass takes
-        return _NotANumber(text)
+_MAX_DIGITS = sys.int_info.default_max_str_digits
 
 
-def _plain(wanted: inspect.Type) -> set[type]:
-    """Types of which every decoded value is what is wanted."""
-    match wanted:
-        case inspect.UnionType(types=members):
-            return set().union(*map(_plain, members))
-        case inspect.AnyType():
-            return {int, float, bool, type(None)}
-        case inspect.NoneType():
-            return {type(None)}
-        case inspect.BoolType():
-            return {bool}
-        case inspect.IntType(gt=None, ge=None, lt=None, le=None, multiple_of=None):
-            return {int}
-        case inspect.FloatType(gt=None, ge=None, lt=None, le=None, multiple_of=None):
-            return {int, float}
-        case _:
-            return set()
+def _eager(type_: Any) -> Any:
+    """The same type with nothing left to be read later: `msgspec.Raw` becomes an object or null."""
+    origin, arguments = get_origin(type_), get_args(type_)
+    if type_ is msgspec.Raw or (origin is Annotated and arguments[0] is msgspec.Raw):
+        return dict[str, Any] | None
+    if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        fields = msgspec.structs.fields(type_)
+        return msgspec.defstruct(
+            type_.__name__,
+            [(f.name, _eager(f.type)) if f.required else (f.name, _eager(f.type), None) for f in fields],
+            rename={f.name: f.encode_name for f in fields},
+            forbid_unknown_fields=type_.__struct_config__.forbid_unknown_fields,
+            kw_only=True,
+        )
+    if not arguments:
+        return type_
+    inner = tuple(map(_eager, arguments))
+    return typing.Union[inner] if origin is types.UnionType else origin[inner]  # noqa: UP007 - a tuple of types
 
 
-def _fits(value: object, wanted: inspect.Type) -> bool:
-    """Whether a value is of the right kind, its members not looked at."""
-    match wanted:
-        case inspect.AnyType():
-            return not isinstance(value, _NotANumber) and (not isinstance(value, str) or _is_text(value))
-        case inspect.UnionType(types=members):
-            return any(_fits(value, member) for member in members)
-        case inspect.StructType() | inspect.DictType():
-            return isinstance(value, dict)
-        case inspect.ListType():
-            return isinstance(value, list)
-        case inspect.NoneType():
-            return value is None
-        case inspect.LiteralType(values=allowed):
-            return value in allowed
-        case inspect.BoolType():
-            return isinstance(value, bool)
-        case inspect.StrType(min_length=least, max_length=most):
-            return isinstance(value, str) and _is_text(value) and (least or 0) <= len(value) <= (most or math.inf)
-        case inspect.IntType():
-            return isinstance(value, int) and not isinstance(value, bool)
-        case inspect.FloatType():
-            return isinstance(value, int | float) and not isinstance(value, bool) and _within(value, wanted)
-        case _:
-            return True
+_PATH = re.compile(r" - at `\$([^`]*)`$")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\[\.\.\.\]")
 
 
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
+def _type_inside(type_: inspect.Type, step: _Step) -> inspect.Type:
+    for member in members(type_):
+        match member, step:
+            case inspect.StructType(fields=fields), str():
+                return next((f.type for f in fields if f.encode_name == step), inspect.AnyType())
+            case (inspect.DictType(value_type=inner), None) | (inspect.ListType(item_type=inner), int()):
+                return inner
+    return inspect.AnyType()
 
 
-def _within(value: float, wanted: inspect.FloatType) -> bool:
-    return (
-        (wanted.ge is None or value >= wanted.ge)
-        and (wanted.gt is None or value > wanted.gt)
-        and (wanted.le is None or value <= wanted.le)
-        and (wanted.lt is None or value < wanted.lt)
-    )
+def _values_inside(places: Iterator[_Place], step: _Step) -> Iterator[_Place]:
+    for path, value in places:
+        match step, value:
+            case None, dict():
+                for name, item in value.items():
+                    yield (*path, name), item
+            case (str(), dict()) if step in value:
+                yield (*path, step), value[step]
+            case (int(), list()) if step < len(value):
+                yield (*path, step), value[step]
 
 
-def expected(wanted: inspect.Type) -> str:
-    """A type in a client's words."""
-    match wanted:
-        case inspect.UnionType(types=members):
-            return " or ".join(expected(member) for member in _present(members))
-        case inspect.StructType() | inspect.DictType():
-            return "an object"
-        case inspect.ListType():
-            return "a list"
-        case inspect.LiteralType(values=allowed):
-            return " or ".join(map(shown, allowed))
-        case inspect.BoolType():
-            return "true or false"
-        case inspect.StrType(max_length=None):
-            return "a string of valid Unicode"
-        case inspect.StrType(min_length=least, max_length=most):
-            return f"a string of {least or 0} to {most} characters"
-        case inspect.IntType():
-            return "an integer"
-        case inspect.FloatType():
-            signs = ((wanted.ge, ">="), (wanted.gt, ">"), (wanted.le, "<="), (wanted.lt, "<"))
-            bounds = [f"{sign} {bound:.0f}" for bound, sign in signs if bound is not None]
-            return " ".join(["a number", " and ".join(bounds)]).strip()
-        case _:
-            return "a JSON value of valid Unicode and finite numbers"
+def _field_error(path: tuple[str | int, ...], value: dict[str, Any], type_: inspect.Type) -> FieldError | None:
+    """An unknown field of an object, or a missing one."""
+    struct = next((member for member in members(type_) if isinstance(member, inspect.StructType)), None)
+    if struct is None:
+        return None
+    fields = {field.encode_name: field for field in struct.fields}
+    unknown = next((name for name in value if name not in fields), None)
+    if unknown is not None and struct.forbid_unknown_fields:
+        close = difflib.get_close_matches(unknown[:40], fields, n=1)
+        got = f"an unknown field {shown(unknown)}" + "".join(f" (did you mean {name}?)" for name in close)
+        return FieldError(pointer=pointer(*path, unknown), expected=f"one of {', '.join(fields)}", got=got)
+    missing = next((name for name, field in fields.items() if field.required and name not in value), None)
+    if missing is not None:
+        return FieldError(pointer=pointer(*path, missing), expected=words(fields[missing].type), got="nothing")
+    return None
 
 
-def _present(members: Sequence[inspect.Type]) -> list[inspect.Type]:
-    return [member for member in members if not isinstance(member, inspect.NoneType)]
-
-
-def _got(value: object) -> str:
-    return value.text[:40] if isinstance(value, _NotANumber) else shown(value)
+def _shown(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "a number that no double holds"
+    return shown(value)

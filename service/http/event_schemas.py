@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from service.errors import FieldError, InvalidValue, sentence
-from service.http.decoding import Decoder, Misfits
+from service.http.decoding import Decoder, first_error
 from service.ids import Id, Time, is_id, spelled
 from service.ingest.events import Event
 from service.store.codec import pack_row
@@ -64,10 +64,9 @@ class EventsDecoder:
 def checked(values: Sequence[Any], *, now: float) -> tuple[list[Event], list[Rejection]]:
     events: list[Event] = []
     rejected: list[Rejection] = []
-    misfits = Misfits()
     for index, value in enumerate(values):
         try:
-            events.append(_event(value, now + MAX_AHEAD_S, misfits))
+            events.append(_event(value, now + MAX_AHEAD_S))
         except ValueError as err:
             rejected.append(Rejection(index=index, event_id=_event_id(value), reason=str(err)))
     return events, rejected
@@ -76,12 +75,11 @@ def checked(values: Sequence[Any], *, now: float) -> tuple[list[Event], list[Rej
 _SENT = msgspec.inspect.type_info(SentEvent)
 
 
-def _event(value: Any, latest: float, misfits: Misfits) -> Event:
+def _event(value: Any, latest: float) -> Event:
     try:
         sent = msgspec.convert(value, SentEvent)
     except (msgspec.ValidationError, OverflowError) as err:
-        errors = misfits.of(value, _SENT)
-        raise ValueError(sentence(errors, body="the event") if errors else str(err)) from None
+        raise ValueError(sentence([first_error(value, _SENT, str(err))], body="the event")) from None
     if sent.ts > latest:
         raise ValueError(f"/ts: expected at most {MAX_AHEAD_S:g} s from now, got {sent.ts}")
     unit = sent.user if sent.user is not None else sent.request_id

@@ -155,21 +155,26 @@ def _all_spelled(ids: list[str | int]) -> list[str]:
 
 
 def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
-    errors = [
-        FieldError(pointer=pointer("candidates", name), expected=f"{num_rows} values, as of id", got=str(len(column)))
-        for name, column in columns.items()
-        if len(column) != num_rows
-    ]
-    if not errors and _are_good_strings(columns["id"]):
+    if "features" in columns:
+        raise InvalidValue([_FEATURES_COLUMN])
+    for name, column in columns.items():
+        if len(column) != num_rows:
+            at, values = pointer("candidates", name), f"{num_rows} values, as of id"
+            raise InvalidValue([FieldError(pointer=at, expected=values, got=str(len(column)))])
+    if _are_good_strings(columns["id"]):
         return
-    expected = f"a string of 1 to {MAX_ID_LENGTH} characters or an integer"
-    errors += [
-        FieldError(pointer=pointer("candidates", "id", row), expected=expected, got=shown(value))
-        for row, value in enumerate(columns["id"])
-        if not is_id(value)
-    ]
-    if errors:
-        raise InvalidValue(errors)
+    for row, value in enumerate(columns["id"]):
+        if not is_id(value):
+            at = pointer("candidates", "id", row)
+            raise InvalidValue([FieldError(pointer=at, expected=_AN_ID, got=shown(value))])
+
+
+_AN_ID = f"a string of 1 to {MAX_ID_LENGTH} characters or an integer"
+_FEATURES_COLUMN = FieldError(
+    pointer="/candidates/features",
+    expected='a column for each feature beside `id`, such as {"id": [...], "price": [...]}',
+    got="a column `features`",
+)
 
 
 def _are_good_strings(ids: list[Any]) -> bool:
