@@ -59,9 +59,9 @@ def test_the_serving_image_has_no_torch():
 def test_everything_that_is_installed_is_locked():
     locked = names((ROOT / "requirements.lock").read_text().replace("_", "-").lower())
 
-    wanted = {name.lower().replace("_", "-") for name in names(dependencies_of(*EXTRAS))}
+    required = {name.lower().replace("_", "-") for name in names(dependencies_of(*EXTRAS))}
 
-    assert wanted <= locked
+    assert required <= locked
 
 
 def test_no_other_installed_package_owns_our_import_names():
@@ -80,10 +80,10 @@ def test_every_metric_on_the_dashboard_is_one_the_service_has():
     exposed |= {f"{name}{suffix}" for name in exposed for suffix in ("_bucket", "_sum", "_count", "_total")}
     dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "clickserve.json").read_text()
 
-    wanted = set(METRIC.findall(dashboard))
+    queried = set(METRIC.findall(dashboard))
 
-    assert wanted
-    assert wanted <= exposed
+    assert queried
+    assert queried <= exposed
 
 
 def test_the_dashboard_asks_for_the_provisioned_data_source():
@@ -106,14 +106,14 @@ def test_prometheus_scrapes_the_port_the_service_listens_on():
 
 @pytest.mark.parametrize("package", ["models", "training", "service"])
 def test_the_tree_in_the_readme_has_every_file_at_its_path_once_and_no_other(package: str) -> None:
-    there = [
+    existing = [
         file.relative_to(ROOT / package).as_posix()
         for suffix in ("py", "lua", "md")
         for file in (ROOT / package).rglob(f"*.{suffix}")
         if file.name != "__init__.py"
     ]
 
-    assert tree_files(package) == Counter(there)
+    assert tree_files(package) == Counter(existing)
 
 
 def tree_files(package: str) -> Counter[str]:
