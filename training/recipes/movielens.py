@@ -4,7 +4,10 @@ from training.config import Run
 
 
 def mian_movielens() -> Run:
-    """MIAN in the paper's form on MovieLens-1M: test AUC 0.7554, logloss 0.5897 (one seed, 6 epochs, 18 minutes)."""
+    """MIAN in the paper's form on MovieLens-1M: test AUC 0.7554, logloss 0.5897 (one seed, 6 epochs, 18 minutes).
+
+    `python -m training train mian --data data/ml-1m --out RUN`
+    """
     return Run(
         model="mian",
         model_config={"emb_dim": 16, "l2_dense": 1e-5, "l2_emb": 1e-5},
@@ -18,7 +21,7 @@ def mian_movielens() -> Run:
 def stec_movielens() -> Run:
     """STEC on MovieLens-1M: test AUC 0.7649, logloss 0.5809 (one seed, 6 epochs, 15 minutes).
 
-    With l2_emb 1e-5 it learns the users by heart in its first epoch and ends at 0.7515.
+    `python -m training train stec --data data/ml-1m --out RUN`
     """
     return Run(
         model="stec",
@@ -33,6 +36,7 @@ def stec_movielens() -> Run:
 def deepfm_movielens() -> Run:
     """DeepFM on MovieLens-1M: test AUC 0.7708 +- 0.0008, logloss 0.5801 (3 seeds of 7 or 8 epochs, 4 minutes each).
 
+    `python -m training compare --data data/ml-1m --models deepfm --seeds 3 --out DIR`
     With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7706 +- 0.0002, 0.5782.
     """
     return Run(
@@ -46,13 +50,17 @@ def deepfm_movielens() -> Run:
 
 
 def lr_movielens() -> Run:
-    """Logistic regression on MovieLens-1M: test AUC 0.7554, logloss 0.5865 (one seed, 9 epochs, half a minute)."""
+    """Logistic regression on MovieLens-1M: test AUC 0.7554, logloss 0.5865 (one seed, 9 epochs, half a minute).
+
+    `python -m training train lr --data data/ml-1m --out RUN`
+    """
     return Run(model="lr", batch_size=4096, lr=1e-2, max_epochs=30, patience=2)
 
 
 def dcnv2_movielens() -> Run:
     """DCNv2 on MovieLens-1M, with DeepFM's settings: test AUC 0.7708 +- 0.0007, logloss 0.5804 (3 seeds).
 
+    `python -m training compare --data data/ml-1m --models dcnv2 --seeds 3 --out DIR`
     With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7709 +- 0.0004, 0.5790.
     """
     return _movielens("dcnv2")
@@ -61,13 +69,16 @@ def dcnv2_movielens() -> Run:
 def din_movielens() -> Run:
     """DIN on MovieLens-1M, with DeepFM's settings: test AUC 0.7669 +- 0.0021, logloss 0.5865 (3 seeds).
 
-    With averaged weights (ema_decay 0.995, plateau_factor 1) 0.7676, 0.5832 on seed 2026, where it has 0.7649.
+    `python -m training compare --data data/ml-1m --models din --seeds 3 --out DIR`
     """
     return _movielens("din")
 
 
 def dien_movielens() -> Run:
-    """DIEN with its auxiliary loss on MovieLens-1M, else with DeepFM's settings: 0.7635 +- 0.0010, 0.5803 (3 seeds)."""
+    """DIEN with its auxiliary loss on MovieLens-1M, else with DeepFM's settings: 0.7635 +- 0.0010, 0.5803 (3 seeds).
+
+    `python -m training compare --data data/ml-1m --models dien --seeds 3 --out DIR`
+    """
     return _movielens("dien", aux_weight=1.0)
 
 
@@ -77,7 +88,10 @@ def dmr_movielens() -> Run:
 
 
 def bst_movielens() -> Run:
-    """BST on MovieLens-1M, with DeepFM's settings: test AUC 0.7557 +- 0.0008, logloss 0.5818 (3 seeds)."""
+    """BST on MovieLens-1M, with DeepFM's settings: test AUC 0.7557 +- 0.0008, logloss 0.5818 (3 seeds).
+
+    `python -m training compare --data data/ml-1m --models bst --seeds 3 --out DIR`
+    """
     return _movielens("bst")
 
 
@@ -101,9 +115,8 @@ def deepmr_movielens() -> Run:
 def feseq_movielens() -> Run:
     """FESeq on MovieLens-1M, narrow enough for two cores: test AUC 0.7588 +- 0.0012, logloss 0.5834 (2 seeds).
 
-    A bucket of a day: of the clicks seen in a history 61 % of the test part's are younger than 4000 quarters of an
-    hour, 99 % of the training part's. With those, and 2048 rows a batch: 0.7598, 0.5761. With DCNv2's cross layers as
-    interaction and smaller steps only after two bad epochs: 0.7504 on the validation part after 3, and stopped.
+    Ages in buckets of a day, so that they reach as far as the test part's: docs/LOG.md.
+    `python -m training compare --data data/ml-1m --models feseq --seeds 2 --out DIR`
     """
     return Run(
         model="feseq",

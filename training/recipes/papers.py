@@ -20,19 +20,10 @@ def mian_paper() -> Run:
 
 
 def mian_prod() -> Run:
-    """MIAN on MovieLens-1M and what its paper has not: clicks know their place, and all fields multiply.
+    """MIAN on MovieLens-1M, and what its paper has not: clicks know their place, and all fields multiply.
 
-    Test AUC 0.7721 +- 0.0011, logloss 0.5728 +- 0.0011 (3 seeds of 7 epochs), where mian_movielens reaches 0.7554,
-    0.5897. Without the cross layer 0.7703 +- 0.0008, 0.5749 (8 or 9 epochs); that with the last step's weights and
-    a rate that falls (ema_decay 0, plateau_factor 0.1) 0.7683 +- 0.0023, 0.5798. With three cross layers 0.7723
-    (one seed), on the validation part 0.7646 (here 0.7649, 0.7631, 0.7660, without 0.7636, 0.7654, 0.7638). Groups
-    are concatenated for a wider head.
-
-    Others, one seed each, without the cross layer and with the last step's weights: 2048 rows a batch, dropout 0.2
-    and a smaller step after the first bad epoch 0.7660, 0.5728; 512 rows and a head of 512 and 256 0.7680, 0.5750;
-    that with l2_emb 1e-3 0.7369 on the validation part after one epoch, and stopped; without its Transformer 0.7542
-    there after 4 (with it 0.7604), and stopped; without GIM's weights 0.7693, 0.5703, on the validation part
-    0.7634. Averaged, with l2_emb 3e-4: 0.7538 there after 3 epochs (0.7602 without that), and stopped.
+    Test AUC 0.7721 +- 0.0011, logloss 0.5728 +- 0.0011 (3 seeds of 7 epochs); what else was tried: docs/LOG.md.
+    `python -m training compare --data data/ml-1m --models mian:mian_prod --seeds 3 --out DIR`
     """
     beyond = {"position": "learned", "ibim_scorer": "bilinear", "gim_eb": "masked_mean", "gim_combine": "concat"}
     return replace(
@@ -61,8 +52,8 @@ def stec_paper() -> Run:
 def stec_prod() -> Run:
     """STEC on Frappe in the form whose blocks over the request run once, our own. As it is, not measured yet.
 
-    With the last step's weights and a rate that falls (ema_decay 0, plateau_factor 0.1) 0.9846, 0.1509 (one seed),
-    where stec_frappe reaches 0.9842 +- 0.0006, 0.1511 over five, 0.0005 less on this seed (p 0.36).
+    With the last step's weights test AUC 0.9846, logloss 0.1509 (one seed), where stec_frappe has 0.9842 +- 0.0006.
+    `python -m training train stec --data data/frappe --out RUN --recipe stec_prod --set ema_decay=0 plateau_factor=0.1`
     """
     return varied(stec_frappe(), field_mask="user_first")
 
@@ -113,8 +104,9 @@ def dynint_dwp_adam() -> Run:
 def dynint_dgp_prod() -> Run:
     """DynInt-DGP on Frappe with gates that read the request alone, whose weights are made once: our own form.
 
-    As it is, not measured yet. With the settings dynint_frappe had before (l2_emb 5e-3, 4096 rows a batch, lr 2e-3,
-    ema_decay 0.99) test AUC 0.9830, logloss 0.1595 (one seed, 26 epochs), where that had 0.9830, 0.1696.
+    As it is, not measured yet. With dynint_frappe's earlier settings test AUC 0.9830, logloss 0.1595 (one seed):
+    `--set model.l2_emb=0.005 batch_size=4096 lr=0.002 ema_decay=0.99` behind
+    `python -m training train dynint --data data/frappe --out RUN --recipe dynint_dgp_prod`
     """
     return varied(dynint_frappe(), gate_scope="request")
 
@@ -140,8 +132,8 @@ def deepmr_paper() -> Run:
 def deepmr_prod() -> Run:
     """DeepMR on Frappe in the form whose attention over the request runs once: our own.
 
-    Test AUC 0.9826, logloss 0.1696 (one seed, 58 epochs of half a minute), where deepmr_frappe has 0.9852, 0.1347. With
-    that one's l2_emb, 1e-2, it stood at 0.9474 on the validation part after 11 epochs (here 0.9612), and was stopped.
+    Test AUC 0.9826, logloss 0.1696 (one seed, 58 epochs), where deepmr_frappe has 0.9852, 0.1347.
+    `python -m training compare --data data/frappe --models deepmr:deepmr_prod --seeds 1 --out DIR`
     """
     return varied(deepmr_frappe(), sa_rezero="mult_res", field_mask="user_first", readout="linear", l2_emb=1e-3)
 
@@ -161,19 +153,12 @@ def feseq_paper() -> Run:
 def feseq_prod() -> Run:
     """FESeq on MovieLens-1M in forms that its paper only compares with, and with ages on a log scale.
 
-    Test AUC 0.7725 +- 0.0002, logloss 0.5677 +- 0.0007 (3 seeds of 6 or 7 epochs, 15 minutes each), where the paper's
-    form (feseq_movielens) has 0.7588. There fields hardly multiply, and what the candidate's own event says is one of
-    31 that are pooled: here fields cross inside events, and nothing is pooled. Ages are cut at 1, 2, 4, ... seconds, up
-    to 18 hours: 2 % of the clicks in the training part's histories are older than a month, 47 % in the test part's, so
-    that of buckets of a day most that are read there were hardly trained. Weights are averaged. Events are 88 wide, at
-    most 256 as serving wants them.
+    Fields cross inside events, and nothing is pooled. Ages are cut at 1, 2, 4, ... seconds, up to 18 hours: of buckets
+    of a day, most that the test part reads would hardly be trained. Events are 88 wide, at most 256 as serving wants.
 
-    On the validation and test part, seed 2026: this 0.7648, 0.7722. With a rate of 1e-3: 28 buckets from a second
-    0.7651, 0.7674; 24 from a minute 0.7656, 0.7690; no ages 0.7627, 0.7682; 4000 of a day 0.7610, 0.7664 (0.7666 +-
-    0.0019 over three seeds). With one of DCNv2's layers beside the head, as MIAN has it: 0.7668, 0.7735, over three
-    seeds 0.7652 and 0.7725 +- 0.0008, where this has 0.7666 and 0.7725, and gone again. With emb_dim 16, each stopped
-    after 4 epochs, on the validation part: without ages 0.7603 (at 8 it had 0.7605), with 28 buckets and a rate of 2e-3
-    0.7635 (0.7644 at 1e-3).
+    Test AUC 0.7725 +- 0.0002, logloss 0.5677 +- 0.0007 (3 seeds of 6 or 7 epochs), where the paper's form
+    (feseq_movielens) has 0.7588; what else was tried: docs/LOG.md.
+    `python -m training compare --data data/ml-1m --models feseq:feseq_prod --seeds 3 --out DIR`
     """
     run = varied(feseq_movielens(), interaction="crossnetv2", pool="target")
     return replace(

@@ -28,8 +28,10 @@ def deepmr_simulated() -> Run:
 
 
 def mian_simulated() -> Run:
-    """MIAN on a simulated log, the demo's quick run: a scorer that multiplies and a wider head, for the paper's own
-    settings learn few crosses from so few rows (test AUC 0.70 instead of 0.74).
+    """MIAN on a simulated log, the demo's quick run: test AUC 0.74.
+
+    A scorer that multiplies and a wider head, as the paper's settings learn few crosses from so few rows (docs/LOG.md).
+    `make demo ONCE=1`
     """
     return Run(
         model="mian",
@@ -52,7 +54,7 @@ def mian_simulated() -> Run:
 
 
 def stec_simulated() -> Run:
-    """STEC on a simulated log, the demo's quick run: test AUC 0.74."""
+    """STEC on a simulated log, the demo's quick run: test AUC 0.74. `make demo ONCE=1`."""
     return Run(
         model="stec",
         model_config={"emb_dim": 8, "blocks": 2, "heads": 2, "hidden": (64,), "dropout": 0.2, "l2_emb": 1e-5},
