@@ -29,6 +29,7 @@ NAMES = {
     "clickserve_impressions": {"arm"},
     "clickserve_clicks": {"arm"},
     "clickserve_model_info": {"arm", "model", "version"},
+    "clickserve_control_version": set(),
 }
 
 
