@@ -80,7 +80,7 @@ def create_app(settings: Settings, worker: WorkerInfo | None = None) -> FastAPI:
 async def open_parts(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
-        experiment = assignment.given(settings.experiment)
+        experiment = assignment.from_setting(settings.experiment)
         running = Running(experiment)
         store, writing = _stores(settings)
         for opened in (store, writing):

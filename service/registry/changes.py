@@ -111,8 +111,8 @@ class Changes:
             await self._follower.poll()
             stored = await self._store.read() or self._follower.document
         if stored.fingerprint != self._fingerprint:
-            told = f"version {stored.version} of the control document is of another experiment file"
-            raise Problem(409, f"{told} than this worker's, which follows it no more", reason="other_experiment")
+            details = f"version {stored.version} of the control document is of another experiment file"
+            raise Problem(409, f"{details} than this worker's, which follows it no more", reason="other_experiment")
         return stored
 
     def _check_arm(self, arm: str) -> None:

@@ -35,7 +35,7 @@ class ModelLoader:
     def load(self, arm: Arm, version: str, *, loaded: Iterable[LoadedModel] = ()) -> LoadedModel:
         """That version of the arm's model, verified: hashes, schema, golden rows, finite scores. Takes seconds.
 
-        Every load reads the whole folder. If one of the `loaded` models was made of the very same files, it is that
+        Every load reads all of the folder. If one of the `loaded` models was made of the same files, it is that
         model; if one has the same schema, its lookup tables are shared. A schema may differ from the serving one in
         everything: whether requests bring what it reads cannot be known here. Raises ArtifactError.
         """
@@ -55,13 +55,13 @@ class ModelLoader:
             same = model.artifact.path == path and model.artifact.manifest == manifest
             if same and (model.kind, model.device) == (arm.backend, arm.device):
                 return model
-        model = self._made(verified, arm)
+        model = self._make_model(verified, arm)
         took = round(time.perf_counter() - started, 3)
-        told = {"arm": arm.name, "model": arm.model, "version": manifest.version, "seconds": took}
-        log.info("model loaded", extra=told)
+        details = {"arm": arm.name, "model": arm.model, "version": manifest.version, "seconds": took}
+        log.info("model loaded", extra=details)
         return model
 
-    def _made(self, verified: Artifact, arm: Arm) -> LoadedModel:
+    def _make_model(self, verified: Artifact, arm: Arm) -> LoadedModel:
         backend = backends.load(verified, arm.backend, arm.device)
         try:
             artifact.check_scores(verified, backend.run(verified.golden.arrays))
@@ -69,8 +69,8 @@ class ModelLoader:
             cost = Cost.measured(backend, request, max_candidates=self.max_candidates)  # at every size: it warms too
         except BackendError as err:
             backend.close()
-            told = f"its graph does not run on its own golden rows: {err}"
-            raise ArtifactError(f"{verified.path}: {told}") from err
+            details = f"its graph does not run on its own golden rows: {err}"
+            raise ArtifactError(f"{verified.path}: {details}") from err
         except BaseException:
             backend.close()
             raise

@@ -49,7 +49,7 @@ class ModelRegistry:
             serving, *previous = (versions or {}).get(arm.name) or [arm.version]
             model = registry._load_first(arm.name, dict.fromkeys([serving, *previous, arm.version]))
             registry.models[arm.name] = model
-            registry._tell_if_exported(arm, model)
+            registry._warn_if_exported(arm, model)
             for version in [version for version in previous if version != model.version][:keep_versions]:
                 try:
                     registry._previous[arm.name].append(registry.read(arm.name, version))
@@ -57,15 +57,15 @@ class ModelRegistry:
                     log.warning("no previous version", extra={"arm": arm.name, "version": version, "reason": str(err)})
         return registry
 
-    def _tell_if_exported(self, arm: Arm, serving: LoadedModel) -> None:
+    def _warn_if_exported(self, arm: Arm, serving: LoadedModel) -> None:
         """An operator who exports and restarts hears that this is no decision."""
         try:
             version = artifact.resolve(self.root, arm.model, arm.version).name
         except ArtifactError:
             return
         if version != serving.version:
-            told = {"arm": arm.name, "serving": serving.version, "in_file": arm.version, "exported": version}
-            log.warning("the control document wins over the exported version", extra=told)
+            details = {"arm": arm.name, "serving": serving.version, "in_file": arm.version, "exported": version}
+            log.warning("the control document wins over the exported version", extra=details)
 
     def _load_first(self, arm: str, versions: Iterable[str]) -> LoadedModel:
         refusal: ArtifactError | None = None
@@ -73,8 +73,8 @@ class ModelRegistry:
             try:
                 return self.read(arm, version)
             except ArtifactError as err:
-                told = {"arm": arm, "version": version, "reason": str(err)}
-                log.error("artifact refused", extra=told)  # noqa: TRY400 - the reason says it all
+                details = {"arm": arm, "version": version, "reason": str(err)}
+                log.error("artifact refused", extra=details)  # noqa: TRY400 - the reason says it all
                 refusal = refusal or err
         assert refusal is not None, "an arm has a version"
         raise refusal

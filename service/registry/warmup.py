@@ -73,8 +73,8 @@ class ModelWarmer:
     async def _replay(self, arm: str, model: LoadedModel, background: BackgroundThread) -> int:
         """Raises Problem (409) where a request that the arm has answered cannot be, or gets a score that is none."""
         recent: list[Arrays] = []
-        for given in self._recent.of(arm):
-            recent.append(await self._read(model, given))
+        for request in self._recent.of(arm):
+            recent.append(await self._read(model, request))
             await self._try(model, recent[-1], background)  # between two readings, which are the event loop's work
         for arrays in _mixed(recent):
             await self._try(model, arrays, background)
@@ -88,9 +88,9 @@ class ModelWarmer:
         if not np.isfinite(logits).all():
             raise _refused(model, "it gives a recent request a score that is no number")
 
-    async def _read(self, model: LoadedModel, given: Given) -> Arrays:
+    async def _read(self, model: LoadedModel, request: Given) -> Arrays:
         try:
-            return (await self._inputs.read(model, given, Deadline.after(REPLAY_MS, since=time.monotonic()))).arrays
+            return (await self._inputs.read(model, request, Deadline.after(REPLAY_MS, since=time.monotonic()))).arrays
         except (Problem, EncodingError, Unreadable) as err:
             raise _refused(model, f"it cannot take a recent request: {err}") from None
 
