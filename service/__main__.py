@@ -86,7 +86,7 @@ def _serve_settings(arguments: argparse.Namespace) -> Settings:
     """
     flags = {"host": arguments.host, "port": arguments.port, "workers": arguments.workers}
     loaded = settings.load(arguments.config, **flags)
-    experiment = assignment.given(loaded.experiment).model_dump(mode="json", by_alias=True)
+    experiment = assignment.from_setting(loaded.experiment).model_dump(mode="json", by_alias=True)
     return loaded.model_copy(update={"experiment": experiment})
 
 
@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (behaviours, features):
         command.add_argument("file", type=Path)
     for command in (serve, behaviours, features):
-        told = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
-        command.add_argument("--config", type=Path, help=told)
+        text = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
+        command.add_argument("--config", type=Path, help=text)
     return parser
 
 

@@ -92,7 +92,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
     """Opens store, then models; closes in reverse. Raises SettingsError, ExperimentError or ArtifactError."""
     async with AsyncExitStack() as stack:
         stack.enter_context(metrics.shared())
-        experiment = assignment.given(settings.experiment)
+        experiment = assignment.from_setting(settings.experiment)
         running = Running(experiment)
         store, writing = _stores(settings)
         for opened in (store, writing):

@@ -176,7 +176,7 @@ class Running:
         return self.now
 
 
-def given(setting: Path | Mapping[str, Any] | None) -> Experiment:
+def from_setting(setting: Path | Mapping[str, Any] | None) -> Experiment:
     """The experiment that the setting names a file of, or holds. Raises ExperimentError."""
     if setting is None:
         raise ExperimentError("the setting experiment is missing: name the experiment file, or write what stands in it")

@@ -22,6 +22,7 @@ from service.store.feature_store import StoreUnavailable
 log = logging.getLogger(__name__)
 
 POLL_S = 0.3
+WRITE_S = 5.0  # for the local copy, when the service stops
 RETRY_S = 30.0  # a version that was refused is tried again: its files may have been copied here meanwhile
 
 
@@ -59,24 +60,24 @@ async def find_start(store: ControlStore, local_copy: LocalCopy | None, experime
         stored = None
     fingerprint = control.fingerprint(experiment)
     if stored is not None and stored.fingerprint == fingerprint:
-        _tell_differences(stored, experiment)
+        _log_differences(stored, experiment)
         return StartingPoint(document=stored, stored=stored)
     copy = None if local_copy is None or stored is not None else await asyncio.to_thread(local_copy.read)
     if copy is not None and copy.fingerprint == fingerprint:
         log.warning("serving from the local copy", extra={"version": copy.version, "changed_by": copy.changed_by})
-        _tell_differences(copy, experiment)
+        _log_differences(copy, experiment)
         return StartingPoint(document=copy, stored=stored)
     return StartingPoint(document=None, stored=stored)
 
 
-def _tell_differences(document: ControlDocument, experiment: Experiment) -> None:
+def _log_differences(document: ControlDocument, experiment: Experiment) -> None:
     """An operator who has edited the file's shares hears that they are not what counts."""
     state = document.state
     in_file = {arm.name: arm.share for arm in experiment.served}
     decided = {**state.shares, **state.shadow}
     if (in_file, sorted(experiment.killed)) != (decided, state.killed):
-        told = {"version": document.version, "shares": decided, "killed": state.killed, "shares_in_file": in_file}
-        log.warning("the control document wins over the experiment file", extra=told)
+        details = {"version": document.version, "shares": decided, "killed": state.killed, "shares_in_file": in_file}
+        log.warning("the control document wins over the experiment file", extra=details)
 
 
 class ControlFollower:
@@ -107,6 +108,7 @@ class ControlFollower:
         self._metrics = metrics
         self._local_copy = local_copy
         self._poll_s = poll_s
+        self._jitter = random.Random()
         self._document: ControlDocument | None = None
         self._joined = False
         self._refused: dict[str, RefusedVersion] = {}
@@ -134,20 +136,24 @@ class ControlFollower:
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Polls while it is open; a load under way ends with it."""
+        """Polls while it is open. A load under way ends with it; a write of the local copy is waited for."""
         tasks = [asyncio.create_task(self._poll_for_ever())]
         try:
             yield
         finally:
-            tasks += [task for task in (self._loading, self._writing) if task is not None]
+            if self._loading is not None:
+                tasks.append(self._loading)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._writing is not None:
+                await asyncio.wait([self._writing], timeout=WRITE_S)
+                self._writing.cancel()
 
     async def _poll_for_ever(self) -> None:
         while True:
             # With jitter, or workers that were started together would ask together for ever.
-            await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
+            await asyncio.sleep(self._poll_s * self._jitter.uniform(0.8, 1.2))
             try:
                 await self.poll()
             except Exception:  # whatever it was, a worker that follows no more would never hear of a kill
@@ -203,8 +209,8 @@ class ControlFollower:
             self._refused.clear()  # an operator may have mended what was wrong
             self._metrics.control_version.set(document.version)
             state = document.state
-            told = {"version": document.version, "changed_by": document.changed_by, "killed": state.killed}
-            log.info("control document followed", extra={**told, "shares": state.shares, "shadow": state.shadow})
+            details = {"version": document.version, "changed_by": document.changed_by, "killed": state.killed}
+            log.info("control document followed", extra={**details, "shares": state.shares, "shadow": state.shadow})
         for arm in self._registry.models:
             target = self.target(arm)
             candidates = (warmed.get(arm), self._registry.loaded(arm, target))
@@ -315,8 +321,8 @@ class ControlFollower:
 
     def _note_other(self, stored: ControlDocument) -> None:
         if self._other_version != stored.version:
-            told = {"version": stored.version, "serving": self.document.version, "changed_by": stored.changed_by}
-            log.error("control document of another experiment file", extra=told)
+            details = {"version": stored.version, "serving": self.document.version, "changed_by": stored.changed_by}
+            log.error("control document of another experiment file", extra=details)
         self._other_version = stored.version
 
     def _start_writing(self) -> None:

@@ -59,13 +59,13 @@ class ModelLoader:
             same = model.artifact.path == path and model.artifact.manifest == manifest
             if same and (model.kind, model.device) == (arm.backend, arm.device):
                 return model
-        model = self._made(verified, arm)
+        model = self._make_model(verified, arm)
         took = round(time.perf_counter() - started, 3)
-        told = {"arm": arm.name, "model": arm.model, "version": manifest.version, "seconds": took}
-        log.info("model loaded", extra=told)
+        details = {"arm": arm.name, "model": arm.model, "version": manifest.version, "seconds": took}
+        log.info("model loaded", extra=details)
         return model
 
-    def _made(self, verified: Artifact, arm: Arm) -> LoadedModel:
+    def _make_model(self, verified: Artifact, arm: Arm) -> LoadedModel:
         backend, item_graph = backends.load(verified, arm.backend, arm.device), backends.load_item_graph(verified)
         try:
             layout, golden = verified.encoder.layout, verified.golden

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
 from service.experiments.assignment import Arm
 from service.registry.loader import ModelLoader
@@ -48,6 +49,7 @@ class ModelRegistry:
             serving, *previous = (versions or {}).get(arm.name) or [arm.version]
             model = registry._load_first(arm.name, dict.fromkeys([serving, *previous, arm.version]))
             registry.models[arm.name] = model
+            registry._warn_if_exported(arm, model)
             for version in [version for version in previous if version != model.version][:keep_versions]:
                 try:
                     registry._previous[arm.name].append(registry.read(arm.name, version))
@@ -55,14 +57,24 @@ class ModelRegistry:
                     log.warning("no previous version", extra={"arm": arm.name, "version": version, "reason": str(err)})
         return registry
 
+    def _warn_if_exported(self, arm: Arm, serving: LoadedModel) -> None:
+        """An operator who exports and restarts hears that this is no decision."""
+        try:
+            version = artifact.resolve(self.root, arm.model, arm.version).name
+        except ArtifactError:
+            return
+        if version != serving.version:
+            details = {"arm": arm.name, "serving": serving.version, "in_file": arm.version, "exported": version}
+            log.warning("the control document wins over the exported version", extra=details)
+
     def _load_first(self, arm: str, versions: Iterable[str]) -> LoadedModel:
         refusal: ArtifactError | None = None
         for version in versions:
             try:
                 return self.read(arm, version)
             except ArtifactError as err:
-                told = {"arm": arm, "version": version, "reason": str(err)}
-                log.error("artifact refused", extra=told)  # noqa: TRY400 - the reason says it all
+                details = {"arm": arm, "version": version, "reason": str(err)}
+                log.error("artifact refused", extra=details)  # noqa: TRY400 - the reason says it all
                 refusal = refusal or err
         assert refusal is not None, "an arm has a version"
         raise refusal

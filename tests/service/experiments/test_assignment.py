@@ -163,7 +163,11 @@ def test_a_killed_shadow_arm_scores_nothing():
 
 @pytest.mark.parametrize("thirds", [(33.333333, 33.333333, 33.333334), (100 / 3, 100 / 3, 100 / 3)])
 def test_thirds_are_a_whole(thirds: tuple[float, float, float]):
-    assert experiment(**dict(zip("abc", thirds, strict=True))).name == "test"
+    a, b, c = thirds
+
+    ab = experiment(a=a, b=b, c=c)
+
+    assert ab.propensity(ab.arm("a")) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,14 @@ async def test_while_the_store_is_down_a_change_is_refused_and_the_service_goes_
     assert shares((await get(service)).json()) == AS_IN_THE_FILE
 
 
+async def test_without_redis_a_folder_for_the_state_is_what_outlives_a_restart(start: Start, tmp_path: Path) -> None:
+    for state_dir, killed in ((None, []), (tmp_path, ["two"])):
+        async with start(admin_token="s3cret", state_dir=state_dir) as service:
+            await put(service, {"kill": ["two"]})
+        async with start(admin_token="s3cret", state_dir=state_dir) as service:
+            assert (await get(service)).json()["killed"] == killed
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"version": 1}', b'{"v": "x"}'])
 async def test_a_wrong_body_of_a_load_is_refused(body: bytes, service: Running) -> None:
     refused = await service.client.post("/models/one/load", content=body, headers=TOKEN)

@@ -33,6 +33,32 @@ asyncio.run(serve_here(settings, WorkerInfo.alone(), listening))
     assert looked_through < frozen / 10
 
 
+HANGS = """
+import asyncio, time
+from service.__main__ import serve_here
+from service.settings import Settings
+from service.worker import WorkerInfo
+
+def hangs_in_the_loop():
+    time.sleep(60)
+
+def listening():
+    asyncio.get_running_loop().call_later(0.1, hangs_in_the_loop)
+
+settings = Settings(artifacts_dir={artifacts!r}, port=0, experiment={experiment!r}, watchdog_s=1)
+asyncio.run(serve_here(settings, WorkerInfo.alone(), listening))
+"""
+
+
+def test_a_service_whose_loop_hangs_ends_and_says_where(artifacts: Path) -> None:
+    program = HANGS.format(artifacts=str(artifacts), experiment=ONE_ARM)
+
+    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+
+    assert ran.returncode == 1
+    assert "in hangs_in_the_loop" in ran.stderr
+
+
 class Lifecycle:
     stopping = False
 

@@ -264,3 +264,14 @@ def test_several_workers_without_a_store_are_refused_in_one_sentence(tmp_path: P
 
     assert running.process.returncode == 2
     assert "error: setting workers: 2 processes need a store" in (tmp_path / "service.log").read_text()
+
+
+def test_one_process_alone_takes_a_hang_up_for_a_stop(tmp_path: Path, artifacts: Path) -> None:
+    with started(tmp_path, artifacts, workers=1) as running:
+        running.wait_for("serving")
+
+        running.process.send_signal(signal.SIGHUP)
+        running.process.wait(30)
+
+    assert running.process.returncode == 0
+    assert running.logged("stopping")

@@ -141,3 +141,32 @@ def test_an_unknown_version_is_refused_by_its_path(load: Load, tmp_path: Path) -
 
     with pytest.raises(ArtifactError, match="20200101-1: no such artifact folder"):
         load([arm(version="20200101-1")])
+
+
+async def test_a_version_that_was_exported_and_not_decided_does_not_serve_and_is_told(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decided = tiny.write(tmp_path, seed=1).name
+    exported = tiny.write(tmp_path, seed=2).name
+
+    bound: Any = load
+    registry = bound([arm(), arm("pinned", version=decided)], versions={"one": [decided], "pinned": [decided]})
+
+    told = [record for record in caplog.records if record.msg == "the control document wins over the exported version"]
+    assert registry.versions() == {"one": [decided], "pinned": [decided]}
+    assert [(record.__dict__["arm"], record.__dict__["exported"]) for record in told] == [("one", exported)]
+    await registry.aclose()
+
+
+async def test_where_the_decided_version_is_gone_one_before_it_serves(load: Load, tmp_path: Path) -> None:
+    first, second = (tiny.write(tmp_path, seed=seed).name for seed in (1, 2))
+
+    bound: Any = load
+    registry = bound([arm(version=second)], versions={"one": ["20200101-1", first]})
+    fallen_back = registry.versions()
+    await registry.aclose()
+    registry = bound([arm(version=second)], versions={"one": ["20200101-1"]})
+
+    assert fallen_back == {"one": [first]}
+    assert registry.versions() == {"one": [second]}
+    await registry.aclose()
