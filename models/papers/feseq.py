@@ -129,6 +129,7 @@ class FESeq(CTRModel):
             use_pos=config.use_pos,
             use_time=config.use_time,
             concatenated=config.pos_time == "concat",
+            event_width=num_fields * config.emb_dim,
             unit_s=config.time_unit_s,
             buckets=config.time_buckets,
             log2=config.time_scale == "log2",
@@ -195,7 +196,7 @@ class FESeq(CTRModel):
             x_URD = self.fields.request(inputs)
             constant_UKD = x_URD.index_select(1, self.constant_fields)
             head_UH = head_UH + F.linear(constant_UKD.flatten(1), self._kernel("constant"))
-            if len(self.request_event_fields):
+            if self.num_paired < len(self.event):
                 state["event"] = x_URD.index_select(1, self.request_event_fields)
 
         events_UTFD = self.fields.history(inputs)
@@ -471,6 +472,7 @@ class PositionTimeEncoding(nn.Module):
         use_pos: bool,
         use_time: bool,
         concatenated: bool,
+        event_width: int,
         unit_s: int,
         buckets: int,
         log2: bool,
@@ -479,6 +481,7 @@ class PositionTimeEncoding(nn.Module):
         # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
         self.positions = nn.Parameter(torch.randn(length + 1, width)) if use_pos else None
         self.times = nn.Parameter(torch.randn(buckets, width)) if use_time else None
+        self.width, self.event_width = width, event_width
         self.concatenated, self.unit_s, self.buckets, self.log2 = concatenated, unit_s, buckets, log2
         ends = torch.tensor([unit_s << k for k in range(buckets - 1)] if log2 else [], dtype=torch.int64)
         self.register_buffer("ends", ends, persistent=False)
@@ -500,7 +503,7 @@ class PositionTimeEncoding(nn.Module):
         if not encodings:
             return x_CX
         encoding_Z = torch.cat(encodings)
-        return F.pad(x_CX, (0, len(encoding_Z))) + F.pad(encoding_Z, (x_CX.shape[1], 0))
+        return F.pad(x_CX, (0, self.width * len(encodings))) + F.pad(encoding_Z, (self.event_width, 0))
 
     def _bucket(self, age_nT: Tensor) -> Tensor:
         """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
@@ -651,7 +654,7 @@ class AttentionPooling(nn.Module):
         assert self.meeting is not None
         key_C1A = key_CA.unsqueeze(1)
         last = {"keys": key_C1A, "met": self.meeting.read(key_C1A)}
-        of_each = {n: read[n] if read[n].dim() == 3 else read[n].expand(len(query_CA), -1, -1) for n in last}
+        of_each = {n: read[n] if read[n].dim() == 3 else read[n].expand(query_CA.shape[0], -1, -1) for n in last}
         keys_CSA, met_CSA = (torch.cat([of_each[name], last[name]], dim=1) for name in last)
         weights_CS: Tensor = self.meeting(query_CA, keys_CSA, met_CSA, mask_CS)
         return weights_CS
