@@ -39,7 +39,7 @@ from models.layers.embeddings import FieldEmbeddings
 from models.layers.folding import of_weights
 from models.layers.initialisation import l2, start_linears, tiny_normal
 from models.layers.intermediates import record
-from models.layers.request_matmul import matmul_by_request, of_request
+from models.layers.request_matmul import of_request
 from models.layers.target_attention import TargetAttention
 
 NEVER = -1e9  # not -inf: models.md section 9, X1
@@ -129,6 +129,7 @@ class FESeq(CTRModel):
             use_pos=config.use_pos,
             use_time=config.use_time,
             concatenated=config.pos_time == "concat",
+            event_width=num_fields * config.emb_dim,
             unit_s=config.time_unit_s,
             buckets=config.time_buckets,
             log2=config.time_scale == "log2",
@@ -195,7 +196,7 @@ class FESeq(CTRModel):
             x_URD = self.fields.request(inputs)
             constant_UKD = x_URD.index_select(1, self.constant_fields)
             head_UH = head_UH + F.linear(constant_UKD.flatten(1), self._kernel("constant"))
-            if len(self.request_event_fields):
+            if self.num_paired < len(self.event):
                 state["event"] = x_URD.index_select(1, self.request_event_fields)
 
         events_UTFD = self.fields.history(inputs)
@@ -233,21 +234,25 @@ class FESeq(CTRModel):
         mask_CS = of_request(state["mask"], user_index)
         if self.config.causal:
             candidate_CM = self.refiner.last(x_CM, state["shown"], mask_CS, user_index)
-            read, read_index = state, user_index
+            brought = ("head", "sum", "keys", "values", "met")
+            read = {
+                name: value[0] if user_index is None else value.index_select(0, user_index)
+                for name, value in state.items()
+                if name in brought
+            }
         else:
             mask_CS = of_request(state["mask"], user_index, num_candidates)
             candidate_CM, read = self._refine_together(state, x_CM, mask_CS, user_index)
-            read_index = torch.arange(num_candidates, device=items_CW.device)
 
         if self.pooling is not None:
-            u_CM: Tensor = self.pooling(read, read_index, mask_CS, candidate_CM, query_CA)
+            u_CM: Tensor = self.pooling(read, mask_CS, candidate_CM, query_CA)
         elif "sum" in read:
-            u_CM = of_request(read["sum"], read_index) + candidate_CM
+            u_CM = read["sum"] + candidate_CM
             u_CM = u_CM / mask_CS.sum(dim=1, keepdim=True) if self.config.pool == "mean" else u_CM
         else:  # the head reads the candidate's position, and, with concat, the history by itself
             u_CM = candidate_CM
         z_CH = F.linear(torch.cat([unpaired_CX, u_CM], dim=1), self._kernel("unpaired", "pooled"))
-        z_CH = z_CH + of_request(read["head"], read_index)
+        z_CH = z_CH + read["head"]
         logit_C1: Tensor = self.rest(z_CH)
         return logit_C1.squeeze(-1)
 
@@ -467,6 +472,7 @@ class PositionTimeEncoding(nn.Module):
         use_pos: bool,
         use_time: bool,
         concatenated: bool,
+        event_width: int,
         unit_s: int,
         buckets: int,
         log2: bool,
@@ -475,6 +481,7 @@ class PositionTimeEncoding(nn.Module):
         # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
         self.positions = nn.Parameter(torch.randn(length + 1, width)) if use_pos else None
         self.times = nn.Parameter(torch.randn(buckets, width)) if use_time else None
+        self.width, self.event_width = width, event_width
         self.concatenated, self.unit_s, self.buckets, self.log2 = concatenated, unit_s, buckets, log2
         ends = torch.tensor([unit_s << k for k in range(buckets - 1)] if log2 else [], dtype=torch.int64)
         self.register_buffer("ends", ends, persistent=False)
@@ -486,15 +493,17 @@ class PositionTimeEncoding(nn.Module):
             encodings.append(self.positions[:-1].expand(x_UTX.shape[0], -1, -1))
         if self.times is not None:
             encodings.append(F.embedding(self._bucket(age_UT), self.times))
-        return self._join(x_UTX, encodings)
+        return torch.cat([x_UTX, *encodings], dim=-1) if self.concatenated else sum(encodings, start=x_UTX)
 
     def of_candidate(self, x_CX: Tensor) -> Tensor:
         """The candidates, [C, X] to [C, M]: their position is the last, their age 0."""
         encodings = [table[row] for table, row in ((self.positions, -1), (self.times, 0)) if table is not None]
-        return self._join(x_CX, [encoding_D.expand(x_CX.shape[0], -1) for encoding_D in encodings])
-
-    def _join(self, x: Tensor, encodings: list[Tensor]) -> Tensor:
-        return torch.cat([x, *encodings], dim=-1) if self.concatenated else sum(encodings, start=x)
+        if not self.concatenated:
+            return sum(encodings, start=x_CX)
+        if not encodings:
+            return x_CX
+        encoding_Z = torch.cat(encodings)
+        return F.pad(x_CX, (0, self.width * len(encodings))) + F.pad(encoding_Z, (self.event_width, 0))
 
     def _bucket(self, age_nT: Tensor) -> Tensor:
         """Whole numbers all the way: seconds since 1970 do not fit a float32 (models.md X14)."""
@@ -614,21 +623,21 @@ class AttentionPooling(nn.Module):
         state = {"keys": key_nTA, "values": value_nTA}
         return state if self.meeting is None else state | {"met": self.meeting.read(key_nTA)}
 
-    def forward(
-        self, read: UserState, user_index: Tensor | None, mask_CS: Tensor, candidate_CM: Tensor, query_CA: Tensor
-    ) -> Tensor:
-        """The pooled sequence u [C, M], of what was `read` of each request's history, and the candidate's position."""
+    def forward(self, read: UserState, mask_CS: Tensor, candidate_CM: Tensor, query_CA: Tensor) -> Tensor:
+        """The pooled sequence u [C, M], of what was `read` of a history and the candidate's position.
+
+        A history is [C, T, A], each candidate's, or [T, A], that of all.
+        """
         key_CA, value_CA = self._keys_and_values(candidate_CM)
         if self.meeting is not None:
-            alpha_CS = self._meet(query_CA, read, key_CA, mask_CS, user_index)
+            alpha_CS = self._meet(query_CA, read, key_CA, mask_CS)
         else:
-            keys_UAT = read["keys"].transpose(-1, -2)
-            scores_CT = matmul_by_request(query_CA.unsqueeze(1), keys_UAT, user_index).squeeze(1)
+            scores_CT = (query_CA.unsqueeze(1) @ read["keys"].transpose(-1, -2)).squeeze(1)
             scores_CS = torch.cat([scores_CT, (query_CA * key_CA).sum(dim=-1, keepdim=True)], dim=-1)
             alpha_CS = masked_softmax(scores_CS, mask_CS) if self.softmax else scores_CS * mask_CS
         record("pool_score", alpha_CS)
-        alpha_CT, alpha_C1 = self.attention_dropout(alpha_CS).split([read["values"].shape[1], 1], dim=-1)
-        pooled_CA = matmul_by_request(alpha_CT.unsqueeze(1), read["values"], user_index).squeeze(1)
+        alpha_CT, alpha_C1 = self.attention_dropout(alpha_CS).split([read["values"].shape[-2], 1], dim=-1)
+        pooled_CA = (alpha_CT.unsqueeze(1) @ read["values"]).squeeze(1)
         u_CM: Tensor = self.activation(self.out(pooled_CA + alpha_C1 * value_CA))
         return u_CM
 
@@ -641,14 +650,11 @@ class AttentionPooling(nn.Module):
     def _key_and_value(self) -> Tensor:
         return torch.cat([self.key.weight, self.value.weight])
 
-    def _meet(
-        self, query_CA: Tensor, read: UserState, key_CA: Tensor, mask_CS: Tensor, user_index: Tensor | None
-    ) -> Tensor:
+    def _meet(self, query_CA: Tensor, read: UserState, key_CA: Tensor, mask_CS: Tensor) -> Tensor:
         assert self.meeting is not None
         key_C1A = key_CA.unsqueeze(1)
         last = {"keys": key_C1A, "met": self.meeting.read(key_C1A)}
-        keys_CSA, met_CSA = (
-            torch.cat([of_request(read[name], user_index, len(query_CA)), last[name]], dim=1) for name in last
-        )
+        of_each = {n: read[n] if read[n].dim() == 3 else read[n].expand(query_CA.shape[0], -1, -1) for n in last}
+        keys_CSA, met_CSA = (torch.cat([of_each[name], last[name]], dim=1) for name in last)
         weights_CS: Tensor = self.meeting(query_CA, keys_CSA, met_CSA, mask_CS)
         return weights_CS
