@@ -1,6 +1,6 @@
 """Open-loop load generator: sends every request when it is due, whether or not earlier ones were answered.
 
-A closed loop waits for slow answers, and so leaves out the very requests that would have suffered (coordinated omission).
+A closed loop waits for slow answers and so leaves out the very requests that would have suffered: coordinated omission.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ DRAIN_S = 5.0  # for answers, once the last request is sent
 class Plan:
     """When requests are due, in seconds from the start, and the index of each one's body, repeated from the start.
 
-    Without times (None) it is a closed loop: every connection sends its next request as soon as it has its answer, which
-    measures throughput and not latency.
+    Without times (None) it is a closed loop: every connection sends its next request as soon as it has its answer,
+    which measures throughput and not latency.
     """
 
     due_s: Sequence[float] | None

@@ -64,7 +64,7 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Statistics of a run. Latencies are those of answers with 200, from the schedule; a percentile of nothing is None."""
+    """Statistics of a run. Latencies are of answers with 200 and from the schedule; a percentile of nothing is None."""
 
     requests: int
     offered_per_s: float
