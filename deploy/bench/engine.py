@@ -50,7 +50,7 @@ class Plan:
     candidates: Sequence[int] = (100, 1000)
     concurrency: Sequence[int] = (1, 8, 32)
     rounds: int = 5
-    seconds: int = 2  # of a burst
+    seconds: float = 2  # of a burst; wrk takes whole ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=_numbers, default=(100, 1000))
     parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 32))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=2, help="of a burst")
+    parser.add_argument("--seconds", type=float, default=2, help="of a burst; wrk takes whole ones")
     parser.add_argument("--quick", action="store_true", help="one round of one cell")
     return parser.parse_args(arguments)
 

@@ -127,20 +127,19 @@ class Loop:
 
 @contextmanager
 def loop(graph: Path, inputs: Path, *, cores: Sequence[int]) -> Iterator[Loop]:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(PEERS), "loop", str(graph), str(inputs)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         preexec_fn=partial(os.sched_setaffinity, 0, cores),  # noqa: PLW1509 - one system call
-    )
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline() != b"ready\n":
-            sys.exit(f"{graph}: does not run in a loop; the reason stands above")
-        yield Loop(process)
-    finally:
-        process.terminate()
-        process.wait(STOP_S)
+    ) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                sys.exit(f"{graph}: does not run in a loop; the reason stands above")
+            yield Loop(process)
+        finally:
+            process.terminate()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Burst:
 
 
 class Sender(Protocol):
-    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: int) -> Burst:
+    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: float) -> Burst:
         """POST the bodies, one a line of the file, to /predict over and over. Raises SenderError."""
 
     def __enter__(self) -> Self: ...
@@ -51,8 +51,8 @@ class WrkSender:
     def __init__(self, binary: str) -> None:
         self._binary = binary
 
-    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: int) -> Burst:
-        options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s", "-s", str(SCRIPT)]
+    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: float) -> Burst:
+        options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s", "-s", str(SCRIPT)]
         command = [self._binary, *options, f"{server.url}/predict", "--", str(bodies)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         try:
@@ -79,7 +79,7 @@ class PoolSender:
         self._stack = ExitStack()
         self._pools: dict[tuple[int, Path, int], GeneratorPool] = {}
 
-    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: int) -> Burst:
+    def burst(self, server: Server, bodies: Path, *, connections: int, seconds: float) -> Burst:
         key = (server.port, bodies, connections)
         if key not in self._pools:
             mix = RequestMix(replayed=_read_bodies(bodies))

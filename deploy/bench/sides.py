@@ -37,7 +37,7 @@ class Side(Protocol):
     def check(self) -> None:
         """Compare its answers with what the model says offline. Raises WrongAnswerError."""
 
-    def burst(self, *, candidates: int, concurrency: int, seconds: int) -> Burst: ...
+    def burst(self, *, candidates: int, concurrency: int, seconds: float) -> Burst: ...
 
     def num_degraded(self) -> float:
         """Answers so far that went without something."""
@@ -59,10 +59,12 @@ class HTTPSide:
                 zip(file.read_bytes().splitlines(), self.probabilities[num], strict=True), start=1
             ):
                 found = np.array(self.read(self._post(body)))
-                if found.shape != expected.shape or not (off := np.abs(found - expected).max()) <= TOLERANCE:
-                    says = f"{found.shape} probabilities" if found.shape != expected.shape else f"up to {off:.3g} off"
+                same_shape = found.shape == expected.shape
+                if not same_shape or not (off := np.abs(found - expected).max()) <= TOLERANCE:
+                    difference = f"up to {off:.3g} off" if same_shape else f"shape {found.shape}"
                     raise WrongAnswerError(
-                        f"{self.name}, body {line} of {file.name}: {says}, expected {expected.shape}"
+                        f"{self.name}, body {line} of {file.name}: expected {len(expected)} probabilities as the model "
+                        f"has them offline, to {TOLERANCE:g}; got {difference}"
                     )
 
     def _post(self, body: bytes) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class HTTPSide:
             raise WrongAnswerError(f"{self.name}: {response.status}: {content[-300:].decode(errors='replace')}")
         return answer
 
-    def burst(self, *, candidates: int, concurrency: int, seconds: int) -> Burst:
+    def burst(self, *, candidates: int, concurrency: int, seconds: float) -> Burst:
         return self.sender.burst(self.server, self.bodies[candidates], connections=concurrency, seconds=seconds)
 
     def num_degraded(self) -> float:
@@ -95,7 +97,7 @@ class LoopSide:
     def check(self) -> None:
         pass
 
-    def burst(self, *, candidates: int, concurrency: int, seconds: int) -> Burst:  # noqa: ARG002 - it has none
+    def burst(self, *, candidates: int, concurrency: int, seconds: float) -> Burst:  # noqa: ARG002 - it has none
         return Burst(per_s=self.loops[candidates].runs_per_s(seconds))
 
     def num_degraded(self) -> float:

@@ -27,6 +27,7 @@ from models import zoo
 from models.features.encoder import Encoder
 from service.http import schemas
 
+JSON = {"content-type": "application/json"}
 BENCH = Path(__file__).parents[2] / "deploy" / "bench"
 
 
@@ -144,7 +145,7 @@ async def test_a_peer_answers_encoded_tensors_as_the_model_does_offline(export, 
     transport = httpx.ASGITransport(app=app(peers.Graph(export.graph)))
     async with httpx.AsyncClient(transport=transport, base_url="http://peer") as client:
         for tensors, expected in zip(export.inputs(7)[:3], export.probabilities(7), strict=False):
-            answer = await client.post("/predict", content=peers.body(tensors))
+            answer = await client.post("/predict", content=peers.body(tensors), headers=JSON)
 
             np.testing.assert_allclose(answer.json()["ctr"], expected, atol=1e-6)
 
@@ -260,7 +261,7 @@ def test_the_target_table_has_what_was_measured_and_whether_it_is_enough():
 
 
 def test_the_commands_smoke_run_measures_the_service_against_its_peers(export, world, tmp_path):
-    plan = engine.Plan(workers=(1,), candidates=(7,), concurrency=(2,), rounds=1, seconds=1)
+    plan = engine.Plan(workers=(1,), candidates=(7,), concurrency=(2,), rounds=1, seconds=0.2)
     with senders.PoolSender() as sender:
         (found,) = engine.measure(plan, export, None, world=world, folder=tmp_path, sender=sender)
 
