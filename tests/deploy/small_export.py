@@ -32,10 +32,9 @@ def write(folder: Path) -> Export:
             helper.make_node("Gather", ["request_table", "request_ids"], ["rows"]),
             helper.make_node("ReduceSum", ["rows", "axes"], ["request"], keepdims=0),
             helper.make_node("MatMul", ["items", "request"], ["logit"]),
-            helper.make_node("Sigmoid", ["logit"], ["prob"]),
         ],
         [ids("request_ids", TensorProto.INT64, [1, 2]), ids("items", TensorProto.FLOAT, ["C", 3])],
-        [ids("logit", TensorProto.FLOAT, ["C"]), ids("prob", TensorProto.FLOAT, ["C"])],
+        [ids("logit", TensorProto.FLOAT, ["C"])],
         {"request_table": tables["request_table"], "axes": np.array([0, 1])},
     )
     onnx.save(item, str(artifact / "item.onnx"))
