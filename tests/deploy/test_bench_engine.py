@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import checkouts
@@ -17,11 +19,12 @@ import numpy as np
 import peers
 import processes
 import pytest
+import safetensors.torch
 import senders
 import sides
 import torch
 import workload
-from inputs import read_inputs, save_inputs
+from inputs import Tensors, read_inputs, save_inputs
 
 from models import zoo
 from models.features.encoder import Encoder
@@ -95,13 +98,14 @@ def test_bodies_are_requests_that_the_service_takes(world, columnar):
 
     ids = body.candidates["id"] if isinstance(body.candidates, dict) else [c.id for c in body.candidates]
     assert ids == request.items["item_id"]
+    assert body.user is not None
     assert (body.ts, body.user.id, body.context) == (request.ts, request.user["user_id"], request.context)
 
 
 def test_another_exports_weights_are_used_where_they_fit(world, tmp_path):
     schema = workload.fit(world)
     one, _ = workload.build("lr", schema, seed=1)
-    workload.safetensors.torch.save_file(one.state_dict(), tmp_path / "lr.safetensors")
+    safetensors.torch.save_file(one.state_dict(), tmp_path / "lr.safetensors")
 
     same, has_weights = workload.build("lr", schema, seed=2, weights=tmp_path / "lr.safetensors")
     other, has_others = workload.build("fm", schema, seed=2, weights=tmp_path / "lr.safetensors")
@@ -129,7 +133,7 @@ def test_an_older_checkouts_modules_are_imported_by_todays_names(tmp_path):
 
 
 def test_inputs_are_read_as_they_were_saved(tmp_path):
-    requests = [{"a": np.arange(n), "b": np.ones((n, 2), np.float32)} for n in (1, 2, 12)]
+    requests: list[Tensors] = [{"a": np.arange(n), "b": np.ones((n, 2), np.float32)} for n in (1, 2, 12)]
 
     save_inputs(requests, tmp_path / "inputs.npz")
 
@@ -174,7 +178,7 @@ def test_a_side_whose_answers_are_not_the_models_is_refused(export, bodies, serv
 
 @pytest.mark.parametrize("kind", ["pool", "wrk"])
 def test_a_sender_counts_answers_and_refuses_a_server_that_fails(bodies, server, tmp_path, kind):
-    if kind == "wrk" and senders.shutil.which("wrk") is None:
+    if kind == "wrk" and shutil.which("wrk") is None:
         pytest.skip("wrk is not installed")
     (tmp_path / "bad.jsonl").write_text("{}")
     with senders.PoolSender() if kind == "pool" else senders.WrkSender("wrk") as sender:
@@ -230,9 +234,9 @@ def test_a_ratio_is_taken_within_rounds():
     assert interleaved.ratio([3.0], [2.0]) == interleaved.Ratio(median=1.5, low=1.5, high=1.5)
 
 
-def cell(concurrency: int, **sides_: tuple[float, float]) -> engine.Cell:
-    names = {"columns": engine.COLUMNS, "copy": engine.COPY, "old": engine.OLD_COLUMNS, "asgi": "bare ASGI, this graph"}
-    burst = {names[k]: senders.Burst(per_s=per_s, p50_ms=ms) for k, (per_s, ms) in sides_.items()}
+def cell(concurrency: int, **by_side: tuple[float, float]) -> engine.Cell:
+    names = {"columns": sides.COLUMNS, "copy": sides.COPY, "old": sides.OLD_COLUMNS, "asgi": "bare ASGI, this graph"}
+    burst = {names[k]: senders.Burst(per_s=per_s, p50_ms=ms) for k, (per_s, ms) in by_side.items()}
     return engine.Cell(workers=1, candidates=100, concurrency=concurrency, rounds=[burst])
 
 
@@ -268,9 +272,9 @@ def test_a_smoke_run_measures_the_service_against_its_peers(world, tmp_path):
         (found,) = engine.measure(plan, export, None, world=world, folder=tmp_path, sender=sender)
 
     assert found.sides == [
-        *(engine.COLUMNS, engine.LIST, engine.COPY),
-        *(f"{name}, {engine.THIS_GRAPH}" for name in (engine.FASTAPI, engine.ASGI, engine.LOOP)),
+        *(sides.COLUMNS, sides.LIST, sides.COPY),
+        *(f"{name}, {sides.THIS_GRAPH}" for name in (sides.FASTAPI, sides.ASGI, sides.LOOP)),
     ]
     assert all(found.per_s(side)[0] > 10 for side in found.sides)
     assert len(engine.cell_table(found).splitlines()) == 4 + len(found.sides)
-    assert json.dumps(engine.asdict(found))
+    assert json.dumps(asdict(found))
