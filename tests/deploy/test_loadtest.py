@@ -10,8 +10,8 @@ import pytest
 from loadtest.arrivals import Zipf, lognormal, poisson
 from loadtest.capacity import TOLERANCE, find_knee
 from loadtest.errors import BenchError
-from loadtest.request_bodies import Mix, read_requests
-from loadtest.results import NO_ANSWER, OK, PRIOR, Outcome, figures, percentile_ms, share_within, together
+from loadtest.request_bodies import RequestMix, read_requests
+from loadtest.results import NO_ANSWER, OK, PRIOR, Outcome, figures, merge, percentile_ms, share_within
 from scipy import stats
 
 from models.features.field import Group
@@ -80,24 +80,24 @@ def test_a_request_names_an_item_once_if_there_are_enough():
 @pytest.mark.parametrize("form", ["list", "columnar"])
 def test_bodies_fit_the_schema_they_are_drawn_from(form):
     groups: frozenset[Group] = frozenset({"context", "user", "item"})
-    mix = Mix(form=form, candidates=4, timeout_ms=20.0, schema=tiny.SCHEMA, sent=groups)
+    mix = RequestMix(form=form, candidates=4, timeout_ms=20.0, schema=tiny.SCHEMA, sent=groups)
 
     body = mix.draw(1, np.random.default_rng(3))[0]
 
-    asked = msgspec.json.decode(body.content, type=schemas.PredictRequest)
-    given = msgspec.json.decode(body.content)
-    rows = given["candidates"]
+    request = msgspec.json.decode(body.content, type=schemas.PredictRequest)
+    sent = msgspec.json.decode(body.content)
+    rows = sent["candidates"]
     if form == "columnar":
         rows = [{"id": i, "features": {n: rows[n][k] for n in rows if n != "id"}} for k, i in enumerate(rows["id"])]
-    assert body.candidates == 4 and asked.timeout_ms == 20
+    assert body.candidates == 4 and request.timeout_ms == 20
     assert sorted(row["id"] for row in rows) == ["a1", "a2", "a3", "a4"]
-    assert given["user"]["features"]["gender"] in ("F", "M") and set(given["context"]) == {"device"}
+    assert sent["user"]["features"]["gender"] in ("F", "M") and set(sent["context"]) == {"device"}
     assert all(set(row["features"]["genres"]) <= {"x", "y", "z"} for row in rows)
     assert all(isinstance(row["features"]["price"], float) for row in rows)
 
 
 def test_both_forms_ask_for_the_same():
-    one, other = (Mix(form=f, candidates=5).draw(3, np.random.default_rng(7)) for f in ("list", "columnar"))
+    one, other = (RequestMix(form=f, candidates=5).draw(3, np.random.default_rng(7)) for f in ("list", "columnar"))
 
     for a, b in zip(one, other, strict=True):
         rows, columns = (json.loads(body.content)["candidates"] for body in (a, b))
@@ -147,7 +147,7 @@ def test_figures_of_a_run_are_those_counted_by_hand():
 def test_several_generators_are_one_run():
     parts = [outcome([0.001] * 3, busy=0.2), outcome([0.002] * 2, busy=0.5)]
 
-    both = together(parts)
+    both = merge(parts)
 
     assert len(both.status) == 5 and both.busy == 0.5 and both.seconds == 2.0
     assert figures(both, 1.0).offered_per_s == 2.5
@@ -156,14 +156,14 @@ def test_several_generators_are_one_run():
 def test_a_part_of_a_run_holds_the_requests_due_in_its_spans():
     run = outcome([0.001] * 5, due_s=[0.0, 0.5, 1.0, 1.5, 2.0])
 
-    inside = run.during([(0.4, 1.1), (1.9, 3.0)])
+    inside = run.due_within([(0.4, 1.1), (1.9, 3.0)])
 
     assert inside.tolist() == [False, True, True, False, True]
-    assert run.part(inside, 1.8).due_s.tolist() == [0.5, 1.0, 2.0]
+    assert run.subset(inside, 1.8).due_s.tolist() == [0.5, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("run", "excuse"),
+    ("run", "invalid_reason"),
     [
         (outcome([0.1] * 100), None),
         (outcome([0.1] * 100, busy=0.95), "took 95% of its core"),
@@ -172,10 +172,10 @@ def test_a_part_of_a_run_holds_the_requests_due_in_its_spans():
         (outcome([0.004] * 100, lag_s=[0.0] * 99 + [0.0005]), None),
     ],
 )
-def test_the_generator_says_when_the_numbers_are_its_own(run, excuse):
-    told = figures(run, 1.0).excuse
+def test_results_are_invalid_where_the_generator_was_the_limit(run, invalid_reason):
+    reason = figures(run, 1.0).invalid_reason
 
-    assert told is None if excuse is None else excuse in (told or "")
+    assert reason is None if invalid_reason is None else invalid_reason in (reason or "")
 
 
 # --- the search ---

@@ -60,7 +60,7 @@ async def test_latency_counts_from_when_a_request_was_due_though_every_connectio
 
     # A closed loop over these two connections would have sent two requests and seen one latency of 0.3 s.
     np.testing.assert_allclose(found.latency_s, [0.30, 0.25, 0.20, 0.15, 0.10, 0.05], atol=0.045)
-    assert (found.status == OK).all() and found.starved == 4
+    assert (found.status == OK).all() and found.num_connection_waits == 4
 
 
 async def test_a_broken_connection_costs_its_request_and_no_other():
@@ -90,7 +90,7 @@ async def test_answers_tell_what_they_went_without():
     assert found.degraded.tolist() == [False, True, True]
 
 
-async def test_a_generator_that_is_held_up_says_so():
+async def test_results_of_a_generator_that_was_stopped_for_a_while_are_invalid():
     async def answer() -> bytes:
         return YES
 
@@ -98,7 +98,7 @@ async def test_a_generator_that_is_held_up_says_so():
         asyncio.get_running_loop().call_later(0.05, time.sleep, 0.1)  # as another program on its core would
         found = await run(made, np.linspace(0, 0.2, 100).tolist(), seconds=0.2)
 
-    assert "late" in str(figures(found, 1.0).excuse)
+    assert "late" in str(figures(found, 1.0).invalid_reason)
 
 
 async def test_a_closed_loop_keeps_every_connection_busy_and_no_more():

@@ -1,4 +1,4 @@
-"""The whole of `deploy/bench/load.py`, against a real service."""
+"""The command `deploy/bench/load.py` from end to end, against a real service."""
 
 import asyncio
 import json
@@ -18,8 +18,8 @@ import uvloop
 from load import main
 from loadtest.connection import Address
 from loadtest.errors import BenchError
-from loadtest.generator_pool import Fleet, Interrupted
-from loadtest.request_bodies import Mix
+from loadtest.generator_pool import GeneratorPool, Interrupted
+from loadtest.request_bodies import RequestMix
 from loadtest.results import NO_ANSWER, OK
 from loadtest.target import stall, target
 
@@ -55,14 +55,14 @@ def test_one_run_prints_its_table_and_its_json(url, tmp_path, capsys):
 
     code = main(["--url", url, *load, "--json", str(file)])
 
-    told = json.loads(file.read_text())["runs"][0]
+    row = json.loads(file.read_text())["runs"][0]
     assert code == 0
-    assert told["errors"] == told["degraded"] == 0
-    assert told["goodput_per_s"] == told["offered_per_s"] == told["requests"] / 0.5
-    assert told["candidates_per_s"] == 3 * told["goodput_per_s"]
-    assert told["cpu_s_per_1000_candidates"] > 0 and 0 < told["p50_ms"] <= told["p99_ms"] <= told["p999_ms"]
+    assert row["errors"] == row["degraded"] == 0
+    assert row["goodput_per_s"] == row["offered_per_s"] == row["requests"] / 0.5
+    assert row["candidates_per_s"] == 3 * row["goodput_per_s"]
+    assert row["cpu_s_per_1000_candidates"] > 0 and 0 < row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
-    assert cells[1:4] == ["100/s", f"{told['offered_per_s']:.1f}", f"{told['goodput_per_s']:.1f}"]
+    assert cells[1:4] == ["100/s", f"{row['offered_per_s']:.1f}", f"{row['goodput_per_s']:.1f}"]
 
 
 def test_what_was_due_during_a_stall_stands_apart(url, tmp_path):
@@ -98,15 +98,15 @@ def test_a_frozen_store_wakes_up_again():
 def test_a_process_and_its_children_are_one_service():
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     with subprocess.Popen([sys.executable, "-c", script], start_new_session=True) as process:
-        aim = target("http://127.0.0.1:1", pid=process.pid)
-        own = float(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
+        service = target("http://127.0.0.1:1", pid=process.pid)
+        process_s = float(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
         until = time.monotonic() + 30
-        while (aim.cpu_s() or 0) < own + 0.3 and time.monotonic() < until:  # its own start takes far less
+        while (service.cpu_s() or 0) < process_s + 0.3 and time.monotonic() < until:  # its own start takes far less
             pass
-        spent = aim.cpu_s()
+        spent = service.cpu_s()
         os.killpg(process.pid, signal.SIGKILL)
 
-    assert spent is not None and spent >= own + 0.3
+    assert spent is not None and spent >= process_s + 0.3
 
 
 def test_an_interrupted_run_keeps_what_it_measured(url):
@@ -116,26 +116,26 @@ def test_an_interrupted_run_keeps_what_it_measured(url):
         time.sleep(max(start + 0.3 - time.monotonic(), 0))  # someone watches for a while, then has seen enough
         raise KeyboardInterrupt
 
-    address, mix = Address(host=host, port=int(port)), Mix(candidates=2, users=10, items=10)
-    with Fleet(address, mix, processes=1, connections=8, seed=1) as fleet, pytest.raises(Interrupted) as cut:
-        fleet.run(100, 30, meanwhile=meanwhile)
+    address, mix = Address(host=host, port=int(port)), RequestMix(candidates=2, users=10, items=10)
+    with GeneratorPool(address, mix, processes=1, connections=8, seed=1) as pool, pytest.raises(Interrupted) as cut:
+        pool.run(100, 30, meanwhile=meanwhile)
 
     found = cut.value.outcome
     assert 0 < len(found.status) < 100 and (found.status == OK).all()
     assert 0.25 < found.seconds < 5
 
 
-def test_a_run_whose_company_fails_leaves_nothing_to_the_next(url):
+def test_a_run_whose_action_fails_leaves_nothing_to_the_next(url):
     host, port = url.removeprefix("http://").split(":")
 
     def meanwhile(start: float) -> None:
         raise BenchError("the swap was refused")
 
-    address, mix = Address(host=host, port=int(port)), Mix(candidates=2, users=10, items=10)
-    with Fleet(address, mix, processes=1, connections=8, seed=1) as fleet:
+    address, mix = Address(host=host, port=int(port)), RequestMix(candidates=2, users=10, items=10)
+    with GeneratorPool(address, mix, processes=1, connections=8, seed=1) as pool:
         with pytest.raises(BenchError, match="the swap was refused"):
-            fleet.run(100, 30, meanwhile=meanwhile)
-        found = fleet.run(100, 0.3)
+            pool.run(100, 30, meanwhile=meanwhile)
+        found = pool.run(100, 0.3)
 
     assert found.seconds == 0.3
     assert len(found.status) > 10 and (found.status == OK).all()
@@ -144,8 +144,8 @@ def test_a_run_whose_company_fails_leaves_nothing_to_the_next(url):
 def test_an_outcome_larger_than_the_pipe_comes_whole():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = Address(host="127.0.0.1", port=silent.getsockname()[1])
-        with Fleet(address, Mix(candidates=1), processes=1, connections=2, seed=1) as fleet:
-            found = fleet.run(100_000, 0.2)
+        with GeneratorPool(address, RequestMix(candidates=1), processes=1, connections=2, seed=1) as pool:
+            found = pool.run(100_000, 0.2)
 
     assert len(found.status) > 15_000
     assert set(found.status.tolist()) == {NO_ANSWER}
@@ -160,14 +160,14 @@ def test_an_outcome_larger_than_the_pipe_comes_whole():
         (["--url", "http://127.0.0.1:1", "--swap", "one"], "--swap needs --admin-token"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_sentence(options, sentence, capsys):
+def test_input_that_cannot_be_used_is_refused_in_one_sentence(options, sentence, capsys):
     assert main([*options]) == 2
 
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {sentence}") and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}") and error.count("\n") == 1
 
 
-def test_a_load_that_the_service_refuses_is_told_before_it_runs(url, tmp_path, capsys):
+def test_a_load_that_the_service_refuses_is_reported_before_it_runs(url, tmp_path, capsys):
     file = tmp_path / "requests.jsonl"
     file.write_text('{"candidates": [{"id": "a1", "color": 1}]}\n')
 

@@ -1,4 +1,4 @@
-"""The command: its options, which runs they ask for, and the order of those."""
+"""The `load.py` command: its options, and the runs they stand for, in order."""
 
 import argparse
 import itertools
@@ -16,9 +16,9 @@ import numpy as np
 from loadtest import report
 from loadtest.capacity import find_knee
 from loadtest.errors import BenchError
-from loadtest.generator_pool import Fleet, Interrupted
+from loadtest.generator_pool import GeneratorPool, Interrupted
 from loadtest.report import Row
-from loadtest.request_bodies import Mix, read_requests, read_schema
+from loadtest.request_bodies import RequestMix, read_requests, read_schema
 from loadtest.results import OK, Outcome, figures, share_within
 from loadtest.target import Target, run_command, stall, target
 
@@ -27,9 +27,9 @@ from service.process import cpu_count
 SHARES = (0.5, 0.8, 1.0, 1.5)  # of the knee
 EVENT_SHARE = 0.8  # at which a swap or a stall is looked at
 WARM_CONNECTIONS = 2  # a core: few enough that their requests keep their deadline
-WARM_UP_S = 2.0  # a closed loop before the search, which also tells where to begin
+WARM_UP_S = 2.0  # a closed loop before the search, from whose rate it starts
 STALL_S = 2.0
-SETTLE_S = 0.25  # that a swap or a stall goes on to count once it is over
+SETTLE_S = 0.25  # after a swap or a stall, in which requests still count as due during it
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,24 +42,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--p99-ms", type=_positive, default=10.0, help="the knee: at most one request in 100 takes longer (default 10)")
     add("--timeout-ms", type=_positive, default=20.0, help="each request's deadline, which goodput keeps (default 20)")
     add("--form", choices=("list", "columnar"), default="list", help="of the candidates")
-    add("--candidates", type=_whole, help="in every request; default: lognormal, median 100, at most 1000")
-    add("--users", type=_whole, help="how many there are, drawn by Zipf (default: the schema's, or 10,000)")
-    add("--items", type=_whole, help="the same of items")
+    add("--candidates", type=_positive_int, help="in every request; default: lognormal, median 100, at most 1000")
+    add("--users", type=_positive_int, help="how many there are, drawn by Zipf (default: the schema's, or 10,000)")
+    add("--items", type=_positive_int, help="the same of items")
     add("--zipf", type=_positive, default=1.0, help="exponent of both (default 1)")
     add("--schema", type=Path, help="an artifact's schema.json, to draw ids and values from its vocabularies")
     add(
         "--send", type=_groups, default="context", help="values to send: context, user, item or some of them, by commas"
     )
     add("--requests", type=Path, help="JSON bodies to send instead, one a line")
-    add("--processes", type=_whole, help="generators (default: one for every two cores, at most 4)")
-    add("--connections", type=_whole, default=256, help="at most, of all generators together (default 256)")
-    add("--seed", type=_whole, default=2026)
-    add("--pid", type=_whole, help="the service's process, to count its CPU and its children's from /proc")
-    told = "load a version, of several one after the other (default: current), at 80 %% of the knee, or at --rate"
-    add("--swap", metavar="ARM[:VERSION,...]", help=told)
-    add("--swaps", type=_whole, default=1, help="how often, in one run (default 1)")
+    add("--processes", type=_positive_int, help="generators (default: one for every two cores, at most 4)")
+    add("--connections", type=_positive_int, default=256, help="at most, of all generators together (default 256)")
+    add("--seed", type=_positive_int, default=2026)
+    add("--pid", type=_positive_int, help="the service's process, to count its CPU and its children's from /proc")
+    swap = "load a version, of several one after the other (default: current), at 80 %% of the knee, or at --rate"
+    add("--swap", metavar="ARM[:VERSION,...]", help=swap)
+    add("--swaps", type=_positive_int, default=1, help="how often, in one run (default 1)")
     add("--admin-token", default=os.environ.get("CLICKSERVE_ADMIN_TOKEN"), help="for --swap; or CLICKSERVE_ADMIN_TOKEN")
-    add("--store-pid", type=_whole, help="freeze that process, the store's, for 2 s at 80 %% of the knee, or at --rate")
+    add(
+        "--store-pid",
+        type=_positive_int,
+        help="freeze that process, the store's, for 2 s at 80 %% of the knee, or at --rate",
+    )
     add("--stall-store", metavar="COMMAND", help="run this then instead; the stall lasts as long as it does")
     add("--json", type=Path, metavar="FILE", help="write all figures there too")
 
@@ -68,33 +72,33 @@ def run(options: argparse.Namespace) -> int:
     """Measures and prints. 130 after Ctrl-C, with what there was until then. Raises BenchError in one sentence."""
     if options.swap is not None and not options.admin_token:
         raise BenchError("--swap needs --admin-token, or CLICKSERVE_ADMIN_TOKEN in the environment")
-    aim = target(options.url, pid=options.pid)
+    service = target(options.url, pid=options.pid)
     mix = _mix(options)
-    aim.check(mix.draw(1, np.random.default_rng(options.seed))[0].content)
+    service.check(mix.draw(1, np.random.default_rng(options.seed))[0].content)
     processes = options.processes or min(4, max(1, cpu_count.usable() // 2))
-    bench = Bench(aim, options)
-    with Fleet(
-        aim.address, mix, processes=processes, connections=options.connections, seed=options.seed
-    ) as bench.fleet:
+    test = LoadTest(service, options)
+    with GeneratorPool(
+        service.address, mix, processes=processes, connections=options.connections, seed=options.seed
+    ) as test.pool:
         try:
-            bench.measure()
+            test.measure()
         except Interrupted as cut:
-            bench.add("interrupted", cut.outcome)
+            test.add("interrupted", cut.outcome)
             return 130
         except KeyboardInterrupt:
             return 130
         finally:
-            bench.tell()
+            test.print_results()
     return 0
 
 
-class Bench:
-    """The runs made so far."""
+class LoadTest:
+    """Makes the runs and collects a row for each."""
 
-    fleet: Fleet
+    pool: GeneratorPool
 
-    def __init__(self, aim: Target, options: argparse.Namespace) -> None:
-        self._target = aim
+    def __init__(self, service: Target, options: argparse.Namespace) -> None:
+        self._target = service
         self._options = options
         self._rows: list[Row] = []
         self._knee: float | None = None
@@ -121,28 +125,28 @@ class Bench:
         per_1000 = None if cpu_s is None or not answered else 1000 * cpu_s / answered
         self._rows.append(Row(label=label, figures=measured, cpu_s_per_1000=per_1000, closed=closed))
 
-    def tell(self) -> None:
+    def print_results(self) -> None:
         if self._knee is not None:
-            bound, whole = self._options.p99_ms, self._options.seconds
-            print(f"knee: {self._knee:,.1f} requests/s, 99 % within {bound:g} ms of their schedule for {whole:g} s")
+            bound, seconds = self._options.p99_ms, self._options.seconds
+            print(f"knee: {self._knee:,.1f} requests/s, 99 % within {bound:g} ms of their schedule for {seconds:g} s")
         if self._rows:
             print(report.table(self._rows))
         for note in report.notes(self._rows):
             print(note)
         if self._options.json is not None:
-            asked = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self._options).items()}
-            asked = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asked.items()}
-            del asked["admin_token"]
-            told = {"asked": asked, "knee_per_s": self._knee, "runs": [row.to_json() for row in self._rows]}
+            options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self._options).items()}
+            options = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in options.items()}
+            del options["admin_token"]
+            results = {"options": options, "knee_per_s": self._knee, "runs": [row.to_json() for row in self._rows]}
             try:
-                self._options.json.write_text(json.dumps(told, indent=1) + "\n")
+                self._options.json.write_text(json.dumps(results, indent=1) + "\n")
             except OSError as err:
                 raise BenchError(f"--json {self._options.json}: {err.strerror}") from None
 
     def _run(self, label: str, rate: float | None, seconds: float) -> None:
         _say(f"{label} for {seconds:g} s")
         before = self._target.cpu_s()
-        outcome = self.fleet.run(rate, seconds)
+        outcome = self.pool.run(rate, seconds)
         after = self._target.cpu_s()
         # A worker that was replaced takes its seconds with it.
         cpu_s = None if before is None or after is None or after < before else after - before
@@ -151,38 +155,40 @@ class Bench:
     def _search(self) -> float:
         bound_s = self._options.p99_ms / 1000
         _say(f"warming up, as a closed loop, for {WARM_UP_S:g} s")
-        warm = self.fleet.run(None, WARM_UP_S, connections=WARM_CONNECTIONS * cpu_count.usable())
-        taken_per_s = float((warm.status == OK).sum()) / warm.seconds
+        warm = self.pool.run(None, WARM_UP_S, connections=WARM_CONNECTIONS * cpu_count.usable())
+        answered_per_s = float((warm.status == OK).sum()) / warm.seconds
 
         def holds(rate: float, seconds: float) -> bool:
-            outcome = self.fleet.run(rate, seconds)
+            outcome = self.pool.run(rate, seconds)
             share = share_within(outcome, bound_s)
             found = figures(outcome, self._options.timeout_ms / 1000)
             p99 = "none" if found.p99_ms is None else f"{found.p99_ms:.2f} ms"
-            excuse = f"; {found.excuse}" if found.excuse else ""
-            _say(f"  {rate:,.1f}/s for {seconds:g} s: {share:.2%} within the bound, p99 of the answers {p99}{excuse}")
+            note = f"; {found.invalid_reason}" if found.invalid_reason else ""
+            _say(f"  {rate:,.1f}/s for {seconds:g} s: {share:.2%} within the bound, p99 of the answers {p99}{note}")
             return (1 - share) * found.requests <= max(0.01 * found.requests, 1)
 
-        window, whole = self._options.window, self._options.seconds
-        return find_knee(lambda rate: holds(rate, window), lambda rate: holds(rate, whole), start=0.6 * taken_per_s)
+        window, seconds = self._options.window, self._options.seconds
+        return find_knee(
+            lambda rate: holds(rate, window), lambda rate: holds(rate, seconds), start=0.6 * answered_per_s
+        )
 
     def _events(self) -> dict[str, Sequence[Callable[[], None]]]:
-        """What is to be done in the middle of a run, by name; several things are spread over it."""
-        asked = self._options
+        """Actions in the middle of a run, by name; several are spread over it."""
+        options = self._options
         events: dict[str, Sequence[Callable[[], None]]] = {}
-        if asked.swap is not None:
-            arm, _, versions = asked.swap.partition(":")
+        if options.swap is not None:
+            arm, _, versions = options.swap.partition(":")
             cycle = itertools.cycle((versions or "current").split(","))
-            swaps = [partial(self._target.swap, arm, next(cycle), asked.admin_token) for _ in range(asked.swaps)]
-            events[f"{asked.swaps} swaps of {arm}"] = swaps
-        if asked.store_pid is not None:
-            events["store frozen"] = [partial(stall, asked.store_pid, STALL_S)]
-        if asked.stall_store is not None:
-            events["store stalled"] = [partial(run_command, asked.stall_store)]
+            swaps = [partial(self._target.swap, arm, next(cycle), options.admin_token) for _ in range(options.swaps)]
+            events[f"{options.swaps} swaps of {arm}"] = swaps
+        if options.store_pid is not None:
+            events["store frozen"] = [partial(stall, options.store_pid, STALL_S)]
+        if options.stall_store is not None:
+            events["store stalled"] = [partial(run_command, options.stall_store)]
         return events
 
     def _run_meanwhile(self, name: str, actions: Sequence[Callable[[], None]], rate: float, seconds: float) -> None:
-        """The actions, spread over a run: the requests that were due during one, and the others."""
+        """A row for the requests that were due during an action, and one for the others."""
         _say(f"{name} at {rate:,.1f}/s")
         spans: list[tuple[float, float]] = []
 
@@ -193,15 +199,15 @@ class Bench:
                 act()
                 spans.append((begun - start, time.monotonic() - start + SETTLE_S))
 
-        outcome = self.fleet.run(rate, seconds, meanwhile=meanwhile)
-        inside = outcome.during(spans)
+        outcome = self.pool.run(rate, seconds, meanwhile=meanwhile)
+        inside = outcome.due_within(spans)
         took = sum(min(end, seconds) - begun for begun, end in spans if begun < seconds)
-        self.add(f"{name}: steady", outcome.part(~inside, seconds - took))
-        self.add(f"{name}: during ({took:.1f} s)", outcome.part(inside, took))
+        self.add(f"{name}: steady", outcome.subset(~inside, seconds - took))
+        self.add(f"{name}: during ({took:.1f} s)", outcome.subset(inside, took))
 
 
-def _mix(options: argparse.Namespace) -> Mix:
-    return Mix(
+def _mix(options: argparse.Namespace) -> RequestMix:
+    return RequestMix(
         form=options.form,
         candidates=options.candidates,
         users=options.users,
@@ -227,7 +233,7 @@ def _positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r:.60}")
 
 
-def _whole(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r:.60}")
     return int(text)

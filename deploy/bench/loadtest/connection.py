@@ -1,4 +1,4 @@
-"""One kept connection: a request goes out, its answer comes back, one at a time."""
+"""A keep-alive HTTP/1.1 client connection with one request in flight."""
 
 import asyncio
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ class Address:
     path: str = "/predict"
 
     def request(self, body: bytes) -> bytes:
-        """The bytes of a whole request."""
+        """Head and body as bytes."""
         head = f"POST {self.path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\ncontent-type: application/json\r\n"
         return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Owner(Protocol):
-    """Hears of its connections: `free` after an answer; `lost` for good, with the request that was under way."""
+    """Callbacks of a connection: `free` when it can send, `lost` once, with the number of the request in flight."""
 
     def answered(self, number: int, status: int, *, degraded: bool) -> None: ...
 
@@ -33,14 +33,14 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """Owned from when it is made: `free` is told of a new one too."""
+    """Calls `owner.free` once it is open too."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
-        self.number: int | None = None  # of the request under way
+        self.number: int | None = None  # of the request in flight
 
     @classmethod
     async def open(cls, owner: Owner, address: Address) -> None:

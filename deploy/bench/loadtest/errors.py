@@ -1,5 +1,5 @@
-"""What cannot be measured, and why."""
+"""The load test's own exception."""
 
 
 class BenchError(ValueError):
-    """What was given cannot be used, in one sentence: what was expected, what came, where."""
+    """Input that cannot be used, in one sentence: what was expected, what came, where."""

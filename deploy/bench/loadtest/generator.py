@@ -1,6 +1,6 @@
-"""One generator: sends every request when it is due, whatever became of the earlier ones, and notes what came back.
+"""Open-loop load generator: sends every request when it is due, whether or not earlier ones were answered.
 
-A closed loop would wait for slow answers, and so leave out the very requests that would have suffered.
+A closed loop waits for slow answers and so leaves out the very requests that would have suffered: coordinated omission.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from loadtest.connection import Address, Connection
 from loadtest.results import NO_ANSWER, Outcome
-from loadtest.timer import Alarm, alarm
+from loadtest.timer import Timer
 from numpy.typing import NDArray
 
 OPENED_AT_ONCE = 16  # connections before a run; more are made when these are in use
@@ -22,10 +22,10 @@ DRAIN_S = 5.0  # for answers, once the last request is sent
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """When requests are due, in seconds from the start, and which of the bodies each has, over and over.
+    """When requests are due, in seconds from the start, and the index of each one's body, repeated from the start.
 
-    Without times every connection sends its next request as soon as it has its answer: a closed loop, which tells how
-    many requests the service can take, and nothing of its latency.
+    Without times (None) it is a closed loop: every connection sends its next request as soon as it has its answer,
+    which measures throughput and not latency.
     """
 
     due_s: Sequence[float] | None
@@ -35,7 +35,7 @@ class Plan:
 
 
 class Generator:
-    """Keeps its connections from run to run. To be used within one event loop, one run at a time."""
+    """One run at a time, within one event loop; connections stay open between runs."""
 
     def __init__(self, address: Address, bodies: Sequence[bytes], candidates: Sequence[int]) -> None:
         self._address = address
@@ -52,12 +52,12 @@ class Generator:
             await Connection.open(self, self._address)
 
     async def run(self, plan: Plan, *, start: float) -> Outcome:
-        """Sends what is planned from `start` on, a time of time.monotonic(), and waits for the answers."""
+        """Run the plan from `start` on, a time of time.monotonic(), and wait for the answers."""
         run = self._run = _Run(plan, start)
-        bell = run.bell = alarm(asyncio.get_running_loop(), self._ring)
+        timer = run.timer = Timer(asyncio.get_running_loop(), self._send_due)
         used = time.process_time()
         try:
-            bell.set(start)
+            timer.set(start)
             await run.sending_ended.wait()
             busy = (time.process_time() - used) / max(time.monotonic() - start, 1e-9)
             try:
@@ -67,16 +67,18 @@ class Generator:
                 for connection in [c for c in self._connections if c.number is not None]:
                     connection.abandon()
         finally:
-            bell.close()
+            timer.close()
             self._run = None
         seconds = plan.seconds if run.cut_at is None else max(run.cut_at - start, 0)
         outcome = run.outcome(self._candidates, seconds=seconds, busy=busy)
         if plan.due_s is not None:
             return outcome
-        return outcome.part(~(outcome.due_s + outcome.latency_s > seconds), seconds)  # every connection has one over
+        return outcome.subset(
+            ~(outcome.due_s + outcome.latency_s > seconds), seconds
+        )  # without each connection's last, which ran over
 
     def stop(self) -> None:
-        """Ends the run under way early: what is not yet due is no part of it."""
+        """End the run early: what is not yet due is no part of it."""
         if self._run is not None:
             self._run.cut_at = time.monotonic()
             self._run.end()
@@ -87,8 +89,8 @@ class Generator:
         for connection in list(self._connections):
             connection.abandon()
 
-    def _ring(self) -> None:
-        """Sends what is due by now, then sets the alarm for the next."""
+    def _send_due(self) -> None:
+        """Send what is due by now, then set the timer for the next."""
         run = self._run
         if run is None or run.sending_ended.is_set():
             return
@@ -101,9 +103,9 @@ class Generator:
             run.next += 1
             self._send(run)
             if run.waiting and len(self._connections) >= run.plan.connections:
-                run.starved += 1
+                run.num_connection_waits += 1
         if run.next < run.num:
-            run.bell.set(run.due[run.next])
+            run.timer.set(run.due[run.next])
         else:
             left_s = run.start + run.plan.seconds - time.monotonic()
             asyncio.get_running_loop().call_later(max(left_s, 0), run.end)
@@ -130,7 +132,7 @@ class Generator:
             if self._run is not None and self._run.waiting:
                 self._run.note(self._run.waiting.popleft(), NO_ANSWER, degraded=False)
 
-    # --- what the connections tell ---
+    # --- callbacks of the connections ---
 
     def answered(self, number: int, status: int, *, degraded: bool) -> None:
         if self._run is not None:
@@ -150,7 +152,7 @@ class Generator:
 
     def lost(self, connection: Connection, number: int | None) -> None:
         if connection not in self._connections:
-            return  # it was told already
+            return  # reported before
         self._connections.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -166,7 +168,7 @@ class Generator:
 
 
 class _Run:
-    """What is noted while requests are under way: lists, as Python writes those faster than arrays."""
+    """State of a run: lists, as Python writes those faster than arrays."""
 
     def __init__(self, plan: Plan, start: float) -> None:
         self.plan = plan
@@ -180,13 +182,13 @@ class _Run:
         self.status = [NO_ANSWER] * self.num
         self.degraded = [False] * self.num
         self.unsettled = self.num
-        self.starved = 0
+        self.num_connection_waits = 0
         self.cut_at: float | None = None
         self.sending_ended, self.settled = asyncio.Event(), asyncio.Event()
-        self.bell: Alarm
+        self.timer: Timer
 
     def add(self, due: float) -> int:
-        """One request more; returns its number."""
+        """Add a request; returns its number."""
         self.due.append(due)
         self.lag.append(0.0)
         self.latency.append(math.nan)
@@ -226,5 +228,5 @@ class _Run:
             degraded=np.array(self.degraded[:num], dtype=np.bool_),
             seconds=seconds,
             busy=busy,
-            starved=self.starved,
+            num_connection_waits=self.num_connection_waits,
         )

@@ -1,4 +1,4 @@
-"""Several generators, each a process of its own, as one: a run is given, its outcome comes back."""
+"""Pool of load generators, one process each, driven as one."""
 
 import asyncio
 import gc
@@ -19,8 +19,8 @@ from loadtest.arrivals import poisson
 from loadtest.connection import Address
 from loadtest.errors import BenchError
 from loadtest.generator import Generator, Plan
-from loadtest.request_bodies import NUM_BODIES, Mix
-from loadtest.results import Outcome, together
+from loadtest.request_bodies import NUM_BODIES, RequestMix
+from loadtest.results import Outcome, merge
 
 START_S = 60.0  # for a generator to draw its bodies
 LEAD_S = 0.1  # for them all to draw up their plans, so that they begin together
@@ -30,7 +30,7 @@ _STOP = "stop"
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """A run to make. With `rate` None it is a closed loop over all the connections."""
+    """Parameters of a run. With `rate` None it is a closed loop over all the connections."""
 
     rate: float | None
     seconds: float
@@ -38,17 +38,17 @@ class Load:
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user has seen enough: what the run came to until then."""
+    """Ctrl-C during a run; `outcome` is what it came to until then."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__()
         self.outcome = outcome
 
 
-class Fleet:
-    """The generators, their bodies drawn and their connections open. Ctrl-C in a run raises Interrupted."""
+class GeneratorPool:
+    """As a context manager it starts the processes, draws their bodies and opens their connections."""
 
-    def __init__(self, address: Address, mix: Mix, *, processes: int, connections: int, seed: int) -> None:
+    def __init__(self, address: Address, mix: RequestMix, *, processes: int, connections: int, seed: int) -> None:
         self._stack = ExitStack()
         self._pipes: list[Pipe] = []
         self._connections = max(1, connections // processes)
@@ -86,26 +86,26 @@ class Fleet:
         connections: int | None = None,
         meanwhile: Callable[[float], None] | None = None,
     ) -> Outcome:
-        """Requests at `rate` a second, or without one as many as the connections carry, for that long.
+        """Requests at `rate` a second, or with None as many as the connections carry, for that long.
 
         `connections` may be fewer than there are. `meanwhile` is called with the start, a time of time.monotonic(),
-        while they run.
+        while they run. Raises Interrupted on Ctrl-C.
         """
-        share = None if rate is None else rate / len(self._pipes)
+        rate_each = None if rate is None else rate / len(self._pipes)
         start = time.monotonic() + LEAD_S + PLAN_S * seconds * (rate or 0)
-        own = self._connections if connections is None else max(1, connections // len(self._pipes))
+        connections_each = self._connections if connections is None else max(1, connections // len(self._pipes))
         for pipe in self._pipes:
-            pipe.send((Load(rate=share, seconds=seconds, connections=own), start))
+            pipe.send((Load(rate=rate_each, seconds=seconds, connections=connections_each), start))
         try:
             if meanwhile is not None:
-                self._accompany(meanwhile, start)
+                self._run_meanwhile(meanwhile, start)
             return self._collect()
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted(self._collect()) from None
 
-    def _accompany(self, meanwhile: Callable[[float], None], start: float) -> None:
-        """A run whose company fails is ended, and its outcome taken out of the pipes: the next one has its own."""
+    def _run_meanwhile(self, meanwhile: Callable[[float], None], start: float) -> None:
+        """Call it; when it fails, end the run and take its outcome out of the pipes, or the next run would read it."""
         try:
             meanwhile(start)
         except Exception:  # whatever it is, it goes on from here
@@ -120,7 +120,7 @@ class Fleet:
     def _collect(self) -> Outcome:
         for pipe in self._pipes:
             pipe.poll(None)  # all of them, before any is taken: an interruption in between loses none
-        return together([_received(pipe) for pipe in self._pipes])
+        return merge([_received(pipe) for pipe in self._pipes])
 
 
 def _await_ready(pipe: Pipe) -> None:
@@ -134,17 +134,17 @@ def _received(pipe: Pipe) -> Any:
     try:
         return pipe.recv()
     except (EOFError, OSError):
-        raise BenchError("a generator ended on its own; what it said stands above") from None
+        raise BenchError("a generator's process ended; its error stands above") from None
 
 
-def _generate(pipe: Pipe, address: Address, mix: Mix, connections: int, seed: list[int]) -> None:
-    """The whole of a generator's process: ready with None (or why it is not), then runs until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells what to do
+def _generate(pipe: Pipe, address: Address, mix: RequestMix, connections: int, seed: list[int]) -> None:
+    """A generator's process: sends None once ready (or why it is not), then serves runs until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent decides
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(pipe, address, mix, connections, np.random.default_rng(seed)))
 
 
-async def _serve(pipe: Pipe, address: Address, mix: Mix, connections: int, draw: np.random.Generator) -> None:
+async def _serve(pipe: Pipe, address: Address, mix: RequestMix, connections: int, draw: np.random.Generator) -> None:
     bodies = mix.draw(NUM_BODIES, draw)
     generator = Generator(address, [body.content for body in bodies], [body.candidates for body in bodies])
     try:
@@ -155,32 +155,32 @@ async def _serve(pipe: Pipe, address: Address, mix: Mix, connections: int, draw:
     gc.collect()
     gc.disable()  # a collection takes milliseconds, and nothing here needs one
     pipe.send(None)
-    told: asyncio.Queue[tuple[Load, float] | None] = asyncio.Queue()
-    listening = asyncio.get_running_loop()
-    listening.add_reader(pipe.fileno(), _listen, pipe, generator, told)
+    loads: asyncio.Queue[tuple[Load, float] | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pipe.fileno(), _listen, pipe, generator, loads)
     try:
-        while (order := await told.get()) is not None:
+        while (order := await loads.get()) is not None:
             load, start = order
             outcome = await generator.run(_plan(load, len(bodies), draw), start=start)
             os.set_blocking(pipe.fileno(), True)  # the event loop, which reads from it, made it otherwise
             pipe.send(outcome)
     finally:
-        listening.remove_reader(pipe.fileno())
+        loop.remove_reader(pipe.fileno())
         generator.close()
 
 
-def _listen(pipe: Pipe, generator: Generator, told: "asyncio.Queue[tuple[Load, float] | None]") -> None:
+def _listen(pipe: Pipe, generator: Generator, loads: "asyncio.Queue[tuple[Load, float] | None]") -> None:
     try:
         message = pipe.recv()
     except (EOFError, OSError):
         asyncio.get_running_loop().remove_reader(pipe.fileno())
         generator.stop()
-        told.put_nowait(None)
+        loads.put_nowait(None)
         return
     if message == _STOP:
         generator.stop()
     else:
-        told.put_nowait(message)
+        loads.put_nowait(message)
 
 
 def _plan(load: Load, num_bodies: int, draw: np.random.Generator) -> Plan:

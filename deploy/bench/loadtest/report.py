@@ -1,4 +1,4 @@
-"""What was measured, as a table and as JSON."""
+"""Results of a load test as a Markdown table and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,11 +14,16 @@ class Row:
     label: str
     figures: Figures
     cpu_s_per_1000: float | None = None  # of the service, for a thousand candidates answered with 200
-    closed: bool = False  # a closed loop, whose latencies are those of its own making
+    closed: bool = False  # a closed loop: its latencies say nothing of the service's
 
     def to_json(self) -> dict[str, Any]:
-        told = {"label": self.label, **asdict(self.figures), "cpu_s_per_1000_candidates": self.cpu_s_per_1000}
-        return {**told, "generator_at_fault": self.figures.excuse, "closed_loop": self.closed}
+        return {
+            "label": self.label,
+            **asdict(self.figures),
+            "cpu_s_per_1000_candidates": self.cpu_s_per_1000,
+            "invalid_reason": self.figures.invalid_reason,
+            "closed_loop": self.closed,
+        }
 
 
 TITLES = (
@@ -40,16 +45,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the reader of the table has to know: whose numbers they are, and why some are missing."""
-    told = []
+    """Warnings below the table: results that are the generator's, and why some cells are empty."""
+    lines = []
     for row in rows:
-        if row.figures.excuse is not None:
-            told.append(f"{row.label}: THE GENERATOR'S NUMBERS, NOT THE SERVICE'S: {row.figures.excuse}")
-        if row.figures.starved and not row.closed:
-            told.append(f"{row.label}: {row.figures.starved} requests waited for a free connection: see --connections")
+        if row.figures.invalid_reason is not None:
+            lines.append(f"{row.label}: INVALID, the load generator was the limit: {row.figures.invalid_reason}")
+        if row.figures.num_connection_waits and not row.closed:
+            waits = row.figures.num_connection_waits
+            lines.append(f"{row.label}: {waits} requests waited for a free connection: see --connections")
     if any(row.cpu_s_per_1000 is None for row in rows):
-        told.append("no CPU seconds of a part of a run, of one without answers, or where /metrics tells none")
-    return told
+        lines.append("no CPU seconds of a part of a run, of one without answers, or where /metrics tells none")
+    return lines
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the requests contain: JSON bodies that fit the served model, drawn before a run begins."""
+"""Request bodies: JSON for /predict that fits the served model, drawn before a run begins."""
 
 import json
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Body:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mix:
-    """What requests are drawn from. Values are sent of the groups `sent`; the store has the others, if anything."""
+class RequestMix:
+    """Distribution of the requests. They carry the values of the groups `sent`; the store may have the others."""
 
     form: Form = "list"
     candidates: int | None = None  # of every request; None: lognormal
@@ -44,18 +44,18 @@ class Mix:
     replayed: tuple[Body, ...] = ()
 
     def draw(self, num: int, draw: np.random.Generator) -> list[Body]:
-        """At most `num` bodies: fewer where they would not fit into memory, or as many as were given to replay."""
+        """At most `num` bodies: fewer where they would not fit into memory, or as many as there are to replay."""
         if self.replayed:
             return list(self.replayed)
         sizes = lognormal(num, draw, median=self.median, cap=self.cap)
         if self.candidates is not None:
             sizes[:] = self.candidates
         bodies: list[Body] = []
-        held = 0
+        num_bytes = 0
         for size, user in zip(sizes.tolist(), self._users.draw(num, draw).tolist(), strict=True):
             bodies.append(self._body(user, self._items.distinct(size, draw).tolist(), draw))
-            held += len(bodies[-1].content)
-            if held > MAX_BYTES:
+            num_bytes += len(bodies[-1].content)
+            if num_bytes > MAX_BYTES:
                 break
         return bodies
 
@@ -79,10 +79,10 @@ class Mix:
 
     def _features(self, group: Group, rank: int) -> Row:
         """A user's or an item's values: the same whenever they come, as theirs would be."""
-        known = self._known.get((group, rank))
-        if known is None:
-            known = self._known[group, rank] = self._row(group, np.random.default_rng([len(group), rank]))
-        return known
+        row = self._rows.get((group, rank))
+        if row is None:
+            row = self._rows[group, rank] = self._row(group, np.random.default_rng([len(group), rank]))
+        return row
 
     def _row(self, group: Group, draw: np.random.Generator) -> Row:
         if self.schema is None or group not in self.sent:
@@ -92,8 +92,8 @@ class Mix:
         return {field.name: _value(field, draw) for field in fields}
 
     def _id(self, group: Group, rank: int) -> str:
-        known = self._ids(group)
-        return known[rank] if rank < len(known) else f"{group}-{rank}"
+        ids = self._ids(group)
+        return ids[rank] if rank < len(ids) else f"{group}-{rank}"
 
     def _ids(self, group: Group) -> Sequence[str]:
         if self.schema is None:
@@ -110,7 +110,7 @@ class Mix:
         return Zipf(self.items or len(self._ids("item")) or 10_000, self.zipf)
 
     @cached_property
-    def _known(self) -> dict[tuple[Group, int], Row]:
+    def _rows(self) -> dict[tuple[Group, int], Row]:
         return {}
 
 
@@ -140,7 +140,7 @@ def read_schema(file: Path) -> Schema:
 
 
 def read_requests(file: Path, timeout_ms: float | None) -> tuple[Body, ...]:
-    """A JSON body of /predict a line, to be sent as it is; `timeout_ms`, if given, in the place of its own."""
+    """A JSON body of /predict a line, to be sent as it is; a `timeout_ms` other than None replaces its own."""
     try:
         lines = [line for line in file.read_bytes().splitlines() if line.strip()]
     except OSError as err:

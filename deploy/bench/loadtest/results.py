@@ -1,4 +1,4 @@
-"""What became of every request of a run, and the figures that sum it up."""
+"""Results of a run: the outcome of every request, and the statistics that sum it up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 OK = 200
-PRIOR = 1  # in the place of a 200 that holds the arm's prior, as the deadline had passed: nothing was scored
+PRIOR = 1  # in place of a 200 that holds the arm's prior, as the deadline had passed: nothing was scored
 REFUSED = (PRIOR, 503, 504)
-NO_ANSWER = 0  # in the place of a status: the connection broke, or nothing came until the run was over
+NO_ANSWER = 0  # in place of a status: the connection broke, or no answer came until the run was over
 
 MAX_LAG_S = 0.001
 MAX_LAG_SHARE = 0.1  # of the p99 that was measured
@@ -19,35 +19,35 @@ MAX_BUSY = 0.9  # of a core
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One run, a place in every array for each request that was due; times in seconds."""
+    """One run; every array has an element for each request that was due. Times in seconds."""
 
     due_s: NDArray[np.float64]  # from the start of the run
-    lag_s: NDArray[np.float64]  # by which the generator looked at it too late
+    lag_s: NDArray[np.float64]  # from when it was due to when the generator noticed
     latency_s: NDArray[np.float64]  # from when it was due to the last byte of its answer; NaN without one
     status: NDArray[np.int16]
     candidates: NDArray[np.int32]
     degraded: NDArray[np.bool_]
     seconds: float  # that requests were sent for
     busy: float  # share of a core that the busiest generator took
-    starved: int = 0  # requests that were due when every connection was in use
+    num_connection_waits: int = 0  # requests that were due when every connection was in use
 
-    def during(self, spans: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
-        """Which requests were due in any of these spans of time."""
+    def due_within(self, spans: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
+        """Mask of the requests that were due in any of these time spans."""
         inside = np.zeros(len(self.due_s), dtype=np.bool_)
         for start, end in spans:
             inside |= (self.due_s >= start) & (self.due_s < end)
         return inside
 
-    def part(self, chosen: NDArray[np.bool_], seconds: float) -> "Outcome":
-        """Those requests as a run of their own."""
+    def subset(self, mask: NDArray[np.bool_], seconds: float) -> "Outcome":
+        """The masked requests as a separate run."""
         arrays: dict[str, Any] = {
-            name: value[chosen] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+            name: value[mask] for name, value in vars(self).items() if isinstance(value, np.ndarray)
         }
-        return replace(self, **arrays, seconds=seconds, starved=0)
+        return replace(self, **arrays, seconds=seconds, num_connection_waits=0)
 
 
-def together(outcomes: Sequence[Outcome]) -> Outcome:
-    """What several generators sent at the same time."""
+def merge(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcomes of several generators that ran at the same time, as one."""
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(outcome, name) for outcome in outcomes])
         for name, value in vars(outcomes[0]).items()
@@ -58,13 +58,13 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         **arrays,
         seconds=max(outcome.seconds for outcome in outcomes),
         busy=max(outcome.busy for outcome in outcomes),
-        starved=sum(outcome.starved for outcome in outcomes),
+        num_connection_waits=sum(outcome.num_connection_waits for outcome in outcomes),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """A run in numbers; a percentile of nothing is None. Latencies are those of answers with 200, from the schedule."""
+    """Statistics of a run. Latencies are of answers with 200 and from the schedule; a percentile of nothing is None."""
 
     requests: int
     offered_per_s: float
@@ -80,11 +80,11 @@ class Figures:
     p999_ms: float | None
     lag_p99_ms: float
     busy: float
-    starved: int
+    num_connection_waits: int
 
     @property
-    def excuse(self) -> str | None:
-        """Why these numbers are the generator's own and not the service's; None where they are not."""
+    def invalid_reason(self) -> str | None:
+        """Why the figures say nothing of the service: the generator was the limit. None where they are valid."""
         if self.busy > MAX_BUSY:
             return f"a generator took {self.busy:.0%} of its core"
         if self.lag_p99_ms > 1000 * MAX_LAG_S:
@@ -116,7 +116,7 @@ def figures(outcome: Outcome, deadline_s: float) -> Figures:
         p999_ms=p999,
         lag_p99_ms=percentile_ms(outcome.lag_s, 0.99) or 0.0,
         busy=outcome.busy,
-        starved=outcome.starved,
+        num_connection_waits=outcome.num_connection_waits,
     )
 
 
@@ -128,7 +128,7 @@ def percentile_ms(seconds: NDArray[np.float64], share: float) -> float | None:
 
 
 def share_within(outcome: Outcome, seconds: float) -> float:
-    """Of all requests that were due, those answered with 200 within that time. Without any request, all of them."""
+    """The share of the requests that were due which got a 200 within that time; 1 where there was none."""
     if not len(outcome.status):
         return 1.0
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The service under load, seen from outside: whether it answers, what CPU it takes, what is done to it meanwhile."""
+"""The service under test, seen from outside: a probe request, its CPU time, swaps and stalls on command."""
 
 import http.client
 import json
@@ -24,17 +24,17 @@ _TICK_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 class Target:
     address: Address
     prefix: str  # of the paths, where the service stands behind one
-    pid: int | None = None  # whose CPU counts, its children's with it; None: the service's own word
+    pid: int | None = None  # CPU time is read from /proc, with its children's; None: from /metrics
 
     def check(self, body: bytes) -> None:
-        """One request of the load. Raises BenchError where it is neither scored nor refused for want of time."""
+        """Send one request of the load. Raises BenchError for an answer that is neither a score nor a refusal."""
         status, answer = self._call("POST", "/predict", body)
         if status not in (OK, *REFUSED):
             said = answer.decode(errors="replace")[:300]
             raise BenchError(f"expected answers to requests of this load, the service gave {status}: {said}")
 
     def cpu_s(self) -> float | None:
-        """CPU seconds of all its processes so far; None where it does not tell."""
+        """CPU seconds of all its processes so far; None where they cannot be read."""
         if self.pid is not None:
             return _cpu_of_tree(self.pid)
         status, text = self._call("GET", "/metrics")
@@ -49,7 +49,7 @@ class Target:
         return sum(found) if found else None
 
     def swap(self, arm: str, version: str, token: str) -> None:
-        """Makes the arm load that version and waits until it serves. Raises BenchError with the service's reason."""
+        """Load that version into the arm and wait until it serves. Raises BenchError with the service's reason."""
         body = json.dumps({"version": version}).encode()
         status, answer = self._call("POST", f"/models/{arm}/load", body, authorization=f"Bearer {token}")
         if status >= http.HTTPStatus.MULTIPLE_CHOICES:
@@ -87,7 +87,7 @@ def target(url: str, *, pid: int | None) -> Target:
 
 
 def stall(pid: int, seconds: float) -> None:
-    """Freezes a process for that long; it wakes up whatever happens meanwhile."""
+    """Stop a process for that long; it is continued whatever happens."""
     try:
         os.kill(pid, signal.SIGSTOP)
     except OSError as err:
@@ -99,7 +99,7 @@ def stall(pid: int, seconds: float) -> None:
 
 
 def run_command(command: str) -> None:
-    """Until it ends. Raises BenchError where it fails."""
+    """Run it to its end. Raises BenchError where it fails."""
     try:
         subprocess.run(shlex.split(command), check=True, stdout=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.CalledProcessError) as err:
@@ -113,5 +113,5 @@ def _cpu_of_tree(pid: int) -> float | None:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (OSError, ValueError):
         return None
-    own = (int(fields[11]) + int(fields[12])) / _TICK_S
-    return own + sum(_cpu_of_tree(int(child)) or 0 for child in children)
+    process_s = (int(fields[11]) + int(fields[12])) / _TICK_S
+    return process_s + sum(_cpu_of_tree(int(child)) or 0 for child in children)
