@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import Problem
+from service.errors import Refusal
 from service.experiments.assignment import LOOK_BACK_S, Experiment, ExperimentError, parse
 from service.registry import control
 from service.store.control_store import ControlDocument, PastShares
@@ -120,7 +120,7 @@ def test_a_load_keeps_the_versions_before_and_a_rollback_gives_up_the_one_that_s
 def test_a_rollback_to_another_version_than_the_one_before_is_refused(version: str) -> None:
     loaded = changed(begun(), control.set_version("one", "v2"), control.set_version("one", "v3"))
 
-    with pytest.raises(Problem, match=f"the version before is not {version} but v2 by now"):
+    with pytest.raises(Refusal, match=f"the version before is not {version} but v2 by now"):
         changed(loaded, control.roll_back("one", version))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.artifact.errors import ArtifactError
-from service.errors import Problem, artifact_refused
+from service.errors import ArtifactRefused, Refusal
 from service.experiments.assignment import Experiment, Running, parse
 from service.observability.metrics import Metrics
 from service.registry import control, follower
@@ -73,7 +73,7 @@ class Warmer:
         try:
             return self._loader.load(arm, version)
         except ArtifactError as err:
-            raise artifact_refused(str(err)) from None
+            raise ArtifactRefused(str(err)) from None
 
 
 class Store(MemoryControlStore):
@@ -362,7 +362,7 @@ async def test_another_experiment_file_begins_a_new_document_and_those_with_the_
     assert (new.version, new.running.now.killed, new.follower.document.changed_by) == (3, (), "experiment file")
     assert (a.version, a.running.now.killed) == (2, ("two",))
     assert "another experiment file" in a.follower.describe()["not_followed"]
-    with pytest.raises(Problem, match="of another experiment file") as refused:
+    with pytest.raises(Refusal, match="of another experiment file") as refused:
         await a.set_shares(unkill=["two"])
     assert refused.value.status == 409
     assert await a.store.read() == new.follower.document
@@ -579,7 +579,7 @@ def test_whatever_two_workers_change_and_the_store_loses_both_end_with_the_same_
                         store.lose(written[argument % len(written)])
                     case "restart":
                         workers[number] = await Worker(store).join()
-            except Problem:
+            except Refusal:
                 pass  # shares that leave no arm, or no version before
             written.append(await store.read())
         for _ in range(3):

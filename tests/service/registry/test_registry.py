@@ -1,7 +1,7 @@
 """What may serve: verified artifacts only, each loaded once."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

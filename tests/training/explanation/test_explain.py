@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from models.artifact import folder as artifact
 from models.baselines import linear
 from models.layers.base import explain as is_recording
 from models.papers import stec
