@@ -24,8 +24,8 @@ class Log:
     `rows` may be larger than memory; it is run through once. It has the columns `user` and `item` (strings, null where
     there is none), `ts` (Unix seconds), `label` (0 or 1), `part` (one of PARTS), one column per declared field that is
     neither a key, a clock nor a sequence, and the `truth` columns, which no model sees. `files` are the raw files, for
-    the data hash; `notes` go into dataset.json. `history` says which rows are a user's past: its clicks, or all that it
-    was shown; the service keeps clicks only.
+    the data hash; `notes` go into dataset.json. `unread` are columns that are there and that no field reads. `history`
+    says which rows are a user's past: its clicks, or all that it was shown; the service keeps clicks only.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Log:
     truth: tuple[str, ...] = ()
     history: Literal["clicks", "impressions"] = "clicks"
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def write_parquet(table: pl.DataFrame | pl.LazyFrame, file: Path) -> None:
@@ -64,10 +65,17 @@ def split_by_time(ts: NDArray[np.float64], *, valid: float, test: float) -> pl.S
     Rows of one time are never torn apart: a cut that falls among them moves back to the first of them.
     """
     parts = np.zeros(len(ts), dtype=np.int64)
-    for share in (valid + test, test):
-        cut = min(round(len(ts) * (1 - share)), len(ts) - 1)
-        parts[np.searchsorted(ts, ts[cut], side="left") :] += 1
+    for first in cuts_in_time(ts, valid=valid, test=test):
+        parts[np.searchsorted(ts, first, side="left") :] += 1
     return pl.Series("part", np.array(PARTS)[parts])
+
+
+def cuts_in_time(ts: NDArray[np.float64], *, valid: float, test: float) -> tuple[float, float]:
+    """The first time of the validation part and of the test part, of times in order."""
+    first_valid, first_test = (
+        float(ts[min(round(len(ts) * (1 - share)), len(ts) - 1)]) for share in (valid + test, test)
+    )
+    return first_valid, first_test
 
 
 def split_by_number(row: pl.Expr, *, seed: int, valid: float, test: float) -> pl.Expr:

@@ -48,6 +48,7 @@ from training.datasets import (
     movielens,
     movielens_tag,
     simulated,
+    table_files,
     tabular,
 )
 from training.datasets import options as choices
@@ -118,7 +119,7 @@ def prepare(
 def _load(
     dataset: str | None, source: Path, schema_yaml: Path | None, settings: Sequence[str]
 ) -> tuple[Log, dict[str, Any]]:
-    if not source.exists():
+    if not (source.exists() or (schema_yaml is not None and table_files.exists(source))):
         raise UserError(f"{source}: no such file or folder")
     if schema_yaml is not None and dataset is not None:
         raise UserError(f"expected a known data set or --schema FILE.yaml, got both {dataset} and {schema_yaml}")

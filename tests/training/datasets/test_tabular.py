@@ -22,8 +22,11 @@ DESCRIPTION = {
     "label": "click", "user": "who", "item": "ad", "timestamp": "at", "history_length": 3,
     "split": {"by": "time", "valid": 0.2, "test": 0.2}, "fields": FIELDS,
 }  # fmt: skip
+START = 1_700_000_000
+TIMES = [START, START + 1]
+AT = "column at: expected Unix seconds from 1990 on or an ISO 8601 time"
 CSV = "who,at,ad,price,tags,click\n" + "".join(
-    f"u{i % 3},{100 * i},0{i % 4},{i or ''},{'a|b' if i % 2 else ''},{i % 2}\n" for i in range(10)
+    f"u{i % 3},{START + 100 * i},0{i % 4},{i or ''},{'a|b' if i % 2 else ''},{i % 2}\n" for i in range(10)
 )
 
 
@@ -45,7 +48,7 @@ def test_a_csv_file_becomes_a_log(load):
     assert log.spec.user_key == "who"
     assert log.spec.item_key == "ad"
     assert log.rows.collect().row(0, named=True) == {
-        "label": 0, "ts": 0.0, "user": "u0", "item": "00", "price": None, "tags": [], "part": "train",
+        "label": 0, "ts": 1.7e9, "user": "u0", "item": "00", "price": None, "tags": [], "part": "train",
     }  # fmt: skip
     assert log.rows.collect()["tags"][1].to_list() == ["a", "b"]
     assert log.rows.collect()["part"].to_list() == ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
@@ -69,9 +72,16 @@ def test_a_parquet_file_says_the_same_as_its_csv_twin(load, tmp_path):
 
 
 def test_numbers_as_ids_have_one_spelling_in_every_file(load, tmp_path):
-    load()
+    load(split={"by": "hash", "of": "who"})
     table = pl.DataFrame(
-        {"who": [1.0, 2.0], "at": [0, 1], "ad": [7, None], "price": [1, 2], "tags": [[1.0], None], "click": [0, 1]}
+        {
+            "who": [1.0, 2.0],
+            "at": [START, START + 1],
+            "ad": [7, None],
+            "price": [1, 2],
+            "tags": [[1.0], None],
+            "click": [0, 1],
+        }
     )
     table.write_parquet(tmp_path / "log.parquet")
 
@@ -123,10 +133,10 @@ def test_of_an_item_that_only_the_test_part_has_the_first_features_are_loaded(lo
 
 def test_times_may_be_seconds_or_iso_8601(load):
     at = {
-        "100": "1970-01-01T00:01:40Z",
-        "200": "1970-01-01 00:03:20",
-        "300": "1970-01-01T01:05:00+01:00",
-        "400": "400.0",
+        "1700000100": "2023-11-14T22:15:00Z",
+        "1700000200": "2023-11-14 22:16:40",
+        "1700000300": "2023-11-14T23:18:20+01:00",
+        "1700000400": "1700000400.0",
     }
     csv = "\n".join(",".join(at.get(cell, cell) for cell in line.split(",")) for line in CSV.splitlines()) + "\n"
 
@@ -158,7 +168,9 @@ def test_a_split_by_hash_is_the_same_in_every_run_and_follows_the_seed(load):
 
 def test_a_column_may_hold_the_split(load):
     csv = CSV.replace("click\n", "click,fold\n", 1).replace("\n", ",a\n").replace("fold,a\n", "fold\n")
-    csv = csv.replace("u1,400,00,4,,0,a", "u1,400,00,4,,0,b").replace("u2,500,01,5,a|b,1,a", "u2,500,01,5,a|b,1,c")
+    csv = csv.replace("u1,1700000400,00,4,,0,a", "u1,1700000400,00,4,,0,b").replace(
+        "u2,1700000500,01,5,a|b,1,a", "u2,1700000500,01,5,a|b,1,c"
+    )
     split = {"by": "column", "column": "fold", "train": "a", "valid": "b", "test": "c"}
 
     assert load(csv, split=split).rows.collect()["part"].to_list() == ["train"] * 4 + ["valid", "test"] + ["train"] * 4
@@ -178,21 +190,29 @@ def test_three_files_may_be_the_split(load, tmp_path):
     assert [f.name for f in log.files] == ["1.csv", "2.csv", "3.csv", "log.yaml"]
 
 
-LINE_5 = "u0,300,03,3,a|b,1\n"
+LINE_5 = "u0,1700000300,03,3,a|b,1\n"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (LINE_5, "u0,300,03\n", r"log.csv, line 5: expected 6 values, got 3"),
-        (LINE_5, "u0,300,03,3,a|b,1,9\n", r"log.csv, line 5: expected 6 values, got 7"),
+        (LINE_5, "u0,1700000300,03\n", r"log.csv, line 5: expected 6 values, got 3"),
+        (LINE_5, "u0,1700000300,03,3,a|b,1,9\n", r"log.csv, line 5: expected 6 values, got 7"),
         (LINE_5, "\n", r"log.csv, line 5: expected 6 values, got 0"),
-        (LINE_5, 'u0,300,"03,3,a|b,1\n', r"log.csv, line \d+: expected CSV"),
-        (LINE_5, "u0,300,03,3,a|b,2\n", r"log.csv, line 5, column click: expected 0 or 1, got '2'"),
-        (LINE_5, "u0,300,03,3,a|b,\n", r"log.csv, line 5, column click: expected 0 or 1, got None"),
-        (LINE_5, "u0,300,03,dear,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'dear'"),
-        (LINE_5, "u0,300,03,inf,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'inf'"),
-        (LINE_5, "u0,noon,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds or an ISO 8601 time, got 'noon'"),
+        (LINE_5, 'u0,1700000300,"03,3,a|b,1\n', r"log.csv, line \d+: expected CSV"),
+        (LINE_5, "u0,1700000300,03,3,a|b,2\n", r"log.csv, line 5, column click: expected 0 or 1, got '2'"),
+        (LINE_5, "u0,1700000300,03,3,a|b,\n", r"log.csv, line 5, column click: expected 0 or 1, got None"),
+        (
+            LINE_5,
+            "u0,1700000300,03,dear,a|b,1\n",
+            r"line 5, column price: expected finite numbers, got 'dear'",
+        ),
+        (LINE_5, "u0,1700000300,03,inf,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'inf'"),
+        (
+            LINE_5,
+            "u0,noon,03,3,a|b,1\n",
+            f"line 5, {AT}, got 'noon'",
+        ),
         (LINE_5, "u0,1795000000000,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds"),
         (LINE_5, "u0,nan,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds"),
         (LINE_5, "u0,,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds .* got None"),
@@ -216,7 +236,7 @@ def test_what_is_wrong_in_a_csv_file_is_told_by_line_and_column(load, old, new, 
         ({"laber": "x"}, r"log.yaml, at laber: Extra inputs are not permitted, got 'x'"),
         ({"split": {"by": "moon"}}, r"log.yaml, at split: .*'moon'"),
         ({"split": {"by": "time", "valid": 0.5, "test": 0.5}}, r"valid and test leave no rows to train on"),
-        ({"split": {"by": "time", "valid": 2}}, r"log.yaml, at split.time.valid: .*less than 1, got 2"),
+        ({"split": {"by": "time", "valid": 2}}, r"log.yaml, at split.time.valid: .*less than 1, got '2'"),
         ({"label": "price"}, r"field price: the label is what a model is to predict"),
         ({"delimiter": "\u00a7"}, r"log.yaml, at delimiter: .* got '\u00a7'"),
         ({"timestamp": None}, r"a history needs the columns of user, item and timestamp"),
@@ -243,7 +263,7 @@ def test_files_that_are_not_what_they_are_called_are_refused(load, tmp_path):
 
     for source, described, message in (
         ("log.parquet", "log.yaml", r"log.parquet: expected a Parquet file"),
-        ("latin.csv", "log.yaml", r"latin.csv: expected a CSV file in UTF-8"),
+        ("latin.csv", "log.yaml", r"latin.csv, line 2: expected a CSV file in UTF-8"),
         ("nothing.csv", "log.yaml", r"nothing.csv: no such file"),
         ("log.csv", "bad.yaml", r"bad.yaml: expected YAML, .*line 1"),
         ("log.csv", "deep.yaml", r"deep.yaml: expected YAML, "),
@@ -257,7 +277,14 @@ def test_a_value_of_the_wrong_kind_in_a_parquet_file_is_told_by_row(load, tmp_pa
     load()
     day = datetime(2026, 1, 5, tzinfo=UTC)
     table = pl.DataFrame(
-        {"who": ["a", "b"], "at": [0, 1], "ad": [day, day], "price": [1, 2], "tags": [[], []], "click": [0, 1]}
+        {
+            "who": ["a", "b"],
+            "at": [START, START + 1],
+            "ad": [day, day],
+            "price": [1, 2],
+            "tags": [[], []],
+            "click": [0, 1],
+        }
     )
     table.write_parquet(tmp_path / "log.parquet")
 
