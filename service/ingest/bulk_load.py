@@ -73,16 +73,18 @@ def _of_clicks(path: Path, frame: Any) -> Any:
             odd = min(str(other) for other in types - {"click", "impression"})
             raise LoadError(f"{path}: column type: expected click or impression, got {odd}; call a feature otherwise")
         frame = frame.filter(pl.col("type").cast(pl.String) == "click").drop("type")
-    strange = next((name for name in _LABELS if name in frame.columns and _is_label(frame[name])), None)
-    if strange is not None:
+    other = next((name for name in _LABELS if name in frame.columns and _is_label(frame[name])), None)
+    if other is not None:
         raise LoadError(
-            f"{path}: column {strange} holds 0 and 1 alone: call it label, so that only clicks count, or leave it out"
+            f"{path}: column {other} holds 0 and 1 alone: call it label, so that only clicks count, or leave it out"
         )
     if "label" not in frame.columns:
         return frame
     if not _is_label(frame["label"]):
-        odd = next((v for v in frame["label"].to_list() if v not in (0, 1)), None)
-        raise LoadError(f"{path}: column label: expected 0 or 1 in every row, got {odd!r}; call a feature otherwise")
+        strange = next((v for v in frame["label"].to_list() if v not in (0, 1)), None)
+        raise LoadError(
+            f"{path}: column label: expected 0 or 1 in every row, got {strange!r}; call a feature otherwise"
+        )
     return frame.filter(pl.col("label").cast(pl.Int8) == 1).drop("label")
 
 

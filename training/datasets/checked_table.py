@@ -88,9 +88,7 @@ class Table:
             for number, reader in enumerate(readers.values())
             for question, expression in reader.questions().items()
         }
-        found: dict[str, Any] = {}
-        if asked:
-            found = self._collected(self._rows.select(**asked).collect, engine="streaming").row(0, named=True)
+        found = self.ask(asked) if asked else {}
         for number, reader in enumerate(readers.values()):
             prefix = f"{number} "
             reader.settle({q.removeprefix(prefix): a for q, a in found.items() if q.startswith(prefix)})
@@ -112,6 +110,13 @@ class Table:
         series: pl.Series = self._collected(self.columns({name: Use(column=name, role=role)}).collect)[name]
         return series
 
+    def ask(self, questions: Mapping[str, pl.Expr]) -> dict[str, Any]:
+        """What aggregates over all rows come to."""
+        answers: dict[str, Any] = self._collected(self._rows.select(**questions).collect, engine="streaming").row(
+            0, named=True
+        )
+        return answers
+
     def fail(self, row: int, column: str, expected: str) -> UserError:
         """The error of one row: its file, its line, and what stands there."""
         raw = self._rows.select(column).slice(row, 1).collect().item()
@@ -120,8 +125,13 @@ class Table:
         return UserError(f"{file}, {place}, column {column}: expected {expected}, got {raw!r:.80}")
 
     def first_present(self, column: str) -> int:
-        row: int | None = self._rows.select(_first(pl.col(column).is_not_null())).collect(engine="streaming").item()
+        row: int | None = self.ask({"row": _first(pl.col(column).is_not_null())})["row"]
         return row or 0
+
+    def example(self, row: int, raw: pl.Expr, converted: pl.Expr) -> tuple[str, str]:
+        """One row's value as it stands and as it is read."""
+        was, became = self._rows.select(raw=raw, converted=converted).slice(row, 1).collect().row(0)
+        return str(was), ", ".join(became) if isinstance(became, list) else str(became)
 
     def _check(self, first_wrong: Mapping["_Reader", int | None]) -> None:
         wrong = [(row, reader) for reader, row in first_wrong.items() if row is not None]
@@ -212,6 +222,7 @@ class _Reader:
         self._separator = use.separator or reading.separator
         self._is_numbers = False
         self._form: str | None = None
+        self._has_text = True
         if dtype == pl.String:
             self._raw = spelling.present(pl.col(use.column), reading.null_values)
         else:
@@ -249,11 +260,8 @@ class _Reader:
         self.first_wrong = answers.get("wrong")
         self._is_numbers = bool(answers.get("is_numbers"))
         if self._is_numbers and answers["example"] is not None:
-            example = answers["example"]
-            spelled = pl.select(spelling.as_numbers(pl.lit(example))).item()
-            self.notes.append(
-                f"column {self.use.column}: all its values are numbers or booleans; {example} is {spelled}"
-            )
+            was, became = self._table.example(answers["example"], self._raw, self.converted())
+            self.notes.append(f"column {self.use.column}: all its values are numbers or booleans; {was} is {became}")
         if "num" in answers:
             self._settle_times(answers)
 
@@ -294,7 +302,7 @@ class _Reader:
         plain = values.str.contains(r"^-?[1-9][0-9]*$|^0$")
         return {
             "is_numbers": spelling.is_number(values).all(ignore_nulls=True) & values.is_not_null().any(),
-            "example": values.filter(~plain).first(),
+            "example": _first(values.is_not_null() & ~plain),
         }
 
     def _text(self) -> pl.Expr:
@@ -318,13 +326,13 @@ class _Reader:
             return {"wrong": _first(wrong)}
         part = self._parts()
         is_number = part.list.eval(spelling.is_number(pl.element())).list.all(ignore_nulls=True)
-        odd = part.list.eval(pl.element().filter(~pl.element().str.contains(r"^-?[1-9][0-9]*$|^0$"))).list.first()
+        is_plain = part.list.eval(pl.element().str.contains(r"^-?[1-9][0-9]*$|^0$")).list.all()
         if not self._is_untyped:
             return {"wrong": _first(wrong)}
         return {
             "wrong": _first(wrong),
             "is_numbers": is_number.all(ignore_nulls=True) & (part.list.len() > 0).any(),
-            "example": odd.drop_nulls().first(),
+            "example": _first(part.is_not_null() & ~is_plain),
         }
 
     def _parts(self) -> pl.Expr:
@@ -363,33 +371,32 @@ class _Reader:
             raise self._fail_type()
         if self._uses_strptime:
             return {}
-        valid = {name: form.microseconds(number).is_not_null() for name, form in times.NUMBER_FORMS.items()}
-        wrong = {name: number.is_not_null() & ~fine for name, fine in valid.items()}
         return {
+            "present": self._raw.is_not_null().sum(),
             "num": number.is_not_null().sum(),
-            **{f"valid {name}": fine.sum() for name, fine in valid.items()},
-            **{f"wrong {name}": _first(one) for name, one in wrong.items()},
+            "earliest": number.min(),
+            "latest": number.max(),
         }
 
     def _settle_times(self, answers: Mapping[str, Any]) -> None:
         column, num = self.use.column, answers["num"]
-        valid = {name: answers[f"valid {name}"] for name in times.NUMBER_FORMS}
-        asked = self.reading.timestamp_format
+        self._has_text = answers["present"] > num
         if num == 0:
             return
-        if asked is None and times.is_ambiguous(valid, num):
+        forms = times.NUMBER_FORMS
+        asked = self.reading.timestamp_format
+        inside = [n for n, f in forms.items() if f.low <= answers["earliest"] and answers["latest"] <= f.high]
+        candidates = [asked] if asked is not None else inside
+        if len(candidates) != 1 or candidates[0] not in inside:
+            candidates = self._plausible(candidates or list(forms), num)
+        if len(candidates) > 1:
             raise UserError(
-                f"{self._table.source}, column {column}: its numbers may be YYYYMMDD or YYMMDDHH; say which by"
+                f"{self._table.source}, column {column}: its numbers may be {' or '.join(candidates)}; say which by"
                 " `timestamp_format:`"
             )
-        self._form = asked or times.chosen(valid, num)
-        if self._form is None or valid[self._form] < num:
-            self._form = self._form or max(valid, key=lambda name: valid[name])
-            self.first_wrong = answers[f"wrong {self._form}"]
-            if self._form != "seconds":
-                self.expected = f"{times.NUMBER_FORMS[self._form].words}, as in other rows, or an ISO 8601 time"
+        if not candidates:
             return
-        form = times.NUMBER_FORMS[self._form]
+        self._form, form = candidates[0], forms[candidates[0]]
         if form.units_a_second is not None and self.reading.timezone is not None:
             raise UserError(
                 f"{self._table.source}, column {column}: holds {form.words}, which are the same in every time zone;"
@@ -398,6 +405,23 @@ class _Reader:
         if self._form != "seconds":
             zone = "" if form.units_a_second else f" in {self.reading.timezone or 'UTC'}"
             self.notes.append(f"column {column}: its numbers are read as {form.words}{zone}")
+
+    def _plausible(self, candidates: Sequence[str], num: int) -> list[str]:
+        """Those of the forms that every row may have; without any, notes the first row that differs from most."""
+        number = spelling.to_number(self._raw, self._dtype)
+        assert number is not None
+        fine = {name: times.NUMBER_FORMS[name].is_plausible(number) for name in candidates}
+        counts = self._table.ask({name: plausible.sum() for name, plausible in fine.items()})
+        fitting = [name for name in candidates if counts[name] == num]
+        if "YYYYMMDDHH" in fitting:  # as seconds they would be of 2033 and later
+            return ["YYYYMMDDHH"]
+        if not fitting:
+            most = max(candidates, key=lambda name: counts[name]) if any(counts.values()) else "seconds"
+            wrong = ~times.NUMBER_FORMS[most].is_plausible(number)
+            self.first_wrong = self._table.ask({"row": _first(wrong)})["row"]
+            if most != "seconds":
+                self.expected = f"{times.NUMBER_FORMS[most].words}, as in other rows, or an ISO 8601 time"
+        return fitting
 
     @property
     def _uses_strptime(self) -> bool:
@@ -416,7 +440,7 @@ class _Reader:
         form = times.NUMBER_FORMS[self._form or "seconds"]
         us = form.microseconds(number)
         seconds = us.cast(pl.Float64) / 1e6 if form.units_a_second else times.in_zone(us, zone)
-        if self._dtype != pl.String:
+        if self._dtype != pl.String or not self._has_text:
             return seconds
         text = times.of_text(pl.when(number.is_null()).then(self._raw), zone, None)
         return pl.when(number.is_null()).then(text).otherwise(seconds)

@@ -27,14 +27,24 @@ class NumberForm:
     before: str = ""  # and after: what makes the digits YYYYMMDDHHMMSS
     after: str = ""
 
+    def is_plausible(self, number: pl.Expr) -> pl.Expr:
+        """Whether a number may be a time of this form, as far as its digits tell: 31 February may."""
+        inside: pl.Expr = (number >= self.low) & (number <= self.high)
+        if self.units_a_second is not None:
+            return inside
+        digits = number.fill_null(0).cast(pl.Int64, strict=False) * 10 ** len(self.after)  # MMDDHHMMSS are the last ten
+        month, day, hour, minute, second = (digits // 100**place % 100 for place in (4, 3, 2, 1, 0))
+        is_date = month.is_between(1, 12) & day.is_between(1, 31)
+        plausible: pl.Expr = inside & (number == number.round()) & is_date & (hour < 24) & (minute < 60) & (second < 60)
+        return plausible
+
     def microseconds(self, number: pl.Expr) -> pl.Expr:
         """Since 1970, of the wall clock for a calendar; null where the number is no time of this form."""
         inside = pl.when((number >= self.low) & (number <= self.high)).then(number)
         if self.units_a_second is not None:
             return (inside * (_US / self.units_a_second)).round().cast(pl.Int64)
-        digits = len(str(self.high))
         whole = pl.when(inside == inside.round()).then(inside).cast(pl.Int64)
-        text = pl.lit(self.before) + whole.cast(pl.String).str.zfill(digits) + pl.lit(self.after)
+        text = pl.lit(self.before) + whole.cast(pl.String).str.zfill(len(str(self.high))) + pl.lit(self.after)
         return text.str.to_datetime("%Y%m%d%H%M%S", strict=False, time_unit="us").dt.epoch("us")
 
 
@@ -55,18 +65,6 @@ NUMBER_FORMS: Mapping[str, NumberForm] = {
     "YYMMDDHH": NumberForm(words="YYMMDDHH", low=10100, high=99123123, before="20", after="0000"),
 }
 EXPECTED = "Unix seconds from 1990 on or an ISO 8601 time"
-
-
-def chosen(valid: Mapping[str, int], num: int) -> str | None:
-    """The form of a column of `num` numbers, of which so many are valid in each form; None where none fits all."""
-    fitting = [form for form, count in valid.items() if count == num]
-    if "YYYYMMDDHH" in fitting:
-        return "YYYYMMDDHH"
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def is_ambiguous(valid: Mapping[str, int], num: int) -> bool:
-    return valid["YYYYMMDD"] == valid["YYMMDDHH"] == num
 
 
 def in_zone(microseconds: pl.Expr, timezone: str) -> pl.Expr:
@@ -102,7 +100,8 @@ def spoken(seconds: float) -> str:
 
 
 def _iso(series: pl.Series) -> pl.Series:
-    times = [_parsed(text) for text in series]
+    known = {text: _parsed(text) for text in series.drop_nulls().unique()}
+    times = [known.get(text, (None, None)) for text in series] if known else [(None, None)] * len(series)
     return pl.DataFrame(
         {"us": [us for us, _ in times], "has_zone": [has_zone for _, has_zone in times]},
         schema={"us": pl.Int64, "has_zone": pl.Boolean},
@@ -112,9 +111,9 @@ def _iso(series: pl.Series) -> pl.Series:
 _1970 = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def _parsed(text: str | None) -> tuple[int | None, bool | None]:
+def _parsed(text: str) -> tuple[int | None, bool | None]:
     try:
-        time = datetime.fromisoformat((text or "").strip())
+        time = datetime.fromisoformat(text.strip())
     except ValueError:
         return None, None
     since = (time if time.tzinfo else time.replace(tzinfo=UTC)) - _1970
