@@ -1,6 +1,7 @@
 """One ad log as raw rows: what every data set becomes before it is encoded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ class Log:
     history: Literal["clicks", "impressions"] = "clicks"
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """How many of what were left out, by what and why."""
 
 
 def write_parquet(table: pl.DataFrame | pl.LazyFrame, file: Path) -> None:

@@ -2,6 +2,8 @@
 
     DIR/schema.json         the fitted schema
     DIR/dataset.json        what was prepared: counts, click rates, the hash of the raw files
+    DIR/data.txt            what was read, and what looks odd in it; data.json has the same figures, data.png the click
+                            rate over time
     DIR/golden.json         a few raw requests (as `artifact.golden.request_to_json` writes them) for the artifact
     DIR/{train,valid,test}/ <input>.npy (ids int32, numbers float32), label.npy, group.npy (the user's number, -1 for
                             none), request.npy (rows of one request are alike in all but the candidate), start.npy and
@@ -33,6 +35,7 @@ from models.artifact.golden import request_to_json
 from models.features.column_encoding import EncodingError
 from models.features.schema import Schema
 from models.features.values import SchemaError
+from training.data import data_report
 from training.data.encode import fit, write_events, write_parts
 from training.data.golden import golden_requests
 from training.data.history import clicks_of
@@ -56,7 +59,8 @@ from training.errors import UserError
 from training.log import PARTS, ROW, Log, write_parquet
 from training.progress import say
 
-CONTENTS = ("schema.json", "dataset.json", "golden.json", *PARTS, "events", "raw")
+REPORT = ("data.json", "data.txt", "data.png")
+CONTENTS = ("schema.json", "dataset.json", "golden.json", *REPORT, *PARTS, "events", "raw")
 DATASETS: Mapping[str, Callable[..., Log]] = {
     "movielens-1m": movielens.load,
     "movielens-tag": movielens_tag.load,
@@ -109,6 +113,7 @@ def prepare(
             **_different(rows),
         }
         (draft / "dataset.json").write_text(json.dumps(about, indent=2, allow_nan=False))
+        data_report.write(draft, data_report.report(log, rows, schema))
         shutil.rmtree(draft / "spill")
     took = time.perf_counter() - began
     num = sum(sizes.values())

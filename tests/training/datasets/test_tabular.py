@@ -1,11 +1,15 @@
 """Any CSV or Parquet file with a schema YAML."""
 
-from datetime import UTC, datetime
+import shlex
+import textwrap
+from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
 
+from training.__main__ import main
 from training.data.prepare import prepare
 from training.datasets import tabular
 from training.errors import UserError
@@ -290,3 +294,45 @@ def test_a_value_of_the_wrong_kind_in_a_parquet_file_is_told_by_row(load, tmp_pa
 
     with pytest.raises(UserError, match=r"log.parquet, row 1, column ad: expected strings or numbers, got datetime"):
         tabular.load(tmp_path / "log.parquet", tmp_path / "log.yaml")
+
+
+def example(path):
+    """The YAML of the module's docstring, and a CSV file with the columns that it names."""
+    block = tabular.__doc__.partition("\n\n")[2].partition("\n\n")[0]
+    (path / "example.yaml").write_text(textwrap.dedent(block))
+    rng = np.random.default_rng(1)
+    num = 400
+    columns = {
+        "clicked": rng.integers(2, size=num),
+        "user_id": rng.integers(20, size=num),
+        "ad_id": rng.integers(9, size=num),
+        "price, EUR": rng.random(num).round(2),
+        "at": [str(datetime(2026, 11, 1, 8) + timedelta(minutes=n)) for n in range(num)],  # noqa: DTZ001 - local
+    }
+    pl.DataFrame(columns).write_csv(path / "clicks.csv")
+
+
+def test_the_documented_example_is_prepared_and_the_command_that_follows_trains(tmp_path, monkeypatch, capsys):
+    example(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["prepare", "--schema", "example.yaml", "--source", "clicks.csv", "--out", "data"]) == 0
+    command = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert command.startswith("next: python -m training train mian --data data --out RUN")
+    words = shlex.split(command.removeprefix("next: python -m training "))
+    assert main([*words, "--set", "max_epochs=1"]) == 0
+
+
+def test_a_log_without_context_is_told_to_train_a_model_without_it(tmp_path, monkeypatch, capsys):
+    example(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "example.yaml").read_text()
+    (tmp_path / "example.yaml").write_text("".join(line for line in text.splitlines(True) if "hour" not in line))
+
+    assert main(["prepare", "--schema", "example.yaml", "--source", "clicks.csv", "--out", "data"]) == 0
+    told = capsys.readouterr()
+
+    assert told.out.rstrip().endswith("train mian --data data --out RUN --set model.icim=false")
+    assert "mian goes without model.icim=false: the data have no fields for it" in told.err
+    words = shlex.split(told.out.rstrip().splitlines()[-1].removeprefix("next: python -m training "))
+    assert main([*words, "max_epochs=1"]) == 0
