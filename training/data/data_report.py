@@ -16,8 +16,8 @@ from models.features.values import transformed
 from training.datasets import times
 from training.log import PARTS, Log
 
-MUTED, CLICKS, ROWS = "#8b949e", "#1f5fbf", "#c9d1d9"
-NUM_BINS = 60
+MUTED, CLICKS = "#8b949e", "#1f5fbf"
+NUM_BINS, ROWS_A_BIN = 60, 20
 RARE, OFTEN = 0.01, 0.5  # shares of rows from which an oddity is worth a word
 
 
@@ -162,8 +162,10 @@ def _warnings(field: Field, figures: Mapping[str, Any]) -> list[str]:
 def _over_time(rows: pl.LazyFrame) -> dict[str, list[float]]:
     """Rows and click rate in bins of equal width."""
     first, last = rows.select(pl.col("ts").min(), pl.col("ts").max().alias("last")).collect(engine="streaming").row(0)
-    width = max(last - first, 1.0) / NUM_BINS
-    place = ((pl.col("ts") - first) / width).floor().clip(0, NUM_BINS - 1).cast(pl.Int64)
+    num_rows = rows.select(pl.len()).collect(engine="streaming").item()
+    num_bins = min(max(num_rows // ROWS_A_BIN, 1), NUM_BINS)
+    width = max(last - first, 1.0) / num_bins
+    place = ((pl.col("ts") - first) / width).floor().clip(0, num_bins - 1).cast(pl.Int64)
     bins = rows.group_by(place.alias("bin")).agg(pl.len(), rate=pl.col("label").mean()).collect(engine="streaming")
     bins = bins.sort("bin")
     return {
@@ -186,7 +188,7 @@ def _plot(bins: Mapping[str, Sequence[float]], parts: Mapping[str, Mapping[str, 
     lower.step(at, bins["rows"], where="mid", color=MUTED)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("rows", fontsize=9)
-    lower.set_xlabel("time (UTC)" if is_time else "row", fontsize=9)
+    lower.set_xlabel(f"time (UTC), from {times.spoken(bins['ts'][0])[:10]}" if is_time else "row", fontsize=9)
     starts = {part: parts[part]["first"] for part in PARTS}
     if starts["train"] < starts["valid"] < starts["test"] and parts["train"]["last"] < starts["valid"]:
         for part in ("valid", "test"):

@@ -121,6 +121,15 @@ class TableForm(_Marks):
     on: str | None = Setting(default=None, description="the log's column; default: users by user, items by item")
 
 
+class HistoryForm(_Model):
+    """The columns that hold each row's past as lists of one length; without times, oldest first."""
+
+    items: str
+    times: str | None = None
+    features: Mapping[str, str] = Setting(default={}, description="by item field: the column of the past items' values")
+    separator: str | None = Setting(default=None, min_length=1)
+
+
 class HasColumns(Protocol):
     @property
     def names(self) -> Collection[str]: ...
@@ -136,6 +145,9 @@ class Description(_Marks):
     timestamp_format: str | None = None
     timezone: str | None = None
     history_length: int = 0
+    history: HistoryForm | None = None
+    weight: str | None = None
+    negative_rate: float = Setting(default=1.0, gt=0, le=1)
     split: Annotated[ByTime | ByHash | ByColumn | ByFiles, Setting(discriminator="by")]
     separator: str = Setting(default="|", min_length=1)
     null_values: tuple[str, ...] = NULL_VALUES
@@ -207,12 +219,21 @@ class Description(_Marks):
                 raise ValueError(f"field {field.name}: this name has a meaning of its own; use another with `column:`")
             if field.column_name == self.label and field.kind not in ("time", "sequence"):
                 raise ValueError(f"field {field.name}: the label is what a model is to predict, it may not see it")
+            if field.column_name == self.weight and field.kind not in ("time", "sequence"):
+                raise ValueError(f"field {field.name}: a row's weight is not known when it is scored, drop the field")
             if field.table is not None and field.table not in self.tables:
                 raise ValueError(f"field {field.name}: there is no table {field.table} under `tables:`")
         if self.history_length and None in (self.user, self.item, self.timestamp):
             raise ValueError("a history needs the columns of user, item and timestamp")
         if self.timestamp is None and (self.split.by == "time" or any(f.kind == "time" for f in self.fields)):
             raise ValueError("a split by time and fields of kind time need the column of the timestamp")
+        unknown = (
+            set(self.history.features) - {f.name for f in self.fields if f.group == "item"} if self.history else ()
+        )
+        if unknown:
+            raise ValueError(f"history: {min(unknown)} is no item field")
+        if self.history and not self.history_length:
+            raise ValueError("history: history_length says how many past items a model sees, and is missing")
         for name, table in self.tables.items():
             if (table.on or {"users": self.user, "items": self.item}.get(name)) is None:
                 raise ValueError(f"table {name}: `on:` names the log's column that holds its key")

@@ -10,6 +10,8 @@
     # or   {by: hash, valid: 0.1, test: 0.1, seed: 1, of: user_id}    rows of one `of` stay together (optional)
     # or   {by: column, column: fold, train: a, valid: b, test: c}
     # or   {by: files, train: a.parquet, valid: b.parquet, test: c.parquet}    --source is then their folder
+    weight: importance              # optional: how many rows a row stands for, in the loss, metrics and calibration
+    negative_rate: 0.1              # optional: the share of the rows without a click that were kept in the log
     delimiter: ","                  # of CSV files, between columns; also tab
     separator: "|"                  # between the values of a multi field that is text
     fields:                         # a field reads the column of its name, or the one that `column:` names
@@ -26,6 +28,7 @@ time.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -35,9 +38,9 @@ from training.datasets import times
 from training.datasets.checked_table import PART, Table, Use
 from training.datasets.description import ByColumn, ByFiles, ByHash, ByTime, Description, described
 from training.errors import UserError
-from training.log import PARTS, ROW, Log, cuts_in_time
+from training.log import PARTS, PAST_ITEM, PAST_TS, ROW, Log, cuts_in_time, past_name
 
-_OF, _FOLD = " of", " fold"  # columns for a while, as ROW is
+_OF, _FOLD, _DROPPED = " of", " fold", " dropped"  # columns for a while, as ROW is
 
 
 def load(source: Path, schema_yaml: Path) -> Log:
@@ -60,6 +63,11 @@ def load(source: Path, schema_yaml: Path) -> Log:
         rows = rows.with_columns(pl.col(ROW).cast(pl.Float64).alias("ts"))
     else:
         notes.append(_range(rows))
+    dropped: dict[str, int] = {}
+    if description.history is not None:
+        rows, dropped = _with_history(rows, description, log)
+        if description.history.times is None:
+            notes.append("history: without times, the k-th newest item of a row stands k seconds before it")
     return Log(
         name=schema_yaml.stem,
         source=source,
@@ -67,6 +75,8 @@ def load(source: Path, schema_yaml: Path) -> Log:
         rows=rows.with_columns(_part(rows, split, log).alias("part")).drop(ROW, PART, _OF, _FOLD, strict=False),
         files=(*log.paths, *(path for table in tables.values() for path in table.paths), schema_yaml),
         notes=tuple(notes),
+        dropped=dropped,
+        negative_rate=description.negative_rate,
         unread=tuple(sorted(set(log.names) - {use.column for use in uses.values()})),
     )
 
@@ -76,15 +86,30 @@ def _uses(description: Description, tables: Mapping[str, Table]) -> dict[str, Us
     uses = {"label": Use(column=description.label, role="label")}
     if description.timestamp is not None:
         uses["ts"] = Use(column=description.timestamp, role="time")
+    if description.weight is not None:
+        uses["weight"] = Use(column=description.weight, role="weight")
     for name, column in (("user", description.user), ("item", description.item)):
         if column is not None:
             uses[name] = Use(column=column, role="text")
     uses |= {field.name: field.use for field in description.read_fields if description.table_of(field, tables) is None}
     uses |= {f" key of {name}": Use(column=description.key_of(name), role="text") for name in tables}
+    uses |= _uses_of_history(description)
     if isinstance(description.split, ByHash) and description.split.of is not None:
         uses[_OF] = Use(column=description.split.of, role="text")
     if isinstance(description.split, ByColumn):
         uses[_FOLD] = Use(column=description.split.column, role="text")
+    return uses
+
+
+def _uses_of_history(description: Description) -> dict[str, Use]:
+    form = description.history
+    if form is None:
+        return {}
+    uses = {PAST_ITEM: Use(column=form.items, role="list", separator=form.separator)}
+    if form.times is not None:
+        uses[PAST_TS] = Use(column=form.times, role="times", separator=form.separator)
+    for field, column in form.features.items():
+        uses[past_name(field)] = Use(column=column, role="list", separator=form.separator)
     return uses
 
 
@@ -101,10 +126,13 @@ def _check_columns(description: Description, log: Table, tables: Mapping[str, Ta
             )
     known = {field.column_name for field in description.read_fields} | {description.item, description.user}
     for field in description.fields:
-        if field.kind == "sequence" and field.column_name in log.names and field.column_name not in known:
+        column = field.column_name
+        is_past = description.history is None and field.kind == "sequence"
+        if is_past and column in log.names and column not in known:
             raise UserError(
-                f"{log.source}: column {field.column_name} holds a history, which sequence field {field.name} does not"
-                f" read: a history is made of the log's clicks. Name the field {field.of} to have that"
+                f"{log.source}: column {column} holds a history, which sequence field {field.name} does not read: write"
+                f" `history: {{items: {column}}}` to take it as each row's history, or name the field {field.of}"
+                " to have one made of the log's clicks"
             )
 
 
@@ -133,6 +161,41 @@ def _joined(rows: pl.LazyFrame, name: str, table: Table, description: Descriptio
     if missing:
         notes.append(f"{missing:,} of {num:,} rows have no {name} in {table.source}: their fields are absent")
     return rows.join(held.lazy(), on=key, how="left", maintain_order="left").drop(key), notes
+
+
+def _with_history(rows: pl.LazyFrame, description: Description, log: Table) -> tuple[pl.LazyFrame, dict[str, int]]:
+    """Each row's past as the law of history has it: strictly earlier than the row, by time and then item id."""
+    form = description.history
+    assert form is not None
+    lists = [PAST_ITEM, *((PAST_TS,) if form.times else ()), *map(past_name, form.features)]
+    columns = dict(zip(lists, (use.column for use in _uses_of_history(description).values()), strict=True))
+    for name, column in columns.items():
+        unequal = pl.col(name).list.len() != pl.col(PAST_ITEM).list.len()
+        row = rows.select(pl.when(unequal).then(ROW).min()).collect(engine="streaming").item()
+        if row is not None:
+            raise log.fail(row, column, f"as many values as there are in column {form.items}")
+    kept = {name: pl.List(pl.Float64) if name == PAST_TS else pl.List(pl.String) for name in (*lists, PAST_TS)}
+    struct = pl.Struct({**kept, _DROPPED: pl.Int64})
+
+    def in_order(series: pl.Series) -> pl.Series:
+        return pl.Series([_past(row, tuple(kept), description.history_length) for row in series], dtype=struct)
+
+    past = pl.struct("ts", *lists).map_batches(in_order, return_dtype=struct, is_elementwise=True)
+    rows = rows.with_columns(past.alias(_DROPPED)).with_columns(
+        *(pl.col(_DROPPED).struct.field(name) for name in kept), pl.col(_DROPPED).struct.field(_DROPPED)
+    )
+    num = rows.select(pl.col(_DROPPED).sum()).collect(engine="streaming").item()
+    return rows.drop(_DROPPED), {"past items that were not earlier than their row": int(num)}
+
+
+def _past(row: dict[str, Any], names: tuple[str, ...], limit: int) -> dict[str, Any]:
+    num = len(row[PAST_ITEM])
+    past_times = row.get(PAST_TS) or [row["ts"] - (num - place) for place in range(num)]
+    places = sorted(range(num), key=lambda place: (past_times[place], row[PAST_ITEM][place]))
+    earlier = [place for place in places if past_times[place] < row["ts"]]
+    newest = earlier[max(len(earlier) - limit, 0) :]
+    values = {name: past_times if name == PAST_TS else row[name] for name in names}
+    return {**{name: [held[place] for place in newest] for name, held in values.items()}, _DROPPED: num - len(earlier)}
 
 
 def _range(rows: pl.LazyFrame) -> str:

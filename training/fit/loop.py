@@ -50,8 +50,8 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
         trained = time.monotonic()
         logits = predict(judged, valid, "valid")
         figures = {
-            "auc": metrics.auc(valid.label, logits),
-            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64))),
+            "auc": metrics.auc(valid.label, logits, valid.weight),
+            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64)), valid.weight),
         }
         line = {
             "epoch": state.epoch + 1,
@@ -123,7 +123,10 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
     """One update; returns the log loss of the batch before it, without what the model is fined for or learns beside."""
     optimizer.zero_grad(set_to_none=True)
     of_users = model.encode_user(batch.inputs)
-    click_loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
+    # Weights average 1 over the part, not over each batch: so the sum over an epoch is that of the repeated rows.
+    click_loss = F.binary_cross_entropy_with_logits(
+        model.score(of_users, batch.inputs), batch.label_B, weight=batch.weight_B
+    )
     loss = click_loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)

@@ -7,16 +7,21 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.features.encoder import Encoder
+from models.features.history import Event
 from models.features.values import canonical
+from training.data.batches import Prepared
 from training.data.prepare import prepare
 from training.datasets import tabular
 from training.errors import UserError
+from training.log import PARTS, PAST_ITEM, PAST_TS
 
 START = 1_700_000_000
 SHAPES = {
@@ -610,3 +615,142 @@ def test_a_described_star_is_prepared(star, tmp_path):
 
     assert about["num_rows"] == {"train": 12, "valid": 4, "test": 4}
     assert pl.read_parquet(tmp_path / "out" / "raw" / "items.parquet").columns == ["id", "title", "price", "brand"]
+
+
+# Rows that stand for several, and rows that are not there.
+
+
+def test_weights_and_the_rate_of_negatives_reach_the_prepared_rows(log, tmp_path):
+    weights = [0.5 + n % 3 for n in range(NUM)]
+    log({"importance": weights}, weight="importance", negative_rate=0.25)
+
+    about = prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+    rows = Prepared.open(tmp_path / "out").rows("train")
+
+    assert about["negative_rate"] == 0.25
+    assert rows.weight.tolist() == weights[:12]
+    assert rows.represented.tolist() == [w if n % 2 else 4 * w for n, w in enumerate(weights[:12])]
+    assert rows.take(np.arange(12)).weight_B.tolist() == pytest.approx([w / 1.5 for w in weights[:12]])
+
+
+def test_a_log_without_weights_has_none(log, tmp_path):
+    log()
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+
+    rows = Prepared.open(tmp_path / "out").rows("train")
+
+    assert (rows.weight, rows.represented, rows.take(np.arange(2)).weight_B) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes", "message"),
+    [
+        (
+            {"importance": cycle(1.0, -1.0)},
+            {"weight": "importance"},
+            "line 3, column importance: expected finite numbers f",
+        ),
+        (
+            {"importance": cycle(1.0, None)},
+            {"weight": "importance"},
+            "line 3, column importance: expected finite numbers f",
+        ),
+        ({}, {"negative_rate": 0}, "at negative_rate: Input should be greater than 0, got '0'"),
+        ({}, {"negative_rate": 1.5}, "at negative_rate: Input should be less than or equal to 1"),
+        ({}, {"weight": "price"}, "field price: a row's weight is not known when it is scored, drop the field"),
+    ],
+)
+def test_a_weight_that_is_none_is_refused(log, columns, changes, message):
+    with pytest.raises(UserError, match=message):
+        log(columns, **changes)
+
+
+# A history that comes with the log.
+
+
+def past_of(n):
+    """Row n's own past, newest last: (item, time, title); every fourth row has none."""
+    return [(f"p{n - k}", START + 60 * n - k, "xyz"[3 - k]) for k in range(3, 0, -1)] if n % 4 else []
+
+
+def brought(log, *, order=1, late=0, **changes):
+    """Rows whose histories are not those of the log's clicks."""
+    pasts = [past_of(n)[::order] for n in range(NUM)]
+    columns = {
+        "past": ["|".join(item for item, _, _ in past) for past in pasts],
+        "past_at": [[ts + late for _, ts, _ in past] for past in pasts],
+        "past_title": ["|".join(title for _, _, title in past) for past in pasts],
+    }
+    columns["past_at"] = ["|".join(map(str, times)) for times in columns["past_at"]]
+    field = {"name": "past_titles", "kind": "sequence", "group": "behaviour", "of": "title"}
+    history = {"items": "past", "times": "past_at", "features": {"title": "past_title"}}
+    return log(columns, history=history | changes, fields=[field])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["oldest first", "newest first"])
+def test_a_history_in_the_log_is_what_each_row_is_encoded_with(log, tmp_path, order):
+    brought(log, order=order)
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+    data = Prepared.open(tmp_path / "out")
+
+    encoder, n = Encoder(data.schema), 0
+    for part in PARTS:
+        rows = data.rows(part)
+        for row in range(len(rows)):
+            inputs = rows.take(np.array([row])).inputs
+            events = [Event(item=item, ts=ts, features={"title": title}) for item, ts, title in past_of(n)]
+            expected = encoder.encode_history(events, START + 60 * n)
+            for name, array in expected.items():
+                assert inputs[name].numpy().tolist() == array.tolist()
+            n += 1
+    assert n == NUM
+
+
+def test_the_newest_history_of_a_user_before_the_test_part_is_what_the_store_is_loaded_with(log, tmp_path):
+    brought(log)
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+
+    loaded = pl.read_parquet(tmp_path / "out" / "raw" / "behaviours.parquet")
+
+    expected = [(f"u{n % 3}", item, ts) for n in (13, 14, 15) for item, ts, _ in past_of(n)]
+    assert sorted(loaded.rows()) == sorted(expected)
+
+
+def test_golden_requests_carry_the_history_of_the_log(log, tmp_path):
+    brought(log)
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+
+    requests = Prepared.open(tmp_path / "out").golden_requests()
+
+    for request in requests[:4]:
+        n = int(request.ts - START) // 60
+        assert [(e.item, e.ts, e.features["title"]) for e in request.behaviours] == past_of(n)
+
+
+def test_past_items_that_were_not_earlier_than_their_row_are_dropped_and_counted(log):
+    read = brought(log, late=2)
+
+    assert read.dropped == {"past items that were not earlier than their row": 2 * 15}
+    assert [len(past) for past in column(read, PAST_ITEM)] == [1 if n % 4 else 0 for n in range(NUM)]
+
+
+def test_without_times_the_order_of_the_list_is_kept(log):
+    read = log({"past": cycle("b|a|c|d", "")}, history={"items": "past"})
+
+    assert column(read, PAST_ITEM)[0] == ["a", "c", "d"]
+    assert column(read, PAST_TS)[0] == [START - 3, START - 2, START - 1]
+    assert any("the k-th newest item of a row stands k seconds before it" in note for note in read.notes)
+
+
+def test_lists_of_other_lengths_are_refused(log):
+    columns = {"past": cycle("a|b"), "past_at": [f"{START - 9}|{START - 8}"] * 4 + [str(START)] * (NUM - 4)}
+
+    with pytest.raises(UserError, match=r"line 6, column past_at: expected as many values as there are in column past"):
+        log(columns, history={"items": "past", "times": "past_at"})
+
+
+def test_a_history_in_the_log_that_no_key_names_is_refused_by_name(log):
+    field = {"name": "past", "kind": "sequence", "group": "behaviour", "of": "ad_id"}
+
+    with pytest.raises(UserError, match=r"column past holds a history, .* write `history: {items: past}` to take it"):
+        log({"past": cycle("ad1|ad2", "")}, fields=[field])
