@@ -60,7 +60,16 @@ def _prepare(options: argparse.Namespace) -> None:
     from training.data.prepare import prepare
 
     prepared = prepare(options.dataset, options.source, options.out, options.schema, options.settings)
-    _next("train", "mian" if prepared["history_length"] else "stec", "--data", options.out, "--out", "RUN")
+    print((options.out / "data.txt").read_text("utf-8"))
+    _use_threads(None)
+    from training.data.batches import Prepared
+    from training.recipes.suggestion import suggested
+
+    model, settings = suggested(Prepared.open(options.out).schema, prepared["name"])
+    if settings:
+        say(f"{model} goes without {', '.join(settings)}: the data have no fields for it")
+    words = ("--set", *settings) if settings else ()
+    _next("train", model, "--data", options.out, "--out", "RUN", *words)
 
 
 def _train(options: argparse.Namespace) -> None:

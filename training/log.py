@@ -1,6 +1,7 @@
 """One ad log as raw rows: what every data set becomes before it is encoded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,9 @@ from models.features.schema import SchemaSpec
 from training.errors import UserError
 
 PARTS = ("train", "valid", "test")
-RESERVED = ("user", "item", "ts", "label", "part", "group", "request", "id")
+RESERVED = ("user", "item", "ts", "label", "weight", "part", "group", "request", "id")
 """Column names with a meaning of their own; a field may not be called so, unless it is the key of that name."""
+PAST_ITEM, PAST_TS = " past item", " past ts"  # columns of a log that brings its histories: lists, newest last
 ROW = " row"  # the number of a row, for a while: no field is called so, as a field's name begins with no space
 
 
@@ -23,9 +25,10 @@ class Log:
 
     `rows` may be larger than memory; it is run through once. It has the columns `user` and `item` (strings, null where
     there is none), `ts` (Unix seconds), `label` (0 or 1), `part` (one of PARTS), one column per declared field that is
-    neither a key, a clock nor a sequence, and the `truth` columns, which no model sees. `files` are the raw files, for
-    the data hash; `notes` go into dataset.json. `history` says which rows are a user's past: its clicks, or all that it
-    was shown; the service keeps clicks only.
+    neither a key, a clock nor a sequence, `weight` where rows have one, and the `truth` columns, which no model sees.
+    `files` are the raw files, for the data hash; `notes` go into dataset.json. `unread` are columns that are there and
+    that no field reads. `history` says which rows are a user's past: its clicks, or all that it was shown; the service
+    keeps clicks only. Where `rows` have PAST_ITEM and PAST_TS, each row's history is those instead.
     """
 
     name: str
@@ -36,6 +39,16 @@ class Log:
     truth: tuple[str, ...] = ()
     history: Literal["clicks", "impressions"] = "clicks"
     notes: tuple[str, ...] = ()
+    negative_rate: float = 1.0
+    """The share of the rows without a click that the log still has: what it predicts is corrected by it."""
+    unread: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """How many of what were left out, by what and why."""
+
+
+def past_name(field: str) -> str:
+    """The column that holds what a log says of its past events' items, beside PAST_ITEM and PAST_TS."""
+    return f" past {field} of item"
 
 
 def write_parquet(table: pl.DataFrame | pl.LazyFrame, file: Path) -> None:
@@ -64,10 +77,17 @@ def split_by_time(ts: NDArray[np.float64], *, valid: float, test: float) -> pl.S
     Rows of one time are never torn apart: a cut that falls among them moves back to the first of them.
     """
     parts = np.zeros(len(ts), dtype=np.int64)
-    for share in (valid + test, test):
-        cut = min(round(len(ts) * (1 - share)), len(ts) - 1)
-        parts[np.searchsorted(ts, ts[cut], side="left") :] += 1
+    for first in cuts_in_time(ts, valid=valid, test=test):
+        parts[np.searchsorted(ts, first, side="left") :] += 1
     return pl.Series("part", np.array(PARTS)[parts])
+
+
+def cuts_in_time(ts: NDArray[np.float64], *, valid: float, test: float) -> tuple[float, float]:
+    """The first time of the validation part and of the test part, of times in order."""
+    first_valid, first_test = (
+        float(ts[min(round(len(ts) * (1 - share)), len(ts) - 1)]) for share in (valid + test, test)
+    )
+    return first_valid, first_test
 
 
 def split_by_number(row: pl.Expr, *, seed: int, valid: float, test: float) -> pl.Expr:

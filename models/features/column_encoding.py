@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.features.field import FIRST, OOV, PAD, Field, input_name
-from models.features.values import Column, buckets, canonical
+from models.features.values import Column, buckets, canonical, transformed
 
 Lookup = Mapping[Any, int]
 
@@ -178,13 +178,19 @@ def _bucket_ids(field: Field, lookup: Lookup, column: Column | None, num_rows: i
 def _normalised(field: Field, number: float) -> float:
     assert field.shift is not None
     assert field.scale is not None
+    if field.transform != "none":  # by numpy, as a column is: `math` may differ in the last bit
+        number = float(transformed(field.transform, np.array([number]), field.quantiles)[0])
+    if field.low is not None and field.high is not None:
+        number = min(max(number, field.low), field.high)
     return min(max((number - field.shift) / field.scale, -NUMERIC_LIMIT), NUMERIC_LIMIT)
 
 
 def _numbers(field: Field, column: Column) -> NDArray[np.float32]:
     assert field.shift is not None
     assert field.scale is not None
-    numbers = _doubles(field, column)
+    numbers = transformed(field.transform, _doubles(field, column), field.quantiles)
+    if field.low is not None and field.high is not None:
+        numbers = np.minimum(np.maximum(numbers, field.low), field.high)  # NaN stays NaN
     with np.errstate(over="ignore"):  # an absurd number is infinitely far, then clipped
         normalised = (numbers - field.shift) / field.scale
     np.maximum(normalised, -NUMERIC_LIMIT, out=normalised)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic import Field as Setting
 
-from models.features.values import Discretise
+from models.features.values import Discretise, Transform
 
 PAD = 0  # absent, or a position that holds nothing: the zero vector, never trained
 
@@ -45,6 +45,8 @@ class FieldSpec(BaseModel):
     max_values: int | None = Setting(default=None, ge=1, description="multi: values kept per row; default: most seen")
     part: Part | None = Setting(default=None, description="time: what of the request's clock (UTC) it holds")
     normalise: Literal["standard", "min_max"] = "standard"
+    transform: Transform = Setting(default="none", description="numeric: what is done to a number before all else")
+    clip: bool = Setting(default=True, description="numeric: whether numbers outside the training part's bulk are cut")
     of: str | None = Setting(default=None, description="sequence: the item or time field whose values it repeats")
     discretise: Discretise | None = Setting(default=None, description="categorical: numbers, by `buckets`")
 
@@ -58,6 +60,8 @@ class FieldSpec(BaseModel):
             raise ValueError(f"field {self.name}: 'max_values' is for kind multi, got kind {self.kind}")
         if self.discretise is not None and self.kind != "categorical":
             raise ValueError(f"field {self.name}: 'discretise' is for kind categorical, got kind {self.kind}")
+        if self.kind != "numeric" and (self.transform != "none" or not self.clip):
+            raise ValueError(f"field {self.name}: 'transform' and 'clip' are for kind numeric, got kind {self.kind}")
         if (self.kind == "sequence") != (self.group == "behaviour"):
             raise ValueError(f"field {self.name}: kind sequence and group behaviour go together")
         if self.kind == "time" and self.group != "context":
@@ -69,6 +73,9 @@ class Field(FieldSpec):
     """One field after fitting on the training part."""
 
     vocabulary: tuple[str, ...] | None = Setting(default=None, description="categorical, multi: values in id order")
+    quantiles: tuple[float, ...] | None = Setting(default=None, description="numeric by quantile: the steps' ends")
+    low: float | None = Setting(default=None, allow_inf_nan=False, description="numeric: smaller ones are taken for it")
+    high: float | None = Setting(default=None, allow_inf_nan=False, description="numeric: larger ones are taken for it")
     shift: float | None = Setting(default=None, allow_inf_nan=False)
     scale: float | None = Setting(default=None, gt=0, allow_inf_nan=False)
 
@@ -81,6 +88,12 @@ class Field(FieldSpec):
             raise ValueError(f"field {self.name}: kind multi needs max_values")
         if self.kind == "numeric" and (self.shift is None or self.scale is None):
             raise ValueError(f"field {self.name}: kind numeric needs shift and scale")
+        if (self.low is None) != (self.high is None) or (self.low or 0) > (self.high or 0):
+            raise ValueError(f"field {self.name}: low and high go together, low first, got {self.low} and {self.high}")
+        if (self.transform == "quantile") != (self.quantiles is not None):
+            raise ValueError(f"field {self.name}: transform quantile needs quantiles, others have none")
+        if self.quantiles is not None and list(self.quantiles) != sorted(set(self.quantiles)):
+            raise ValueError(f"field {self.name}: quantiles are different and in ascending order")
         return self
 
     @property

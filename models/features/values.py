@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Discretise = Literal["log_square", "ln_square_plus_one", "winners"]
+Transform = Literal["none", "log", "quantile"]
 
 Value = str | int | float | bool | None | Sequence[str | int | float | bool | None]
 Row = Mapping[str, Value]
@@ -71,3 +72,23 @@ def buckets(discretise: Discretise, numbers: NDArray[np.float64]) -> NDArray[np.
             return np.where(np.isnan(v), -1.0, np.floor(np.log(np.square(v) + 1)))
         case "winners":
             return np.floor(np.where(v > 2, np.square(np.log(np.maximum(v, 2))), v))
+
+
+def transformed(
+    transform: Transform, numbers: NDArray[np.float64], quantiles: Sequence[float] | None
+) -> NDArray[np.float64]:
+    """Each number on another scale, in the same order; NaN stays NaN.
+
+    log       sign(v) ln(1 + |v|): zero stays zero, and a negative number is the mirror image of its positive one
+    quantile  the share of the training part's numbers below it, from 0 to 1, by straight lines between `quantiles`
+    """
+    match transform:
+        case "log":
+            logs: NDArray[np.float64] = np.copysign(np.log1p(np.abs(numbers)), numbers)
+            return logs
+        case "quantile":
+            assert quantiles is not None
+            if len(quantiles) == 1:
+                return np.where(np.isnan(numbers), numbers, 0.5)
+            return np.interp(numbers, quantiles, np.linspace(0.0, 1.0, len(quantiles)))
+    return numbers

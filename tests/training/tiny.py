@@ -33,7 +33,7 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
         FieldSpec(name="hour", kind="time", group="context", part="hour"),
         FieldSpec(name="item_id", kind="categorical", group="item"),
         FieldSpec(name="genre", kind="categorical", group="item"),
-        FieldSpec(name="price", kind="numeric", group="item"),
+        FieldSpec(name="price", kind="numeric", group="item", clip=False),  # tests tell rows apart by it
         FieldSpec(name="item_id", kind="sequence", group="behaviour", of="item_id"),
         FieldSpec(name="genre", kind="sequence", group="behaviour", of="genre"),
     )

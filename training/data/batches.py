@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,14 @@ SHUFFLE = 1  # names the generator of the row order among those drawn from one s
 
 
 class Batch(NamedTuple):
-    """B rows as a model takes them (each request among them once), and whether each was clicked (0.0 or 1.0)."""
+    """B rows as a model takes them (each request among them once), and whether each was clicked (0.0 or 1.0).
+
+    Where rows have weights, theirs, which average 1 over the whole part.
+    """
 
     inputs: dict[str, Tensor]
     label_B: Tensor  # noqa: N815  # B rows, as in every model
+    weight_B: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,25 @@ class Rows:
     end: NDArray[np.int64]
     ts: NDArray[np.float64]
     encoder: Encoder
+    weight: NDArray[np.float32] | None = None
+    negative_rate: float = 1.0
+    """The share of the rows without a click that were kept: each of these stands for 1 / negative_rate."""
+
+    @cached_property
+    def relative_weight(self) -> NDArray[np.float32] | None:
+        """Each row's weight over the mean weight of the part; None where all rows weigh the same."""
+        if self.weight is None:
+            return None
+        mean = float(np.mean(self.weight, dtype=np.float64))
+        return (self.weight / mean).astype(np.float32)
+
+    @cached_property
+    def represented(self) -> NDArray[np.float64] | None:
+        """How many rows of the whole traffic each row stands for; None where each stands for itself."""
+        if self.weight is None and self.negative_rate == 1:
+            return None
+        weight = np.ones(len(self)) if self.weight is None else self.weight.astype(np.float64)
+        return np.where(self.label > 0.5, weight, weight / self.negative_rate)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -60,7 +84,8 @@ class Rows:
             arrays |= self.encoder.window(self.events, self.start[users], self.end[users], self.ts[users])
         inputs = {name: _tensor(array) for name, array in arrays.items()}
         inputs["user_index"] = torch.from_numpy(user_index)
-        return Batch(inputs, torch.from_numpy(self.label[rows]))
+        weight = None if self.relative_weight is None else torch.from_numpy(self.relative_weight[rows])
+        return Batch(inputs, torch.from_numpy(self.label[rows]), weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +96,7 @@ class Prepared:
     name: str
     data_hash: str
     schema: Schema
+    negative_rate: float = 1.0
 
     @classmethod
     def open(cls, path: Path) -> "Prepared":
@@ -78,7 +104,13 @@ class Prepared:
         try:
             schema = Schema.from_json((path / "schema.json").read_bytes())
             about = json.loads((path / "dataset.json").read_bytes())
-            return cls(path=path, name=about["name"], data_hash=about["data_hash"], schema=schema)
+            return cls(
+                path=path,
+                name=about["name"],
+                data_hash=about["data_hash"],
+                schema=schema,
+                negative_rate=float(about.get("negative_rate", 1.0)),
+            )
         except OSError as err:
             raise UserError(
                 f"{path} is no prepared data set ({Path(err.filename).name}: {err.strerror});"
@@ -102,6 +134,9 @@ class Prepared:
         events = {name: _map(self.path / "events" / f"{name}.npy") for name in stored}
         label, group, request = (_map(folder / f"{name}.npy") for name in ("label", "group", "request"))
         windows = {name: _map(folder / f"{name}.npy") for name in ("start", "end", "ts")} if sequences else {}
+        weight = _map(folder / "weight.npy") if (folder / "weight.npy").exists() else None
+        if weight is not None:
+            _check_weight(folder, weight)
         own = {**inputs, "label": label, "group": group, "request": request, **windows}
         lengths = {name: len(array) for name, array in own.items()}
         if len(set(lengths.values())) != 1:
@@ -116,6 +151,8 @@ class Prepared:
             end=windows.get("end", np.empty(0, np.int64)),
             ts=windows.get("ts", np.empty(0, np.float64)),
             encoder=Encoder(self.schema),
+            weight=weight,
+            negative_rate=self.negative_rate,
         )
 
     def truth(self, part: str, name: str = "true_ctr") -> NDArray[np.float64] | None:
@@ -168,6 +205,11 @@ def _about(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as err:
         raise UserError(f"{path / 'dataset.json'}: missing or damaged, prepare the data set again ({err})") from err
     return about
+
+
+def _check_weight(folder: Path, weight: NDArray[np.float32]) -> None:
+    if not weight.sum(dtype=np.float64) > 0:
+        raise UserError(f"{folder}: expected rows of weight above 0, got none")
 
 
 def _map(file: Path) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """A completed log to a fitted schema and to arrays on disk, without ever holding all rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -14,11 +14,12 @@ from models.features.encoder import Encoder
 from models.features.field import FieldSpec, Group
 from models.features.schema import Schema, SchemaSpec
 from models.features.values import Column, Tally
-from training.data.history import Windows
-from training.data.time_order import BLOCK, blocks
+from training.data.history import Ints
+from training.data.time_order import blocks
 from training.log import PARTS
 from training.progress import bar
 
+_START, _END = " start", " end"
 _COUNT = " count"  # a column for a while, as ROW is
 
 
@@ -51,32 +52,44 @@ def fit(spec: SchemaSpec, rows: pl.LazyFrame) -> Schema:
 
 
 def write_parts(
-    folder: Path, rows: pl.LazyFrame, schema: Schema, clicks: pl.DataFrame, sizes: Mapping[str, int], *truth: str
+    folder: Path,
+    rows: pl.LazyFrame,
+    schema: Schema,
+    windows: Callable[[pl.DataFrame], tuple[Ints, Ints]],
+    sizes: Mapping[str, int],
+    *truth: str,
 ) -> None:
-    """The arrays of every part, one folder each: see `training.data.prepare`."""
-    encoder, windows = Encoder(schema), Windows(clicks)
+    """The arrays of every part, one folder each: see `training.data.prepare`.
+
+    `windows` tells a block's rows, block after block, where their histories stand among the events.
+    """
+    encoder = Encoder(schema)
     with ExitStack() as opened, bar("encoding", sum(sizes.values())) as advance:
         files = {part: opened.enter_context(ArrayFiles(folder / part, sizes[part])) for part in PARTS}
         for block in blocks(rows):
+            if schema.history_length:
+                starts, ends = windows(block)
+                block = block.with_columns(pl.Series(_START, starts), pl.Series(_END, ends))  # noqa: PLW2901
             for part in PARTS:
                 mine = block.filter(pl.col("part") == part)
                 if mine.height:
                     files[part].append(_encoded(mine, encoder))
                     files[part].append({name: mine[name].to_numpy() for name in ("group", *truth)})
                     files[part].append({"label": mine["label"].to_numpy().astype(np.float32)})
+                    if "weight" in mine.columns:
+                        files[part].append({"weight": mine["weight"].to_numpy().astype(np.float32)})
                     files[part].append({"request": mine["request"].to_numpy().astype(np.int64)})
                     if schema.history_length:
-                        starts, ends = windows(mine)
-                        files[part].append({"start": starts, "end": ends, "ts": mine["ts"].to_numpy()})
+                        window = {"start": mine[_START].to_numpy(), "end": mine[_END].to_numpy()}
+                        files[part].append({**window, "ts": mine["ts"].to_numpy()})
             advance(block.height)
 
 
-def write_events(folder: Path, clicks: pl.DataFrame, schema: Schema) -> None:
-    """The arrays of every past click."""
+def write_events(folder: Path, events: Iterable[pl.DataFrame], num_events: int, schema: Schema) -> None:
+    """The arrays of every past event, given block by block."""
     encoder = Encoder(schema)
-    with ArrayFiles(folder, clicks.height) as files:
-        for first in range(0, max(clicks.height, 1), BLOCK):  # without clicks, too, the files must be there
-            block = clicks[first : first + BLOCK]
+    with ArrayFiles(folder, num_events) as files:
+        for block in events:
             files.append(encoder.encode_events(RawColumns(block, schema, "item"), block["ts"].to_numpy()))
 
 

@@ -14,29 +14,34 @@ from models.features.request import Request
 from models.features.schema import SchemaSpec
 from models.features.values import Row, Value
 from training.data.history import Windows
+from training.data.past import Past
 from training.log import ROW
 
 NUM_REQUESTS = 32
 UNKNOWN = "never seen in training \N{SNOWMAN}"
 
 
-def golden_requests(rows: pl.LazyFrame, clicks: pl.DataFrame, spec: SchemaSpec) -> list[Request]:
+def golden_requests(
+    rows: pl.LazyFrame, clicks: pl.DataFrame, spec: SchemaSpec, past: Past | None = None
+) -> list[Request]:
     """Requests of the validation and test parts, spread over time, with one to four candidates each.
 
-    Four awkward ones stand at the end: no history, a user nobody knows, unknown values, and missing values.
+    `past` is where the log brings its histories, which are then not those of the clicks. Four awkward ones stand at the
+    end: no history, a user nobody knows, unknown values, and missing values.
     """
     later = rows.filter(pl.col("part") != "train")
     num = later.select(pl.len()).collect(engine="streaming").item()
     numbers = np.unique(np.linspace(0, num - 1, NUM_REQUESTS - 4).astype(np.int64)).tolist()
     chosen = later.with_row_index(ROW).filter(pl.col(ROW).is_in(numbers)).collect(engine="streaming")
-    starts, ends = Windows(clicks)(chosen)
+    starts, ends = (Windows(clicks) if past is None else past.windows())(chosen)
+    clicks = clicks if past is None else past.events(chosen)
     requests = []
     for number, row in enumerate(chosen.iter_rows(named=True)):
         # One click more than a model sees, so that dropping the oldest is exercised too.
         first = max(starts[number], ends[number] - spec.history_length - 1)
-        past = clicks[int(first) : int(ends[number])] if spec.history_length else clicks[:0]
+        seen = clicks[int(first) : int(ends[number])] if spec.history_length else clicks[:0]
         shown = chosen[[(number + step) % chosen.height for step in range(number % 4 + 1)]]
-        requests.append(_request(row, past, shown, spec))
+        requests.append(_request(row, seen, shown, spec))
     return [*requests, *_awkward(max(requests, key=lambda r: (len(r.behaviours), r.num_items)), spec)]
 
 

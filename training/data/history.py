@@ -1,10 +1,13 @@
 """Which clicks a row may see: the history rule of `models.features.encoder.history`, for a whole log at once."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from training.data.time_order import BLOCK
 
 Ints = NDArray[np.int64]
 
@@ -14,6 +17,12 @@ def clicks_of(rows: pl.LazyFrame, history: Literal["clicks", "impressions"] = "c
     is_past = pl.col("label") == 1 if history == "clicks" else pl.lit(value=True)
     past = rows.filter(is_past & (pl.col("group") >= 0)).collect(engine="streaming")
     return past.sort("group", "ts", "item", maintain_order=True)
+
+
+def in_blocks(clicks: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """All clicks in order; without any, one block of none, as the files of their arrays must be there too."""
+    for first in range(0, max(clicks.height, 1), BLOCK):
+        yield clicks[first : first + BLOCK]
 
 
 class Windows:

@@ -2,11 +2,13 @@
 
     DIR/schema.json         the fitted schema
     DIR/dataset.json        what was prepared: counts, click rates, the hash of the raw files
+    DIR/data.txt            what was read, and what looks odd in it; data.json has the same figures, data.png the click
+                            rate over time
     DIR/golden.json         a few raw requests (as `artifact.golden.request_to_json` writes them) for the artifact
     DIR/{train,valid,test}/ <input>.npy (ids int32, numbers float32), label.npy, group.npy (the user's number, -1 for
                             none), request.npy (rows of one request are alike in all but the candidate), start.npy and
                             end.npy (the row's history in DIR/events), ts.npy (the row's own time, float64),
-                            <truth>.npy where known
+                            <truth>.npy where known, weight.npy where rows have one
     DIR/events/             hist.<field>.npy and ts.npy: every click, by user, then time, then item id
     DIR/raw/                test.parquet, behaviours.parquet (clicks before the test part), users.parquet, items.parquet
 
@@ -33,9 +35,11 @@ from models.artifact.golden import request_to_json
 from models.features.column_encoding import EncodingError
 from models.features.schema import Schema
 from models.features.values import SchemaError
+from training.data import data_report
 from training.data.encode import fit, write_events, write_parts
 from training.data.golden import golden_requests
-from training.data.history import clicks_of
+from training.data.history import Windows, clicks_of, in_blocks
+from training.data.past import Past
 from training.data.time_order import complete
 from training.datasets import (
     amazon,
@@ -48,14 +52,16 @@ from training.datasets import (
     movielens,
     movielens_tag,
     simulated,
+    table_files,
     tabular,
 )
 from training.datasets import options as choices
 from training.errors import UserError
-from training.log import PARTS, ROW, Log, write_parquet
+from training.log import PARTS, PAST_ITEM, ROW, Log, write_parquet
 from training.progress import say
 
-CONTENTS = ("schema.json", "dataset.json", "golden.json", *PARTS, "events", "raw")
+REPORT = ("data.json", "data.txt", "data.png")
+CONTENTS = ("schema.json", "dataset.json", "golden.json", *REPORT, *PARTS, "events", "raw")
 DATASETS: Mapping[str, Callable[..., Log]] = {
     "movielens-1m": movielens.load,
     "movielens-tag": movielens_tag.load,
@@ -90,24 +96,29 @@ def prepare(
         rows = complete(log, draft / "spill")
         counts = {part: _counts(rows, part) for part in PARTS}
         sizes = {part: mine["rows"] for part, mine in counts.items()}
+        past = Past(rows, log.spec) if PAST_ITEM in rows.collect_schema().names() else None
         clicks = clicks_of(_past(rows, log), log.history)
+        num_events = clicks.height if past is None else past.num_events
         try:
             say(f"fitting the schema on {sizes['train']:,} training rows")
             schema = fit(log.spec, rows)
             (draft / "schema.json").write_text(schema.to_json())
-            write_parts(draft, rows, schema, clicks, sizes, *log.truth)
+            windows = Windows(clicks) if past is None else past.windows()
+            write_parts(draft, rows, schema, windows, sizes, *log.truth)
             if schema.history_length:
-                write_events(draft / "events", clicks, schema)
+                events = in_blocks(clicks) if past is None else past.blocks()
+                write_events(draft / "events", events, num_events, schema)
         except (SchemaError, EncodingError) as err:
             raise UserError(f"{source}: {err}") from err
-        _write_raw(draft / "raw", rows, clicks, log)
-        requests = [request_to_json(request) for request in golden_requests(rows, clicks, log.spec)]
+        _write_raw(draft / "raw", rows, clicks, log, past)
+        requests = [request_to_json(request) for request in golden_requests(rows, clicks, log.spec, past)]
         (draft / "golden.json").write_text(json.dumps(requests, allow_nan=False))
         about = _about(log, options, schema, counts) | {
-            "num_events": clicks.height if schema.history_length else 0,
+            "num_events": num_events if schema.history_length else 0,
             **_different(rows),
         }
         (draft / "dataset.json").write_text(json.dumps(about, indent=2, allow_nan=False))
+        data_report.write(draft, data_report.report(log, rows, schema))
         shutil.rmtree(draft / "spill")
     took = time.perf_counter() - began
     num = sum(sizes.values())
@@ -118,7 +129,7 @@ def prepare(
 def _load(
     dataset: str | None, source: Path, schema_yaml: Path | None, settings: Sequence[str]
 ) -> tuple[Log, dict[str, Any]]:
-    if not source.exists():
+    if not (source.exists() or (schema_yaml is not None and table_files.exists(source))):
         raise UserError(f"{source}: no such file or folder")
     if schema_yaml is not None and dataset is not None:
         raise UserError(f"expected a known data set or --schema FILE.yaml, got both {dataset} and {schema_yaml}")
@@ -148,7 +159,7 @@ def _past(rows: pl.LazyFrame, log: Log) -> pl.LazyFrame:
     return rows.select("group", "user", "item", "ts", "label", *item)
 
 
-def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log) -> None:
+def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log, past: Past | None) -> None:
     """What the service is fed when the test part is replayed.
 
     Of a user or an item the newest features before that: where they change, later ones would tell what was to come. Of
@@ -159,7 +170,8 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log)
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
     write_parquet(test.select("request", "user", "item", "ts", "label", *context, *log.truth), folder / "test.parquet")
     first = test.select(pl.col("ts").min()).collect(engine="streaming").item()
-    before = clicks.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
+    events = clicks if past is None else _newest(rows.filter(pl.col("ts") < first), past)
+    before = events.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
     write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
     numbered = rows.with_row_index(ROW)
     for key in ("user", "item"):
@@ -170,6 +182,13 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log)
         chosen = known.group_by(key).agg(pl.coalesce(newest, pl.col(ROW).min())).select(ROW)
         table = known.join(chosen, on=ROW, how="semi").sort(ROW).select(pl.col(key).alias("id"), *features)
         write_parquet(table, folder / f"{key}s.parquet")
+
+
+def _newest(rows: pl.LazyFrame, past: Past) -> pl.DataFrame:
+    """The past events of each user's last row."""
+    numbered = rows.filter(pl.col("user").is_not_null()).with_row_index(ROW)
+    last = numbered.group_by("user").agg(pl.col(ROW).max()).select(ROW)
+    return past.events(numbered.join(last, on=ROW, how="semi").sort(ROW).collect(engine="streaming"))
 
 
 def _about(
@@ -184,6 +203,7 @@ def _about(
         "num_rows": {part: mine["rows"] for part, mine in counts.items()},
         "click_rate": {part: round(mine["clicks"] / mine["rows"], 6) for part, mine in counts.items()},
         "history_length": schema.history_length,
+        "negative_rate": log.negative_rate,
         "notes": list(log.notes),
     }
 

@@ -34,6 +34,7 @@ def complete(log: Log, folder: Path) -> pl.LazyFrame:
     if users.is_empty():
         return rows.with_row_index("request").with_columns(group=pl.lit(-1, dtype=pl.Int64))
     constant = [f.name for f in log.spec.fields if f.group in ("user", "context") and f.kind != "time"]
+    constant += [name for name in rows.collect_schema().names() if name.startswith(" past ")]
     return _stored(_numbered(rows, users, constant), folder / "numbered")
 
 

@@ -72,7 +72,9 @@ def load(source: Path, options: CriteoOptions = CriteoOptions()) -> Log:
 def _spec(options: CriteoOptions) -> SchemaSpec:
     words = [FieldSpec(name=name, kind="categorical", group="item", min_count=options.min_count) for name in WORDS]
     if options.discretise == "none":
-        numbers = [FieldSpec(name=name, kind="numeric", group="item", normalise="min_max") for name in NUMBERS]
+        numbers = [
+            FieldSpec(name=name, kind="numeric", group="item", normalise="min_max", clip=False) for name in NUMBERS
+        ]
     else:
         numbers = [
             FieldSpec(

@@ -17,7 +17,7 @@ import polars as pl
 
 from models.features.field import FieldSpec, Group
 from models.features.schema import SchemaSpec
-from training.datasets.checked_table import Table
+from training.datasets.checked_table import Reading, Table, Use
 from training.errors import UserError
 from training.log import Log
 
@@ -76,8 +76,9 @@ def _read(path: Path) -> pl.DataFrame:
 
 
 def _decode(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
-    table = Table(path)
-    vocabulary = pl.DataFrame([table.text(name) for name in ("feature_id", "field", "raw_value")])
+    table = Table(path, Reading(null_values=("",)))
+    uses = {name: Use(column=name, role="text", is_as_written=True) for name in ("feature_id", "field", "raw_value")}
+    vocabulary = table.columns(uses).collect()
     for field in FIELDS:
         words = vocabulary.filter(pl.col("field") == field)
         named = rows[field].replace_strict(words["feature_id"], words["raw_value"], default=None)

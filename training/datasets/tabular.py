@@ -1,199 +1,262 @@
-"""Any CSV or Parquet file, described by a YAML file:
+"""Any CSV or Parquet files, described by a YAML file (every key: docs/datasets.md):
 
-    label: clicked                  # 0 or 1
-    user: user_id                   # optional; as the name of a user field it is that field's value too
+    label: clicked                  # 0 or 1, or true and false
+    user: user_id                   # optional; where a user field reads this column, that field is the user's id
     item: ad_id                     # optional, likewise
-    timestamp: at                   # optional: Unix seconds, a Parquet time, or ISO 8601 (UTC where no zone is given)
+    timestamp: at                   # optional: a number (see training/datasets/times.py), ISO 8601, or a Parquet time
+    timezone: Asia/Shanghai         # optional: of times that name no zone; UTC without it
     history_length: 20              # optional; needs user, item and timestamp
     split: {by: time, valid: 0.1, test: 0.1}
     # or   {by: hash, valid: 0.1, test: 0.1, seed: 1, of: user_id}    rows of one `of` stay together (optional)
     # or   {by: column, column: fold, train: a, valid: b, test: c}
     # or   {by: files, train: a.parquet, valid: b.parquet, test: c.parquet}    --source is then their folder
-    delimiter: ","                  # of a CSV file, between columns
+    weight: importance              # optional: how many rows a row stands for, in the loss, metrics and calibration
+    negative_rate: 0.1              # optional: the share of the rows without a click that were kept in the log
+    delimiter: ","                  # of CSV files, between columns; also tab
     separator: "|"                  # between the values of a multi field that is text
-    fields:                         # a field's name is its column's
+    fields:                         # a field reads the column of its name, or the one that `column:` names
       - {name: user_id, kind: categorical, group: user}
-      - {name: price, kind: numeric, group: item}
+      - {name: hour, kind: time, group: context, part: hour}
+      - {name: ad_id, kind: categorical, group: item}
+      - {name: price, kind: numeric, group: item, column: "price, EUR"}
       - {name: ad_id, kind: sequence, group: behaviour, of: ad_id}
 
-Without a timestamp a row's number stands in for its time.
+Nothing in it is retyped: 1.10, on and 007 are what is written. Without a timestamp a row's number stands in for its
+time.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Any
 
+import numpy as np
 import polars as pl
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic import Field as Setting
+from numpy.typing import NDArray
 
-from models.features.field import FieldSpec
-from models.features.schema import SchemaSpec
-from training.datasets.checked_table import Table
+from training.datasets import times
+from training.datasets.checked_table import PART, Table, Use
+from training.datasets.description import ByColumn, ByFiles, ByHash, ByTime, Description, described
 from training.errors import UserError
-from training.log import PARTS, RESERVED, Log, split_by_time
+from training.log import PARTS, PAST_ITEM, PAST_TS, ROW, Log, cuts_in_time, past_name
 
-Share = Annotated[float, Setting(gt=0, lt=1)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Shares(_Model):
-    valid: Share = 0.1
-    test: Share = 0.1
-
-    @model_validator(mode="after")
-    def _leave_something_to_train_on(self) -> Self:
-        if self.valid + self.test >= 1:
-            raise ValueError(f"valid and test leave no rows to train on, got {self.valid} and {self.test}")
-        return self
-
-
-class ByTime(_Shares):
-    by: Literal["time"]
-
-
-class ByHash(_Shares):
-    by: Literal["hash"]
-    seed: int = 0
-    of: str | None = None
-
-
-class ByColumn(_Model):
-    by: Literal["column"]
-    column: str
-    train: str = "train"
-    valid: str = "valid"
-    test: str = "test"
-
-
-class ByFiles(_Model):
-    by: Literal["files"]
-    train: str
-    valid: str
-    test: str
-
-
-class Description(_Model):
-    """The YAML file."""
-
-    label: str
-    user: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    history_length: int = 0
-    split: Annotated[ByTime | ByHash | ByColumn | ByFiles, Setting(discriminator="by")]
-    delimiter: str = Setting(default=",", pattern=r'^[^\x80-\U0010ffff"\r\n]$')
-    separator: str = Setting(default="|", min_length=1)
-    fields: tuple[FieldSpec, ...]
-
-    @property
-    def spec(self) -> SchemaSpec:
-        """The fields as declared; the user's and the item's column are keys where they are fields, too."""
-        named = {(f.group, f.name) for f in self.fields}
-        return SchemaSpec(
-            user_key=self.user if ("user", self.user) in named else None,
-            item_key=self.item if ("item", self.item) in named else None,
-            history_length=self.history_length,
-            fields=self.fields,
-        )
-
-    @model_validator(mode="after")
-    def _has_what_it_needs(self) -> Self:
-        spec = self.spec
-        for field in self.fields:
-            if field.name in RESERVED and field.name not in (spec.user_key, spec.item_key):
-                raise ValueError(f"field {field.name}: this name has a meaning of its own; rename the column")
-            if field.name == self.label and field.kind != "time":
-                raise ValueError(f"field {field.name}: the label is what a model is to predict, it may not see it")
-        if self.history_length and None in (self.user, self.item, self.timestamp):
-            raise ValueError("a history needs the columns of user, item and timestamp")
-        if self.timestamp is None and (self.split.by == "time" or any(f.kind == "time" for f in self.fields)):
-            raise ValueError("a split by time and fields of kind time need the column of the timestamp")
-        return self
+_OF, _FOLD, _DROPPED = " of", " fold", " dropped"  # columns for a while, as ROW is
 
 
 def load(source: Path, schema_yaml: Path) -> Log:
-    """Read the file (split by files: the three files) as the YAML describes it."""
-    described = _describe(schema_yaml)
-    split = described.split
-    if isinstance(split, ByFiles):
-        files = [source / name for name in (split.train, split.valid, split.test)]
-        rows = pl.concat(
-            _rows(Table(file, described.delimiter), described).with_columns(part=pl.lit(part))
-            for part, file in zip(PARTS, files, strict=True)
-        )
+    """Read the source (split by files: the three sources in it) as the YAML describes it."""
+    description = described(schema_yaml)
+    split, reading = description.split, description.base_reading()
+    parts = {part: str(getattr(split, part)) for part in PARTS} if isinstance(split, ByFiles) else None
+    log = Table(source, reading, parts)
+    tables = {
+        name: Table(schema_yaml.parent / form.path, form.reading(reading)) for name, form in description.tables.items()
+    }
+    _check_columns(description, log, tables)
+    uses = _uses(description, tables)
+    rows, notes = log.columns(uses), list(log.notes)
+    for name, table in tables.items():
+        rows, about = _joined(rows, name, table, description)
+        notes += about
+    rows = rows.with_columns(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item") if key not in uses)
+    if description.timestamp is None:
+        rows = rows.with_columns(pl.col(ROW).cast(pl.Float64).alias("ts"))
     else:
-        files = [source]
-        table = Table(source, described.delimiter)
-        rows = _rows(table, described)
-    if described.timestamp is None:
-        rows = rows.with_columns(pl.int_range(pl.len()).cast(pl.Float64).alias("ts"))
-    if isinstance(split, ByTime):
-        rows = rows.sort("ts", maintain_order=True)
-        rows = rows.with_columns(split_by_time(rows["ts"].to_numpy(), valid=split.valid, test=split.test))
-    elif isinstance(split, ByHash):
-        rows = rows.with_columns(_by_hash(table, split, rows.height))
-    elif isinstance(split, ByColumn):
-        rows = rows.with_columns(_by_column(table, split))
-    return Log(name=schema_yaml.stem, source=source, spec=described.spec, rows=rows.lazy(), files=(*files, schema_yaml))
+        notes.append(_range(rows))
+    dropped: dict[str, int] = {}
+    if description.history is not None:
+        rows, dropped = _with_history(rows, description, log)
+        if description.history.times is None:
+            notes.append("history: without times, the k-th newest item of a row stands k seconds before it")
+    return Log(
+        name=schema_yaml.stem,
+        source=source,
+        spec=description.spec,
+        rows=rows.with_columns(_part(rows, split, log).alias("part")).drop(ROW, PART, _OF, _FOLD, strict=False),
+        files=(*log.paths, *(path for table in tables.values() for path in table.paths), schema_yaml),
+        notes=tuple(notes),
+        dropped=dropped,
+        negative_rate=description.negative_rate,
+        unread=tuple(sorted(set(log.names) - {use.column for use in uses.values()})),
+    )
 
 
-def _describe(path: Path) -> Description:
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-        return Description.model_validate(values)
-    except OSError as err:
-        raise UserError(f"{path}: unreadable ({err.strerror})") from err
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
-        raise UserError(f"{path}: expected YAML, {' '.join(str(err).split())}") from err
-    except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        where = ", at " + ".".join(map(str, first["loc"])) if first["loc"] else ""
-        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r:.60}"
-        raise UserError(f"{path}{where}: {first['msg'].removeprefix('Value error, ')}{got}") from err
-
-
-def _rows(table: Table, described: Description) -> pl.DataFrame:
-    nobody = pl.lit(None, dtype=pl.String)
-    spec = described.spec
-    columns = {"label": table.labels(described.label)}
-    if described.timestamp is not None:
-        columns["ts"] = table.seconds(described.timestamp)
-    for name, column in (("user", described.user), ("item", described.item)):
+def _uses(description: Description, tables: Mapping[str, Table]) -> dict[str, Use]:
+    """What is read of the log itself, by the name it has in the rows."""
+    uses = {"label": Use(column=description.label, role="label")}
+    if description.timestamp is not None:
+        uses["ts"] = Use(column=description.timestamp, role="time")
+    if description.weight is not None:
+        uses["weight"] = Use(column=description.weight, role="weight")
+    for name, column in (("user", description.user), ("item", description.item)):
         if column is not None:
-            columns[name] = table.text(column)
-    for field in described.fields:
-        if field.kind in ("time", "sequence") or field.name in (spec.user_key, spec.item_key):
-            continue
-        if field.kind == "numeric" or field.discretise is not None:
-            columns[field.name] = table.numbers(field.name)
-        elif field.kind == "multi":
-            columns[field.name] = table.lists(field.name, described.separator)
-        else:
-            columns[field.name] = table.text(field.name)
-    absent = {name: nobody for name in ("user", "item") if name not in columns}
-    return pl.DataFrame(columns).with_columns(**absent)
+            uses[name] = Use(column=column, role="text")
+    uses |= {field.name: field.use for field in description.read_fields if description.table_of(field, tables) is None}
+    uses |= {f" key of {name}": Use(column=description.key_of(name), role="text") for name in tables}
+    uses |= _uses_of_history(description)
+    if isinstance(description.split, ByHash) and description.split.of is not None:
+        uses[_OF] = Use(column=description.split.of, role="text")
+    if isinstance(description.split, ByColumn):
+        uses[_FOLD] = Use(column=description.split.column, role="text")
+    return uses
 
 
-def _by_hash(table: Table, split: ByHash, num_rows: int) -> pl.Series:
+def _uses_of_history(description: Description) -> dict[str, Use]:
+    form = description.history
+    if form is None:
+        return {}
+    uses = {PAST_ITEM: Use(column=form.items, role="list", separator=form.separator)}
+    if form.times is not None:
+        uses[PAST_TS] = Use(column=form.times, role="times", separator=form.separator)
+    for field, column in form.features.items():
+        uses[past_name(field)] = Use(column=column, role="list", separator=form.separator)
+    return uses
+
+
+def _check_columns(description: Description, log: Table, tables: Mapping[str, Table]) -> None:
+    """Raises UserError where it is not plain which column a field is, or where a history in the log is not taken."""
+    for field in description.read_fields:
+        places = [name for name, table in tables.items() if field.column_name in table.names]
+        if field.table is None and field.column_name in log.names:
+            places.append("the log")
+        if field.table is None and len(places) > 1:
+            raise UserError(
+                f"{log.source}: field {field.name}: column {field.column_name} stands in {' and in '.join(places)};"
+                " say which by `table:`, or leave it out of one"
+            )
+    known = {field.column_name for field in description.read_fields} | {description.item, description.user}
+    for field in description.fields:
+        column = field.column_name
+        is_past = description.history is None and field.kind == "sequence"
+        if is_past and column in log.names and column not in known:
+            raise UserError(
+                f"{log.source}: column {column} holds a history, which sequence field {field.name} does not read: write"
+                f" `history: {{items: {column}}}` to take it as each row's history, or name the field {field.of}"
+                " to have one made of the log's clicks"
+            )
+
+
+def _joined(rows: pl.LazyFrame, name: str, table: Table, description: Description) -> tuple[pl.LazyFrame, list[str]]:
+    """The rows with the fields that a table holds, by its key."""
+    form = description.tables[name]
+    fields = [f for f in description.read_fields if description.table_of(f, {name: table}) == name]
+    key = f" key of {name}"
+    uses = {key: Use(column=form.key or description.key_of(name), role="text"), **{f.name: f.use for f in fields}}
+    held = table.columns(uses).drop(ROW).collect(engine="streaming")
+    repeated = held[key].filter(held[key].is_duplicated()).drop_nulls()
+    if repeated.len():
+        raise UserError(f"{table.source}, column {uses[key].column}: expected each key once, got {repeated[0]} again")
+    held = held.filter(pl.col(key).is_not_null())
+    counts = rows.select(
+        num=pl.len(), missing=(pl.col(key).is_null() | ~pl.col(key).is_in(held[key].implode())).sum()
+    ).collect(engine="streaming")
+    num, missing = counts.row(0)
+    if num == missing:
+        example = rows.select(pl.col(key).drop_nulls().first()).collect(engine="streaming").item()
+        raise UserError(
+            f"{table.source}: no row of the log has its {description.key_of(name)} in column {uses[key].column}; the"
+            f" log has {example!r}, the table {held[key].first()!r}"
+        )
+    notes = list(table.notes)
+    if missing:
+        notes.append(f"{missing:,} of {num:,} rows have no {name} in {table.source}: their fields are absent")
+    return rows.join(held.lazy(), on=key, how="left", maintain_order="left").drop(key), notes
+
+
+def _with_history(rows: pl.LazyFrame, description: Description, log: Table) -> tuple[pl.LazyFrame, dict[str, int]]:
+    """Each row's past as the law of history has it: strictly earlier than the row, by time and then item id."""
+    form = description.history
+    assert form is not None
+    lists = [PAST_ITEM, *((PAST_TS,) if form.times else ()), *map(past_name, form.features)]
+    columns = dict(zip(lists, (use.column for use in _uses_of_history(description).values()), strict=True))
+    for name, column in columns.items():
+        unequal = pl.col(name).list.len() != pl.col(PAST_ITEM).list.len()
+        row = rows.select(pl.when(unequal).then(ROW).min()).collect(engine="streaming").item()
+        if row is not None:
+            raise log.fail(row, column, f"as many values as there are in column {form.items}")
+    kept = {name: pl.List(pl.Float64) if name == PAST_TS else pl.List(pl.String) for name in (*lists, PAST_TS)}
+    struct = pl.Struct({**kept, _DROPPED: pl.Int64})
+
+    def in_order(series: pl.Series) -> pl.Series:
+        return pl.Series([_past(row, tuple(kept), description.history_length) for row in series], dtype=struct)
+
+    past = pl.struct("ts", *lists).map_batches(in_order, return_dtype=struct, is_elementwise=True)
+    rows = rows.with_columns(past.alias(_DROPPED)).with_columns(
+        *(pl.col(_DROPPED).struct.field(name) for name in kept), pl.col(_DROPPED).struct.field(_DROPPED)
+    )
+    num = rows.select(pl.col(_DROPPED).sum()).collect(engine="streaming").item()
+    return rows.drop(_DROPPED), {"past items that were not earlier than their row": int(num)}
+
+
+def _past(row: dict[str, Any], names: tuple[str, ...], limit: int) -> dict[str, Any]:
+    num = len(row[PAST_ITEM])
+    past_times = row.get(PAST_TS) or [row["ts"] - (num - place) for place in range(num)]
+    places = sorted(range(num), key=lambda place: (past_times[place], row[PAST_ITEM][place]))
+    earlier = [place for place in places if past_times[place] < row["ts"]]
+    newest = earlier[max(len(earlier) - limit, 0) :]
+    values = {name: past_times if name == PAST_TS else row[name] for name in names}
+    return {**{name: [held[place] for place in newest] for name, held in values.items()}, _DROPPED: num - len(earlier)}
+
+
+def _range(rows: pl.LazyFrame) -> str:
+    first, last = rows.select(pl.col("ts").min(), pl.col("ts").max().alias("last")).collect(engine="streaming").row(0)
+    return f"times run from {times.spoken(first)} to {times.spoken(last)}"
+
+
+def _part(rows: pl.LazyFrame, split: ByTime | ByHash | ByColumn | ByFiles, log: Table) -> pl.Expr:
+    match split:
+        case ByTime():
+            return _by_time(rows, split, log)
+        case ByHash():
+            return _by_hash(split)
+        case ByColumn():
+            return _by_column(rows, split, log)
+    return pl.col(PART)
+
+
+def _by_time(rows: pl.LazyFrame, split: ByTime, log: Table) -> pl.Expr:
+    ts = np.sort(rows.select("ts").collect(engine="streaming")["ts"].to_numpy())
+    first_valid, first_test = cuts_in_time(ts, valid=split.valid, test=split.test)
+    if not ts[0] < first_valid < first_test:
+        raise UserError(f"{log.source}: {_crowd(ts, split)}")
+    part = pl.when(pl.col("ts") < first_valid).then(pl.lit("train"))
+    return part.when(pl.col("ts") < first_test).then(pl.lit("valid")).otherwise(pl.lit("test"))
+
+
+def _crowd(ts: NDArray[np.float64], split: ByTime) -> str:
+    different, counts = np.unique(ts, return_counts=True)
+    most = int(counts.argmax())
+    return (
+        f"expected times that can be split {1 - split.valid - split.test:.0%}, {split.valid:.0%} and {split.test:.0%},"
+        f" got {len(different):,} different ones in {len(ts):,} rows: {counts[most]:,} rows share"
+        f" {times.spoken(different[most])}, and rows of one time stay in one part; choose larger shares, or split by"
+        " hash or column"
+    )
+
+
+def _by_hash(split: ByHash) -> pl.Expr:
     """Each row's part by a hash of its `of` value (else its number): the same in every run and version."""
-    values = map(str, range(num_rows)) if split.of is None else (v or "" for v in table.text(split.of).to_list())
-    points = [
-        int.from_bytes(hashlib.blake2b(f"{split.seed}:{v}".encode(), digest_size=8).digest()) / 2**64 for v in values
-    ]
-    names = ["test" if p < split.test else "valid" if p < split.test + split.valid else "train" for p in points]
-    return pl.Series("part", names)
+
+    def parts(values: pl.Series) -> pl.Series:
+        return pl.Series([_hashed(value or "", split) for value in values], dtype=pl.String)
+
+    value = pl.col(ROW).cast(pl.String) if split.of is None else pl.col(_OF)
+    return value.map_batches(parts, return_dtype=pl.String, is_elementwise=True)
 
 
-def _by_column(table: Table, split: ByColumn) -> pl.Series:
+def _hashed(value: str, split: ByHash) -> str:
+    digest = hashlib.blake2b(f"{split.seed}:{value}".encode(), digest_size=8).digest()
+    point = int.from_bytes(digest) / 2**64
+    return "test" if point < split.test else "valid" if point < split.test + split.valid else "train"
+
+
+def _by_column(rows: pl.LazyFrame, split: ByColumn, log: Table) -> pl.Expr:
     parts = {split.train: "train", split.valid: "valid", split.test: "test"}
-    column = table.text(split.column)
-    strange = column.filter(column.is_null() | ~column.is_in(list(parts)))
-    if strange.len():
-        expected = f"{', '.join(map(repr, parts))}"
-        raise UserError(f"{table.file}, column {split.column}: expected one of {expected}, got {strange[0]!r}")
-    return column.replace_strict(parts).alias("part")
+    values = rows.select(pl.col(_FOLD).unique()).collect(engine="streaming")[_FOLD].to_list()
+    strange = sorted(value or "" for value in values if value not in parts)
+    if strange:
+        expected = ", ".join(map(repr, parts))
+        raise UserError(
+            f"{log.source}, column {split.column}: expected one of {expected}, got {strange[0] or 'nothing'!r}"
+        )
+    return pl.col(_FOLD).replace_strict(parts, return_dtype=pl.String)

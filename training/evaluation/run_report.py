@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from models.artifact.calibration import Calibration
 from training.data.batches import Rows
 from training.evaluation import metrics
+from training.evaluation.thinning import unthinned
 
 RAW, CALIBRATED, MUTED = "#b35900", "#1f5fbf", "#8b949e"
 
@@ -20,23 +21,28 @@ RAW, CALIBRATED, MUTED = "#b35900", "#1f5fbf", "#8b949e"
 def measure(rows: Rows, logits: NDArray[np.float32], calibration: Calibration) -> dict[str, Any]:
     """The figures of one part: those of the raw model, and under `calibrated` those of what the service answers.
 
-    Calibrating changes no ranking, so AUC and gAUC stand once. A figure that the part does not define is None.
+    Rows that stand for several count as so many: the figures are those of the whole traffic. Calibrating changes no
+    ranking, so AUC and gAUC stand once. A figure that the part does not define is None.
     """
     known = rows.group >= 0  # rows without a user are not one user
-    by_user = metrics.gauc(rows.label[known], logits[known], rows.group[known])
-    by_request = metrics.gauc(rows.label, logits, rows.request)
+    weight = rows.represented
+    by_user = metrics.gauc(
+        rows.label[known], logits[known], rows.group[known], None if weight is None else weight[known]
+    )
+    by_request = metrics.gauc(rows.label, logits, rows.request, weight)
+    raw = unthinned(rows.negative_rate)
     figures = {
         "rows": len(rows),
-        "click_rate": float(np.mean(rows.label, dtype=np.float64)),
-        "auc": metrics.auc(rows.label, logits),
+        "click_rate": float(np.average(rows.label.astype(np.float64), weights=weight)),
+        "auc": metrics.auc(rows.label, logits, weight),
         "gauc": by_user.value,
         "gauc_users": by_user.num_groups,
         "gauc_users_left_out": by_user.num_left_out,
         "gauc_by_request": by_request.value,
         "gauc_requests": by_request.num_groups,
-        **_of_probabilities(rows.label, Calibration()(logits)),
+        **_of_probabilities(rows.label, raw(logits), weight),
     }
-    calibrated = _of_probabilities(rows.label, calibration(logits))
+    calibrated = _of_probabilities(rows.label, calibration(logits), weight)
     return {**_without_nan(figures), "calibrated": _without_nan(calibrated)}
 
 
@@ -93,12 +99,13 @@ def plot_reliability(rows: Rows, logits: NDArray[np.float32], calibration: Calib
     """What was predicted against what came, raw and calibrated, and how many rows each prediction got."""
     figure = Figure(figsize=(5, 5.6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    for name, color, prob in (("raw", RAW, Calibration()(logits)), ("calibrated", CALIBRATED, calibration(logits))):
-        bins = metrics.reliability(rows.label, prob)
+    weight, raw = rows.represented, unthinned(rows.negative_rate)
+    for name, color, prob in (("raw", RAW, raw(logits)), ("calibrated", CALIBRATED, calibration(logits))):
+        bins = metrics.reliability(rows.label, prob, weight=weight)
         upper.plot(
             bins.predicted, bins.observed, "o-", color=color, ms=4, lw=1, label=f"{name}: error {bins.error:.4f}"
         )
-        lower.hist(prob, bins=40, histtype="step", color=color)
+        lower.hist(prob, bins=40, weights=weight, histtype="step", color=color)
     low, high = 0.0, max(*upper.get_xlim(), *upper.get_ylim())
     upper.plot([low, high], [low, high], color=MUTED, lw=0.8, ls=":", zorder=0)
     upper.set_ylabel("share clicked", fontsize=9)
@@ -112,12 +119,14 @@ def plot_reliability(rows: Rows, logits: NDArray[np.float32], calibration: Calib
     figure.savefig(file)
 
 
-def _of_probabilities(label: NDArray[np.float32], prob: NDArray[np.float64]) -> dict[str, Any]:
+def _of_probabilities(
+    label: NDArray[np.float32], prob: NDArray[np.float64], weight: NDArray[np.float64] | None
+) -> dict[str, Any]:
     return {
-        "logloss": metrics.logloss(label, prob),
-        "ne": metrics.normalised_entropy(label, prob),
-        "calibration_error": metrics.reliability(label, prob).error,
-        "calibration_ratio": metrics.calibration_ratio(label, prob),
+        "logloss": metrics.logloss(label, prob, weight),
+        "ne": metrics.normalised_entropy(label, prob, weight),
+        "calibration_error": metrics.reliability(label, prob, weight=weight).error,
+        "calibration_ratio": metrics.calibration_ratio(label, prob, weight),
     }
 
 

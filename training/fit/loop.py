@@ -50,8 +50,8 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
         trained = time.monotonic()
         logits = predict(judged, valid, "valid")
         figures = {
-            "auc": metrics.auc(valid.label, logits),
-            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64))),
+            "auc": metrics.auc(valid.label, logits, valid.weight),
+            "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64)), valid.weight),
         }
         line = {
             "epoch": state.epoch + 1,
@@ -124,7 +124,8 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
     optimizer.zero_grad(set_to_none=True)
     state_of_users = model.encode_user(batch.inputs)
     logit_B = model.score(state_of_users, model.encode_items(batch.inputs), batch.inputs["user_index"])
-    click_loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B)
+    # Weights average 1 over the part, not over each batch: so the sum over an epoch is that of the repeated rows.
+    click_loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B, weight=batch.weight_B)
     loss = click_loss + model.auxiliary_loss(state_of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)

@@ -127,7 +127,8 @@ def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     weights = save_weights(model.state_dict())
     write_atomically(path / "weights.safetensors", weights)
     valid_logits = loop.predict(model, parts["valid"], "valid")
-    calibration = calibrate.fit(valid_logits, parts["valid"].label)
+    valid = parts["valid"]
+    calibration = calibrate.fit(valid_logits, valid.label, valid.weight, negative_rate=valid.negative_rate)
     write_atomically(path / "calibration.json", calibration.model_dump_json(indent=2).encode())
     logits = {"valid": valid_logits, "test": loop.predict(model, parts["test"], "test")}
     figures = {

@@ -1,11 +1,15 @@
 """Any CSV or Parquet file with a schema YAML."""
 
-from datetime import UTC, datetime
+import shlex
+import textwrap
+from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
 
+from training.__main__ import main
 from training.data.prepare import prepare
 from training.datasets import tabular
 from training.errors import UserError
@@ -22,8 +26,11 @@ DESCRIPTION = {
     "label": "click", "user": "who", "item": "ad", "timestamp": "at", "history_length": 3,
     "split": {"by": "time", "valid": 0.2, "test": 0.2}, "fields": FIELDS,
 }  # fmt: skip
+START = 1_700_000_000
+TIMES = [START, START + 1]
+AT = "column at: expected Unix seconds from 1990 on or an ISO 8601 time"
 CSV = "who,at,ad,price,tags,click\n" + "".join(
-    f"u{i % 3},{100 * i},0{i % 4},{i or ''},{'a|b' if i % 2 else ''},{i % 2}\n" for i in range(10)
+    f"u{i % 3},{START + 100 * i},0{i % 4},{i or ''},{'a|b' if i % 2 else ''},{i % 2}\n" for i in range(10)
 )
 
 
@@ -45,7 +52,7 @@ def test_a_csv_file_becomes_a_log(load):
     assert log.spec.user_key == "who"
     assert log.spec.item_key == "ad"
     assert log.rows.collect().row(0, named=True) == {
-        "label": 0, "ts": 0.0, "user": "u0", "item": "00", "price": None, "tags": [], "part": "train",
+        "label": 0, "ts": 1.7e9, "user": "u0", "item": "00", "price": None, "tags": [], "part": "train",
     }  # fmt: skip
     assert log.rows.collect()["tags"][1].to_list() == ["a", "b"]
     assert log.rows.collect()["part"].to_list() == ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
@@ -69,9 +76,16 @@ def test_a_parquet_file_says_the_same_as_its_csv_twin(load, tmp_path):
 
 
 def test_numbers_as_ids_have_one_spelling_in_every_file(load, tmp_path):
-    load()
+    load(split={"by": "hash", "of": "who"})
     table = pl.DataFrame(
-        {"who": [1.0, 2.0], "at": [0, 1], "ad": [7, None], "price": [1, 2], "tags": [[1.0], None], "click": [0, 1]}
+        {
+            "who": [1.0, 2.0],
+            "at": [START, START + 1],
+            "ad": [7, None],
+            "price": [1, 2],
+            "tags": [[1.0], None],
+            "click": [0, 1],
+        }
     )
     table.write_parquet(tmp_path / "log.parquet")
 
@@ -123,10 +137,10 @@ def test_of_an_item_that_only_the_test_part_has_the_first_features_are_loaded(lo
 
 def test_times_may_be_seconds_or_iso_8601(load):
     at = {
-        "100": "1970-01-01T00:01:40Z",
-        "200": "1970-01-01 00:03:20",
-        "300": "1970-01-01T01:05:00+01:00",
-        "400": "400.0",
+        "1700000100": "2023-11-14T22:15:00Z",
+        "1700000200": "2023-11-14 22:16:40",
+        "1700000300": "2023-11-14T23:18:20+01:00",
+        "1700000400": "1700000400.0",
     }
     csv = "\n".join(",".join(at.get(cell, cell) for cell in line.split(",")) for line in CSV.splitlines()) + "\n"
 
@@ -158,7 +172,9 @@ def test_a_split_by_hash_is_the_same_in_every_run_and_follows_the_seed(load):
 
 def test_a_column_may_hold_the_split(load):
     csv = CSV.replace("click\n", "click,fold\n", 1).replace("\n", ",a\n").replace("fold,a\n", "fold\n")
-    csv = csv.replace("u1,400,00,4,,0,a", "u1,400,00,4,,0,b").replace("u2,500,01,5,a|b,1,a", "u2,500,01,5,a|b,1,c")
+    csv = csv.replace("u1,1700000400,00,4,,0,a", "u1,1700000400,00,4,,0,b").replace(
+        "u2,1700000500,01,5,a|b,1,a", "u2,1700000500,01,5,a|b,1,c"
+    )
     split = {"by": "column", "column": "fold", "train": "a", "valid": "b", "test": "c"}
 
     assert load(csv, split=split).rows.collect()["part"].to_list() == ["train"] * 4 + ["valid", "test"] + ["train"] * 4
@@ -178,21 +194,29 @@ def test_three_files_may_be_the_split(load, tmp_path):
     assert [f.name for f in log.files] == ["1.csv", "2.csv", "3.csv", "log.yaml"]
 
 
-LINE_5 = "u0,300,03,3,a|b,1\n"
+LINE_5 = "u0,1700000300,03,3,a|b,1\n"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (LINE_5, "u0,300,03\n", r"log.csv, line 5: expected 6 values, got 3"),
-        (LINE_5, "u0,300,03,3,a|b,1,9\n", r"log.csv, line 5: expected 6 values, got 7"),
+        (LINE_5, "u0,1700000300,03\n", r"log.csv, line 5: expected 6 values, got 3"),
+        (LINE_5, "u0,1700000300,03,3,a|b,1,9\n", r"log.csv, line 5: expected 6 values, got 7"),
         (LINE_5, "\n", r"log.csv, line 5: expected 6 values, got 0"),
-        (LINE_5, 'u0,300,"03,3,a|b,1\n', r"log.csv, line \d+: expected CSV"),
-        (LINE_5, "u0,300,03,3,a|b,2\n", r"log.csv, line 5, column click: expected 0 or 1, got '2'"),
-        (LINE_5, "u0,300,03,3,a|b,\n", r"log.csv, line 5, column click: expected 0 or 1, got None"),
-        (LINE_5, "u0,300,03,dear,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'dear'"),
-        (LINE_5, "u0,300,03,inf,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'inf'"),
-        (LINE_5, "u0,noon,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds or an ISO 8601 time, got 'noon'"),
+        (LINE_5, 'u0,1700000300,"03,3,a|b,1\n', r"log.csv, line \d+: expected CSV"),
+        (LINE_5, "u0,1700000300,03,3,a|b,2\n", r"log.csv, line 5, column click: expected 0 or 1, got '2'"),
+        (LINE_5, "u0,1700000300,03,3,a|b,\n", r"log.csv, line 5, column click: expected 0 or 1, got None"),
+        (
+            LINE_5,
+            "u0,1700000300,03,dear,a|b,1\n",
+            r"line 5, column price: expected finite numbers, got 'dear'",
+        ),
+        (LINE_5, "u0,1700000300,03,inf,a|b,1\n", r"log.csv, line 5, column price: expected finite numbers, got 'inf'"),
+        (
+            LINE_5,
+            "u0,noon,03,3,a|b,1\n",
+            f"line 5, {AT}, got 'noon'",
+        ),
         (LINE_5, "u0,1795000000000,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds"),
         (LINE_5, "u0,nan,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds"),
         (LINE_5, "u0,,03,3,a|b,1\n", r"line 5, column at: expected Unix seconds .* got None"),
@@ -216,7 +240,7 @@ def test_what_is_wrong_in_a_csv_file_is_told_by_line_and_column(load, old, new, 
         ({"laber": "x"}, r"log.yaml, at laber: Extra inputs are not permitted, got 'x'"),
         ({"split": {"by": "moon"}}, r"log.yaml, at split: .*'moon'"),
         ({"split": {"by": "time", "valid": 0.5, "test": 0.5}}, r"valid and test leave no rows to train on"),
-        ({"split": {"by": "time", "valid": 2}}, r"log.yaml, at split.time.valid: .*less than 1, got 2"),
+        ({"split": {"by": "time", "valid": 2}}, r"log.yaml, at split.time.valid: .*less than 1, got '2'"),
         ({"label": "price"}, r"field price: the label is what a model is to predict"),
         ({"delimiter": "\u00a7"}, r"log.yaml, at delimiter: .* got '\u00a7'"),
         ({"timestamp": None}, r"a history needs the columns of user, item and timestamp"),
@@ -243,7 +267,7 @@ def test_files_that_are_not_what_they_are_called_are_refused(load, tmp_path):
 
     for source, described, message in (
         ("log.parquet", "log.yaml", r"log.parquet: expected a Parquet file"),
-        ("latin.csv", "log.yaml", r"latin.csv: expected a CSV file in UTF-8"),
+        ("latin.csv", "log.yaml", r"latin.csv, line 2: expected a CSV file in UTF-8"),
         ("nothing.csv", "log.yaml", r"nothing.csv: no such file"),
         ("log.csv", "bad.yaml", r"bad.yaml: expected YAML, .*line 1"),
         ("log.csv", "deep.yaml", r"deep.yaml: expected YAML, "),
@@ -257,9 +281,58 @@ def test_a_value_of_the_wrong_kind_in_a_parquet_file_is_told_by_row(load, tmp_pa
     load()
     day = datetime(2026, 1, 5, tzinfo=UTC)
     table = pl.DataFrame(
-        {"who": ["a", "b"], "at": [0, 1], "ad": [day, day], "price": [1, 2], "tags": [[], []], "click": [0, 1]}
+        {
+            "who": ["a", "b"],
+            "at": [START, START + 1],
+            "ad": [day, day],
+            "price": [1, 2],
+            "tags": [[], []],
+            "click": [0, 1],
+        }
     )
     table.write_parquet(tmp_path / "log.parquet")
 
     with pytest.raises(UserError, match=r"log.parquet, row 1, column ad: expected strings or numbers, got datetime"):
         tabular.load(tmp_path / "log.parquet", tmp_path / "log.yaml")
+
+
+def example(path):
+    """The YAML of the module's docstring, and a CSV file with the columns that it names."""
+    block = tabular.__doc__.partition("\n\n")[2].partition("\n\n")[0]
+    (path / "example.yaml").write_text(textwrap.dedent(block))
+    rng = np.random.default_rng(1)
+    num = 400
+    columns = {
+        "clicked": rng.integers(2, size=num),
+        "user_id": rng.integers(20, size=num),
+        "ad_id": rng.integers(9, size=num),
+        "price, EUR": rng.random(num).round(2),
+        "at": [str(datetime(2026, 11, 1, 8) + timedelta(minutes=n)) for n in range(num)],  # noqa: DTZ001 - local
+    }
+    pl.DataFrame(columns).write_csv(path / "clicks.csv")
+
+
+def test_the_documented_example_is_prepared_and_the_command_that_follows_trains(tmp_path, monkeypatch, capsys):
+    example(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["prepare", "--schema", "example.yaml", "--source", "clicks.csv", "--out", "data"]) == 0
+    command = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert command.startswith("next: python -m training train mian --data data --out RUN")
+    words = shlex.split(command.removeprefix("next: python -m training "))
+    assert main([*words, "--set", "max_epochs=1"]) == 0
+
+
+def test_a_log_without_context_is_told_to_train_a_model_without_it(tmp_path, monkeypatch, capsys):
+    example(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "example.yaml").read_text()
+    (tmp_path / "example.yaml").write_text("".join(line for line in text.splitlines(True) if "hour" not in line))
+
+    assert main(["prepare", "--schema", "example.yaml", "--source", "clicks.csv", "--out", "data"]) == 0
+    told = capsys.readouterr()
+
+    assert told.out.rstrip().endswith("train mian --data data --out RUN --set model.icim=false")
+    assert "mian goes without model.icim=false: the data have no fields for it" in told.err
+    words = shlex.split(told.out.rstrip().splitlines()[-1].removeprefix("next: python -m training "))
+    assert main([*words, "max_epochs=1"]) == 0

@@ -118,3 +118,20 @@ def test_reliability_bins_are_equally_full_where_predictions_differ():
 
     assert len(found.count) == 20
     assert np.all(np.abs(found.count - 50) <= 1)
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6), st.integers(0, 3), st.integers(1, 4)), min_size=1))
+def test_a_row_of_weight_n_counts_as_n_rows_in_every_figure(rows):
+    label, score, group = columns([row[:3] for row in rows])
+    times = np.array([row[3] for row in rows])
+    many = [np.repeat(column, times) for column in (label, score, group)]
+    weight = times.astype(np.float64)
+
+    for figure in (metrics.auc, metrics.logloss, metrics.normalised_entropy, metrics.calibration_ratio):
+        assert figure(label, score, weight) == pytest.approx(figure(*many[:2]), rel=1e-9, nan_ok=True)
+    assert metrics.gauc(label, score, group, weight).value == pytest.approx(
+        metrics.gauc(*many).value, rel=1e-9, nan_ok=True
+    )
+    assert metrics.reliability(label, score, weight=weight).error == pytest.approx(
+        metrics.reliability(*many[:2]).error, rel=1e-9, abs=1e-12
+    )

@@ -69,3 +69,38 @@ def test_equal_logits_become_the_click_rate():
 
 def test_clicks_alone_say_nothing_about_probabilities():
     assert calibrate.fit(np.array([0.1, 0.2]), np.array([1, 1])) == Calibration()
+
+
+@given(rows=st.lists(st.tuples(logits, st.integers(0, 1), st.integers(1, 4)), min_size=2, max_size=30))
+def test_a_row_of_weight_n_calibrates_as_n_rows(rows):
+    x, label, times = (np.array(column) for column in zip(*rows, strict=True))
+
+    weighted = calibrate.fit(x, label.astype(np.float32), times.astype(np.float32))
+    repeated = calibrate.fit(np.repeat(x, times), np.repeat(label, times).astype(np.float32))
+
+    assert weighted(x) == pytest.approx(repeated(x), abs=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
+def test_on_thinned_negatives_the_calibrated_probability_is_that_of_the_whole_traffic(rate):
+    rng = np.random.default_rng(7)
+    x = rng.normal(-4.0, 1.5, size=400_000)
+    truth = Calibration()(x)
+    label = (rng.random(len(x)) < truth).astype(np.float32)
+    kept = (label > 0.5) | (rng.random(len(x)) < rate)
+
+    # The model of a thinned log has learnt the thinned odds, and is a little off, as models are.
+    thinned_logits = 0.8 * (x[kept] - np.log(rate)) + 0.3
+    fitted = calibrate.fit(thinned_logits, label[kept], negative_rate=rate)
+    predicted = fitted(0.8 * (x - np.log(rate)) + 0.3)
+
+    # Within what chance allows the click count of the whole traffic: both the labels' and the sample's.
+    clicks = label.sum()
+    spread = np.sqrt(np.sum(truth * (1 - truth)) * (1 + 1 / rate * truth.mean()))
+    assert abs(predicted.sum() - clicks) < 3 * spread
+    for part in np.array_split(np.argsort(x), 5):
+        spread = np.sqrt(np.sum(truth[part] * (1 - truth[part])))
+        assert abs(predicted[part].sum() - label[part].sum()) < 4 * spread
+    represented = np.where(label[kept] > 0.5, 1.0, 1 / rate)
+    ratio = metrics.calibration_ratio(label[kept], fitted(thinned_logits), represented)
+    assert ratio == pytest.approx(1, abs=4 / float(clicks) ** 0.5)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,3 +178,22 @@ def test_a_validation_part_without_clicks_is_refused_at_once(data, tmp_path):
 
     with pytest.raises(UserError, match="need both clicks and non-clicks"):
         loop.fit(zoo.build("lr", {}, data.schema), data.rows("train"), nothing, run(), folder=tmp_path, report=print)
+
+
+def test_a_row_of_weight_n_trains_as_n_rows(data):
+    rows = data.rows("train")
+    times = 1 + np.arange(len(rows)) % 3
+    weighted = replace(rows, weight=times.astype(np.float32)).take(np.arange(len(rows)))
+    repeated = rows.take(np.repeat(np.arange(len(rows)), times))
+
+    settings = run(model="lr", model_config={}, clip_norm=1e6)
+    losses, gradients = [], []
+    for batch in (weighted, repeated):
+        torch.manual_seed(1)
+        model = zoo.build("lr", {}, data.schema)
+        optimizer = optimizers.build(model, settings, batch_size=len(rows))
+        losses.append(loop._step(model, optimizer, batch, settings, State()).item())
+        gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(*gradients, atol=1e-6)
