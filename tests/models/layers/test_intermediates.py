@@ -9,8 +9,9 @@ from torch import Tensor
 
 from models import zoo
 from models.artifact.explanation import BEHAVIOUR, CANDIDATE, Axis, Explanation, worded
-from models.layers import intermediates
+from models.layers import base, intermediates
 from models.layers.base import CTRModel, explain
+from models.layers.embeddings import FieldEmbeddings
 from models.layers.intermediates import record
 from tests.models.small import lively, one_request, rows_of, tensors, with_history
 from training.export import example
@@ -194,8 +195,8 @@ def test_the_effective_weights_are_those_that_map_the_input(mode: str, options: 
     with torch.no_grad():
         inputs = tensors(arrays)
         fields = model.get_submodule("fields")
-        groups = [torch.stack(fields.group(g, inputs), dim=1) for g in ("user", "context", "item")]  # type: ignore[operator]
-        x_CFD = torch.cat([g.expand(3, -1, -1) for g in groups], dim=1)
+        assert isinstance(fields, FieldEmbeddings)
+        x_CFD = torch.cat([fields.request(inputs).expand(3, -1, -1), fields.item(inputs)], dim=1)
 
     weight = shown["effective_weight"][:, 0] if mode != "pin" else shown["effective_weight"]
     last_CFD = x_CFD * (1 + weight @ x_CFD)
@@ -216,7 +217,7 @@ def test_causal_attention_is_lower_triangular_and_request_first_blocks_one_corne
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_nothing_is_recorded_unless_asked_and_nothing_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(intermediates, "_recording", lambda: called.append(1))
+    monkeypatch.setattr(base, "recording", lambda: called.append(1))
     model = lively(name, SCHEMA, **next((FORMS[f] for f in FORMS if f.split(" ")[0] == name), {}))
 
     record("anything", lambda: pytest.fail("nobody records"))

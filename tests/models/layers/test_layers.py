@@ -28,11 +28,11 @@ def fields() -> FieldEmbeddings:
 def test_a_categorical_value_is_its_row_and_a_number_scales_its_direction(fields):
     inputs = tensors(example(SCHEMA, 4, 2))
 
-    user, age, _ = fields.group("user", inputs)
+    user_id, age, *_ = fields.request(inputs).unbind(dim=1)
 
     table, direction = fields.get_parameter("tables.user_user_id.weight"), fields.get_parameter("directions.user_age")
     for u in range(4):
-        assert torch.equal(user[u], table[inputs["user.user_id"][u]])
+        assert torch.equal(user_id[u], table[inputs["user.user_id"][u]])
         assert torch.equal(age[u], inputs["user.age"][u] * direction)
 
 
@@ -40,7 +40,7 @@ def test_a_multi_valued_field_is_the_mean_of_the_values_there_are(fields):
     inputs = tensors(example(SCHEMA, 1, 3))
     inputs["item.genres"] = torch.tensor([[2, 4, PAD], [OOV, PAD, PAD], [PAD, PAD, PAD]])
 
-    genres = fields.group("item", inputs)[1]
+    genres = fields.item(inputs)[:, 1]
 
     table = fields.get_parameter("tables.item_genres.weight")
     assert torch.allclose(genres[0], (table[2] + table[4]) / 2)
@@ -53,17 +53,16 @@ def test_a_sequence_shares_the_table_of_the_field_it_is_of(fields):
     inputs["hist.movie"], inputs["hist.genres"] = inputs["item.movie"][None], inputs["item.genres"][None]
     inputs["hist_mask"] = torch.ones(1, 4, dtype=torch.bool)
 
-    movies, genres = fields.history(inputs)
+    clicks_TSD = fields.history(inputs)[0]
 
-    assert torch.equal(movies[0], fields.group("item", inputs)[0])
-    assert torch.equal(genres[0], fields.group("item", inputs)[1])
+    assert torch.equal(clicks_TSD, fields.item(inputs)[:, :2])
 
 
 def test_pad_is_zero_and_stays_so_and_oov_learns(fields):
     inputs = tensors(example(SCHEMA, 1, 2))
     inputs["item.movie"] = torch.tensor([PAD, OOV])
 
-    movie = fields.group("item", inputs)[0]
+    movie = fields.item(inputs)[:, 0]
     (movie - 1.0).square().sum().backward()
 
     assert not movie[PAD].any()
@@ -78,7 +77,7 @@ def test_an_id_outside_the_table_reads_its_nearest_row(fields, beyond, taken):
     inputs = tensors(example(SCHEMA, 1, 2))
     inputs["item.movie"][:] = beyond
 
-    movie = fields.group("item", inputs)[0]
+    movie = fields.item(inputs)[:, 0]
 
     assert torch.equal(movie[0], fields.get_parameter("tables.item_movie.weight")[taken])
 
@@ -88,8 +87,8 @@ def test_what_stands_in_the_padding_of_a_history_is_not_read(fields):
     inputs["hist_mask"] = torch.tensor([[False, False, True, True], [False, False, False, False]])
     inputs["hist.movie"][:] = 3
 
-    movies = fields.history(inputs)[0]
-    pooled = fields.pooled_history(inputs)[0]
+    movies = fields.history(inputs)[:, :, 0]
+    pooled = fields.pooled_history(inputs)[:, 0]
 
     row = fields.get_parameter("tables.item_movie.weight")[3]
     assert not movies[~inputs["hist_mask"]].any()
