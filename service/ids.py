@@ -5,6 +5,7 @@ from typing import Annotated, TypeGuard
 from msgspec import Meta
 
 MAX_ID_LENGTH = 256
+MAX_AHEAD_S = 300.0  # how far the clock of whoever reports a click may run before ours
 YEAR_10000 = 253_402_300_800  # beyond it there are no dates; a time in milliseconds lands there too
 
 # No floats: 42.0 may be an id that some library turned into a double, and above 2**53 that is no longer the same id.

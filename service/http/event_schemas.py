@@ -8,12 +8,11 @@ import msgspec
 
 from service.errors import FieldError, InvalidValue, sentence
 from service.http.decoding import Decoder, first_error
-from service.ids import Id, Time, is_id, spelled
+from service.ids import MAX_AHEAD_S, Id, Time, is_id, spelled
 from service.ingest.events import Event
 from service.store.codec import pack_row
 
 MAX_EVENTS = 1000  # of one call
-MAX_AHEAD_S = 300.0  # how far a client's clock may run before ours
 
 Value = str | int | float | bool | list[str | int | float | bool | None] | None
 

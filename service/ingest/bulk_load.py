@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from models.features.values import Row, canonical
-from service.ids import MAX_ID_LENGTH, YEAR_10000
-from service.ingest.events import MAX_AHEAD_S
+from service.ids import MAX_AHEAD_S, MAX_ID_LENGTH, YEAR_10000
 from service.store.codec import Click, pack_row
 from service.store.feature_store import FeatureStore
 
