@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import Golden
+from models.artifact.manifest import ITEM, MODEL, Graph
 from models.features.arrays import concat
 from models.features.encoder import Encoder
-from models.features.field import FieldSpec
+from models.features.field import FieldSpec, Input
 from models.features.history import Event
+from models.features.packing import PackedLayout
 from models.features.request import Request
 from models.features.schema import SchemaSpec
 
@@ -25,6 +28,14 @@ SCHEMA = SchemaSpec(
         FieldSpec(name="ad", kind="sequence", group="behaviour", of="ad"),
     ),
 ).fit({"age": [10, 20], "ad": ["a", "b"]})
+LAYOUT = PackedLayout(SCHEMA)
+ITEMS = Input(name="items", dtype="float32", dims=("C", 4))
+LOGIT = Input(name="logit", dtype="float32", dims=("C",))
+REQUEST = tuple(replace(i, dims=(1, *i.dims[1:])) for i in LAYOUT.inputs(["request_ids", "request_weights"]))
+GRAPHS = {
+    MODEL: Graph(inputs=(*REQUEST, ITEMS), outputs=(LOGIT,)),
+    ITEM: Graph(inputs=LAYOUT.inputs(["item_ids"]), outputs=(ITEMS,)),
+}
 
 
 def written(root: Path) -> Path:
@@ -49,8 +60,9 @@ def written(root: Path) -> Path:
         metrics={"auc": 0.7},
         golden=Golden(requests=requests, arrays=arrays, logits=np.array([0.1, 0.2, 0.3, 0.4])),
         inputs=["user.age", "item.ad", "user_index"],
+        graphs=GRAPHS,
         data_hash="d",
-        files={"model.onnx": b"graph"},
+        files={MODEL: b"graph", ITEM: b"item half"},
     )
 
 
@@ -62,6 +74,8 @@ def test_what_was_written_reads_back(tmp_path):
     assert read.schema == SCHEMA
     assert read.calibration.slope == 2.0
     assert [i.name for i in read.manifest.inputs] == ["user.age", "item.ad", "user_index"]
+    assert read.manifest.graphs == GRAPHS
+    assert read.manifest.item_width == 4
     assert read.golden.arrays["hist_mask"].dtype == np.bool_
     assert read.golden.arrays["item.ad"].tolist() == [2, 1, 2, 1]
     assert artifact.resolve(tmp_path, "toy") == path
@@ -83,7 +97,7 @@ def test_a_rollback_is_one_pointer(tmp_path):
     assert artifact.resolve(tmp_path, "toy") == first
 
 
-@pytest.mark.parametrize("name", ["schema.json", "calibration.json", "golden.json", "model.onnx"])
+@pytest.mark.parametrize("name", ["schema.json", "calibration.json", "golden.json", "model.onnx", "item.onnx"])
 def test_one_changed_byte_in_any_file_is_refused(tmp_path, name):
     file = written(tmp_path) / name
     content = bytearray(file.read_bytes())
@@ -164,8 +178,17 @@ def test_golden_rows_of_another_shape_are_one_clear_error(tmp_path, change, mess
     [
         (lambda m: m["inputs"][0].update(dtype="int64"), "the schema makes no input .*user.age"),
         (lambda m: m["inputs"].append({"name": "x", "dtype": "int64", "dims": ["U"]}), "the schema makes no input"),
-        (lambda m: m.update(outputs=["prob", "logit"]), "at outputs.0"),
+        (lambda m: m.update(outputs=["prob", "logit"]), "at outputs: Extra inputs"),
         (lambda m: m["files"].pop("golden.json"), "does not list golden.json"),
+        (lambda m: m["files"].pop("item.onnx"), "does not list item.onnx"),
+        (lambda m: m["graphs"].update({"model.ts": m["graphs"]["model.onnx"]}), "does not list model.ts"),
+        (lambda m: m["graphs"].pop("item.onnx"), "at graphs: does not describe item.onnx"),
+        (lambda m: m["graphs"]["item.onnx"]["outputs"][0].update(dims=["C", "W"]), "expected one output, items"),
+        (lambda m: m["graphs"]["item.onnx"]["outputs"][0].update(dims=[]), "expected one output, items"),
+        (lambda m: m["graphs"]["item.onnx"]["outputs"].clear(), "expected one output, items"),
+        (lambda m: m["graphs"]["item.onnx"]["inputs"][0].update(dims=["C", 2]), "graphs.item.onnx: takes .*item_ids"),
+        (lambda m: m["graphs"]["model.onnx"]["inputs"][-1].update(dims=["C", 5]), "graphs.model.onnx: takes .*items"),
+        (lambda m: m["graphs"]["model.onnx"]["inputs"][0].update(dims=["U", 1]), "graphs.model.onnx: takes .*request"),
         (lambda m: m["files"].update({"..": "0"}), "named in the manifest but unreadable"),
         (lambda m: m["files"].update({"a\0b": "0"}), "named in the manifest but unreadable"),
     ],

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from models.artifact.manifest import EXPLAINING, MODEL, TORCHSCRIPT
 from models.baselines import linear
-from models.layers.base import explain as is_recording
+from models.features.packing import PackedLayout
+from models.layers import base
 from models.papers import stec
 from tests.models.small import encoded, lively, with_history
 from tests.training.tiny import LENGTH
@@ -37,21 +39,22 @@ def trained(data, tmp_path_factory):
 def graph():
     """A STEC whose every contribution is shown, and its explaining graph."""
     model = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
-    return model, export.to_explaining_onnx(model, SCHEMA)
+    return model, export.to_graphs(model, SCHEMA)[EXPLAINING]
 
 
 def test_the_explaining_graph_shows_what_the_model_shows(graph):
     model, content = graph
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     arrays = export.example(SCHEMA, 1, 7)
+    packed = PackedLayout(SCHEMA).pack(arrays)
     names = ["logit", *(e.name for e in model.explanations())]
 
-    found = dict(zip(names, session.run(names, {i.name: arrays[i.name] for i in session.get_inputs()}), strict=True))
+    found = dict(zip(names, session.run(names, {i.name: packed[i.name] for i in session.get_inputs()}), strict=True))
 
     with torch.no_grad():
-        logit, shown = is_recording(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
-    for name, wanted in {"logit": logit, **shown}.items():
-        np.testing.assert_allclose(found[name], wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
+        logit, shown = base.explain(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    for name, expected in {"logit": logit, **shown}.items():
+        np.testing.assert_allclose(found[name], expected.detach().numpy(), rtol=1e-4, atol=1e-5)
     together = found["pair_contrib"].sum(axis=(1, 2)) + found["bias"]
     np.testing.assert_allclose(together, found["logit"], rtol=1e-4, atol=1e-4)
 
@@ -66,19 +69,23 @@ def test_an_explaining_graph_of_another_model_is_refused(graph):
         export.check(other, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
 
 
-def test_the_graphs_that_serve_are_bit_for_bit_what_they_are_without_taps(monkeypatch):
+def test_the_graphs_that_serve_are_bit_for_bit_what_they_are_where_nothing_is_recorded(monkeypatch):
     regression, attention = lively("lr", SCHEMA).float(), lively("stec", SCHEMA, emb_dim=4).float()
+    onnx_graph, traced_graph = (
+        export.signatures(model, SCHEMA)[file] for model, file in ((regression, MODEL), (attention, TORCHSCRIPT))
+    )
 
     def graphs() -> tuple[bytes, str]:
+        traced = export._to_torchscript(export._ScoringGraph(attention, traced_graph), traced_graph, SCHEMA)
+        proto = export._to_onnx(export._ScoringGraph(regression, onnx_graph), onnx_graph, SCHEMA)
         with export._known_warnings():
-            traced = torch.jit.load(io.BytesIO(export.to_torchscript(attention, SCHEMA)))
-        return export.to_onnx(regression, SCHEMA), traced.code
+            return proto.SerializeToString(), torch.jit.load(io.BytesIO(traced)).code
 
-    with_taps = graphs()
+    as_they_are = graphs()
     for module in (linear, stec):
-        monkeypatch.setattr(module, "tap", lambda *_: None)
+        monkeypatch.setattr(module, "record", lambda *_: None)
 
-    assert graphs() == with_taps
+    assert graphs() == as_they_are
 
 
 def explained(trained, out, *words: str) -> Any:
@@ -117,7 +124,7 @@ def test_the_mean_is_that_of_the_rows_one_by_one(data, trained, undrawn, tmp_pat
     rows, run = Prepared.open(data).rows("test"), run_folder.read(trained)
     with torch.no_grad():
         batch = rows.take(np.arange(len(rows)))
-        _, shown = is_recording(run.model, batch.inputs)
+        _, shown = base.explain(run.model, batch.inputs)
     alpha, mask = shown["alpha_behaviour"].numpy(), batch.inputs["hist_mask"].numpy()[batch.inputs["user_index"]]
     by_hand = [np.mean(alpha[mask[:, t], t]) for t in range(LENGTH)]
     assert told["rows"] == len(rows)
