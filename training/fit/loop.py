@@ -123,7 +123,8 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
     """One update; returns the log loss of the batch before it, without what the model is fined for or learns beside."""
     optimizer.zero_grad(set_to_none=True)
     of_users = model.encode_user(batch.inputs)
-    click_loss = F.binary_cross_entropy_with_logits(model.score(of_users, batch.inputs), batch.label_B)
+    logits_B = model.score(of_users, model.encode_items(batch.inputs), batch.inputs["user_index"])
+    click_loss = F.binary_cross_entropy_with_logits(logits_B, batch.label_B)
     loss = click_loss + model.auxiliary_loss(of_users, batch.inputs) + model.penalty()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
