@@ -9,10 +9,12 @@ from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import Golden
+from models.artifact.manifest import ITEM, MODEL, Graph
 from models.features.arrays import concat
 from models.features.encoder import Encoder
-from models.features.field import FieldSpec
+from models.features.field import FieldSpec, Input
 from models.features.history import Event
+from models.features.packing import PackedLayout
 from models.features.request import Request
 from models.features.schema import SchemaSpec
 
@@ -25,6 +27,20 @@ SCHEMA = SchemaSpec(
         FieldSpec(name="ad", kind="sequence", group="behaviour", of="ad"),
     ),
 ).fit({"age": [10, 20], "ad": ["a", "b"]})
+
+ITEMS = Input(name="items", dtype="float32", dims=("C", 3))
+LOGIT = Input(name="logit", dtype="float32", dims=("C",))
+GRAPHS = {
+    MODEL: Graph(
+        inputs=(
+            Input(name="request_ids", dtype="int64", dims=(1, 1)),
+            Input(name="history_mask", dtype="bool", dims=(1, 2)),
+            ITEMS,
+        ),
+        outputs=(LOGIT,),
+    ),
+    ITEM: Graph(inputs=PackedLayout(SCHEMA).inputs(["item_ids"]), outputs=(ITEMS,)),
+}
 
 
 def written(root: Path) -> Path:
@@ -49,8 +65,9 @@ def written(root: Path) -> Path:
         metrics={"auc": 0.7},
         golden=Golden(requests=requests, arrays=arrays, logits=np.array([0.1, 0.2, 0.3, 0.4])),
         inputs=["user.age", "item.ad", "user_index"],
+        graphs=GRAPHS,
         data_hash="d",
-        files={"model.onnx": b"graph"},
+        files={MODEL: b"graph", ITEM: b"item graph"},
     )
 
 
@@ -62,6 +79,8 @@ def test_what_was_written_reads_back(tmp_path):
     assert read.schema == SCHEMA
     assert read.calibration.slope == 2.0
     assert [i.name for i in read.manifest.inputs] == ["user.age", "item.ad", "user_index"]
+    assert read.manifest.graphs == GRAPHS
+    assert read.manifest.item_width == 3
     assert read.golden.arrays["hist_mask"].dtype == np.bool_
     assert read.golden.arrays["item.ad"].tolist() == [2, 1, 2, 1]
     assert artifact.resolve(tmp_path, "toy") == path
@@ -164,7 +183,21 @@ def test_golden_rows_of_another_shape_are_one_clear_error(tmp_path, change, mess
     [
         (lambda m: m["inputs"][0].update(dtype="int64"), "the schema makes no input .*user.age"),
         (lambda m: m["inputs"].append({"name": "x", "dtype": "int64", "dims": ["U"]}), "the schema makes no input"),
-        (lambda m: m.update(outputs=["prob", "logit"]), "at outputs.0"),
+        (lambda m: m["graphs"].pop(MODEL), "at graphs: does not describe model.onnx"),
+        (
+            lambda m: m["graphs"][MODEL]["inputs"][0].update(dims=[1, 2]),
+            r"at graphs\.model\.onnx: takes .* the schema makes",
+        ),
+        (
+            lambda m: m["graphs"][MODEL]["inputs"][1].update(dims=["U", 2]),
+            r"at graphs\.model\.onnx: takes .* the schema makes",
+        ),
+        (
+            lambda m: m["graphs"][ITEM]["outputs"][0].update(dims=["C", 4]),
+            r"at graphs\.model\.onnx: takes .* the schema makes",
+        ),
+        (lambda m: m["graphs"][ITEM].update(outputs=[]), "at graphs.item.onnx: expected one output"),
+        (lambda m: m["graphs"].update({"other.onnx": m["graphs"][ITEM]}), "does not list other.onnx"),
         (lambda m: m["files"].pop("golden.json"), "does not list golden.json"),
         (lambda m: m["files"].update({"..": "0"}), "named in the manifest but unreadable"),
         (lambda m: m["files"].update({"a\0b": "0"}), "named in the manifest but unreadable"),

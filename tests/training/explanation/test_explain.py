@@ -1,6 +1,5 @@
 """Explanations of a trained run: as a graph of their own, as a file, and as pictures."""
 
-import io
 import json
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.baselines import linear
-from models.layers.base import explain as is_recording
-from models.papers import stec
+from models.artifact.manifest import EXPLAINING, MODEL
+from models.features.packing import PackedLayout
+from models.layers.base import explain as explain_model
 from tests.models.small import encoded, lively, with_history
 from tests.training.tiny import LENGTH
 from training import export
@@ -34,51 +33,49 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def graph():
-    """A STEC whose every contribution is shown, and its explaining graph."""
+def graphs():
+    """A STEC whose every contribution is shown, and its graphs."""
     model = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
-    return model, export.to_explaining_onnx(model, SCHEMA)
+    return model, export.to_graphs(model, SCHEMA)
 
 
-def test_the_explaining_graph_shows_what_the_model_shows(graph):
-    model, content = graph
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+def test_the_explaining_graph_shows_what_the_model_shows(graphs):
+    model, contents = graphs
+    session = onnxruntime.InferenceSession(contents[EXPLAINING], providers=["CPUExecutionProvider"])
     arrays = export.example(SCHEMA, 1, 7)
+    packed = PackedLayout(SCHEMA).pack(arrays)
     names = ["logit", *(e.name for e in model.explanations())]
 
-    found = dict(zip(names, session.run(names, {i.name: arrays[i.name] for i in session.get_inputs()}), strict=True))
+    found = dict(zip(names, session.run(names, {i.name: packed[i.name] for i in session.get_inputs()}), strict=True))
 
     with torch.no_grad():
-        logit, shown = is_recording(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        logit, shown = explain_model(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
     for name, wanted in {"logit": logit, **shown}.items():
         np.testing.assert_allclose(found[name], wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
     together = found["pair_contrib"].sum(axis=(1, 2)) + found["bias"]
     np.testing.assert_allclose(together, found["logit"], rtol=1e-4, atol=1e-4)
 
 
-def test_an_explaining_graph_of_another_model_is_refused(graph):
-    model, content = graph
+def test_an_explaining_graph_of_another_model_is_refused(graphs):
+    model, contents = graphs
+    explaining = {EXPLAINING: contents[EXPLAINING]}
     other = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
     other.get_parameter("blocks.0.bilinear.right.0.weight").data += 0.5
 
-    export.check(model, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
+    export.check(model, SCHEMA, explaining, golden=encoded(SCHEMA))
     with pytest.raises(ExportError, match=r"explain\.onnx: \w+ is up to .* off the model's at the golden requests"):
-        export.check(other, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
+        export.check(other, SCHEMA, explaining, golden=encoded(SCHEMA))
 
 
-def test_the_graphs_that_serve_are_bit_for_bit_what_they_are_without_taps(monkeypatch):
-    regression, attention = lively("lr", SCHEMA).float(), lively("stec", SCHEMA, emb_dim=4).float()
+def test_the_graph_that_serves_is_bit_for_bit_what_it_is_where_nothing_is_shown(monkeypatch):
+    model = lively("lr", SCHEMA).float()
 
-    def graphs() -> tuple[bytes, str]:
-        with export._known_warnings():
-            traced = torch.jit.load(io.BytesIO(export.to_torchscript(attention, SCHEMA)))
-        return export.to_onnx(regression, SCHEMA), traced.code
+    showing = export.to_graphs(model, SCHEMA)
+    monkeypatch.setattr(model, "explanations", lambda: ())
+    silent = export.to_graphs(model, SCHEMA)
 
-    with_taps = graphs()
-    for module in (linear, stec):
-        monkeypatch.setattr(module, "tap", lambda *_: None)
-
-    assert graphs() == with_taps
+    assert {*showing} - {*silent} == {EXPLAINING}
+    assert showing[MODEL] == silent[MODEL]
 
 
 def explained(trained, out, *words: str) -> Any:
@@ -117,7 +114,7 @@ def test_the_mean_is_that_of_the_rows_one_by_one(data, trained, undrawn, tmp_pat
     rows, run = Prepared.open(data).rows("test"), run_folder.read(trained)
     with torch.no_grad():
         batch = rows.take(np.arange(len(rows)))
-        _, shown = is_recording(run.model, batch.inputs)
+        _, shown = explain_model(run.model, batch.inputs)
     alpha, mask = shown["alpha_behaviour"].numpy(), batch.inputs["hist_mask"].numpy()[batch.inputs["user_index"]]
     by_hand = [np.mean(alpha[mask[:, t], t]) for t in range(LENGTH)]
     assert told["rows"] == len(rows)
