@@ -183,7 +183,8 @@ def test_a_validation_part_without_clicks_is_refused_at_once(data, tmp_path):
 def test_a_row_of_weight_n_trains_as_n_rows(data):
     rows = data.rows("train")
     times = 1 + np.arange(len(rows)) % 3
-    weighted = replace(rows, weight=times.astype(np.float32)).take(np.arange(len(rows)))
+    heavy = replace(rows, weight=times.astype(np.float32), mean_weight=float(times.mean()))
+    weighted = heavy.take(np.arange(len(rows)))
     repeated = rows.take(np.repeat(np.arange(len(rows)), times))
 
     settings = run(model="lr", model_config={}, clip_norm=1e6)
