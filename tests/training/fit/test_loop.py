@@ -197,4 +197,4 @@ def test_a_row_of_weight_n_trains_as_n_rows(data):
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert torch.allclose(*gradients, atol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
