@@ -1,4 +1,4 @@
-"""Any CSV or Parquet files, described by a YAML file (every key: docs/datasets.md):
+"""Any CSV or Parquet files, described by a YAML file (every key: docs/own_data.md):
 
     label: clicked                  # 0 or 1, or true and false
     user: user_id                   # optional; where a user field reads this column, that field is the user's id

@@ -363,7 +363,7 @@ def documented_keys(page):
 
 
 def test_every_key_of_the_yaml_is_documented_and_no_other():
-    page = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "own_data.md").read_text("utf-8")
     keys = documented_keys(page)
 
     assert keys == set(Description.model_fields) | set(FieldForm.model_fields)
