@@ -106,10 +106,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from training.fit import run_folder
+    from training.run_export import export_run
 
     trained = run_folder.read(options.run)
     say(f"exporting {trained.run.model} to ONNX and TorchScript")
-    print(f"wrote {run_folder.export(trained, options.out)}, read back and verified")
+    print(f"wrote {export_run(trained, options.out)}, read back and verified")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -246,7 +246,8 @@ def _check_graphs(file: Path, manifest: Manifest, schema: Schema) -> None:
         if name not in manifest.graphs:
             raise ArtifactError(f"{file}: at graphs: does not describe {name}")
     made = manifest.graphs[ITEM].outputs
-    if len(made) != 1 or made[0] != Input(name="items", dtype="float32", dims=("C", made[0].dims[-1])):
+    width = made[0].dims[-1] if made and made[0].dims else None
+    if not isinstance(width, int) or made != (Input(name="items", dtype="float32", dims=("C", width)),):
         raise ArtifactError(f"{file}: at graphs.{ITEM}: expected one output, items [C, W] of float32, got {made}")
     layout = PackedLayout(schema)
     for name, graph in manifest.graphs.items():

@@ -26,6 +26,7 @@ from training.data.prepare import prepare
 from training.datasets import simulated
 from training.fit import run_folder
 from training.fit.run_folder import Trained
+from training.run_export import export_run
 from training.simulator.simulate import simulate
 
 # Exports take most of the time, more with every field and with every click that DIEN steps through: DeepFM's 3 s and
@@ -136,7 +137,7 @@ def offline(model: Trained, request: Request) -> Any:
 @pytest.mark.parametrize("name", zoo.MODELS)
 async def test_a_trained_model_answers_over_http_as_it_does_offline(name: str, data: Prepared, tmp_path: Path):
     model = trained(name, data, tmp_path / "run")
-    run_folder.export(model, tmp_path / "artifacts")
+    export_run(model, tmp_path / "artifacts")
     answered: set[tuple[str, str, str]] = set()
     logits: list[float] = []
 

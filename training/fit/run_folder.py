@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,6 @@ from safetensors.torch import save as save_weights
 
 from models import zoo
 from models.artifact.calibration import Calibration
-from models.artifact.errors import ArtifactError
-from models.features.column_encoding import EncodingError
 from models.features.schema import Schema
 from models.layers.base import CTRModel
 from training import recipes
@@ -185,34 +183,6 @@ def score(trained: Trained, data: Prepared, part: str) -> NDArray[np.float32]:
     if data.schema.fingerprint != trained.schema.fingerprint:
         raise UserError(f"{data.path} is encoded by another schema than {trained.path} was trained with")
     return loop.predict(trained.model, data.rows(part), part)
-
-
-def export(trained: Trained, out: Path) -> Path:
-    """The run's artifact, with the golden requests of the data it was trained on; returns its folder."""
-    # onnxruntime and the exporters load for seconds, and only here.
-    try:
-        from training.export import ExportError
-        from training.export import export as write_artifact
-    except ModuleNotFoundError as err:
-        raise UserError(f"export needs {err.name}: install the extra serve or gpu beside train") from err
-
-    data = Prepared.open(trained.data)
-    if data.schema.fingerprint != trained.schema.fingerprint:
-        raise UserError(f"{data.path} is encoded by another schema than {trained.path} was trained with")
-    try:
-        return write_artifact(
-            trained.run.model,
-            asdict(zoo.configure(trained.run.model, trained.run.model_config)),
-            trained.model,
-            trained.schema,
-            calibration=trained.calibration,
-            metrics=trained.metrics,
-            golden_requests=data.golden_requests(),
-            data_hash=trained.data_hash,
-            out=out,
-        )
-    except (ExportError, ArtifactError, EncodingError, OSError) as err:
-        raise UserError(f"{trained.path} was not exported: {err}") from err
 
 
 def measure(data: Prepared, part: str, logits: NDArray[np.float32], calibration: Calibration) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Explanations of a trained run: as a graph of their own, as a file, and as pictures."""
 
+import io
 import json
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.artifact.manifest import EXPLAINING, MODEL
+from models.artifact.manifest import EXPLAINING, MODEL, TORCHSCRIPT
+from models.baselines import linear
 from models.features.packing import PackedLayout
-from models.layers.base import explain as explain_model
+from models.layers import base
+from models.papers import stec
 from tests.models.small import encoded, lively, with_history
 from tests.training.tiny import LENGTH
 from training import export
@@ -33,15 +36,15 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def graphs():
-    """A STEC whose every contribution is shown, and its graphs."""
+def graph():
+    """A STEC whose every contribution is shown, and its explaining graph."""
     model = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
-    return model, export.to_graphs(model, SCHEMA)
+    return model, export.to_graphs(model, SCHEMA)[EXPLAINING]
 
 
-def test_the_explaining_graph_shows_what_the_model_shows(graphs):
-    model, contents = graphs
-    session = onnxruntime.InferenceSession(contents[EXPLAINING], providers=["CPUExecutionProvider"])
+def test_the_explaining_graph_shows_what_the_model_shows(graph):
+    model, content = graph
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     arrays = export.example(SCHEMA, 1, 7)
     packed = PackedLayout(SCHEMA).pack(arrays)
     names = ["logit", *(e.name for e in model.explanations())]
@@ -49,33 +52,40 @@ def test_the_explaining_graph_shows_what_the_model_shows(graphs):
     found = dict(zip(names, session.run(names, {i.name: packed[i.name] for i in session.get_inputs()}), strict=True))
 
     with torch.no_grad():
-        logit, shown = explain_model(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
-    for name, wanted in {"logit": logit, **shown}.items():
-        np.testing.assert_allclose(found[name], wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
+        logit, shown = base.explain(model, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    for name, expected in {"logit": logit, **shown}.items():
+        np.testing.assert_allclose(found[name], expected.detach().numpy(), rtol=1e-4, atol=1e-5)
     together = found["pair_contrib"].sum(axis=(1, 2)) + found["bias"]
     np.testing.assert_allclose(together, found["logit"], rtol=1e-4, atol=1e-4)
 
 
-def test_an_explaining_graph_of_another_model_is_refused(graphs):
-    model, contents = graphs
-    explaining = {EXPLAINING: contents[EXPLAINING]}
+def test_an_explaining_graph_of_another_model_is_refused(graph):
+    model, content = graph
     other = lively("stec", SCHEMA, emb_dim=4, blocks=1).float()
     other.get_parameter("blocks.0.bilinear.right.0.weight").data += 0.5
 
-    export.check(model, SCHEMA, explaining, golden=encoded(SCHEMA))
+    export.check(model, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
     with pytest.raises(ExportError, match=r"explain\.onnx: \w+ is up to .* off the model's at the golden requests"):
-        export.check(other, SCHEMA, explaining, golden=encoded(SCHEMA))
+        export.check(other, SCHEMA, {EXPLAINING: content}, golden=encoded(SCHEMA))
 
 
-def test_the_graph_that_serves_is_bit_for_bit_what_it_is_where_nothing_is_shown(monkeypatch):
-    model = lively("lr", SCHEMA).float()
+def test_the_graphs_that_serve_are_bit_for_bit_what_they_are_where_nothing_is_recorded(monkeypatch):
+    regression, attention = lively("lr", SCHEMA).float(), lively("stec", SCHEMA, emb_dim=4).float()
+    onnx_graph, traced_graph = (
+        export.signatures(model, SCHEMA)[file] for model, file in ((regression, MODEL), (attention, TORCHSCRIPT))
+    )
 
-    showing = export.to_graphs(model, SCHEMA)
-    monkeypatch.setattr(model, "explanations", lambda: ())
-    silent = export.to_graphs(model, SCHEMA)
+    def graphs() -> tuple[bytes, str]:
+        traced = export._to_torchscript(export._ScoringGraph(attention, traced_graph), traced_graph, SCHEMA)
+        proto = export._to_onnx(export._ScoringGraph(regression, onnx_graph), onnx_graph, SCHEMA)
+        with export._known_warnings():
+            return proto.SerializeToString(), torch.jit.load(io.BytesIO(traced)).code
 
-    assert {*showing} - {*silent} == {EXPLAINING}
-    assert showing[MODEL] == silent[MODEL]
+    as_they_are = graphs()
+    for module in (linear, stec):
+        monkeypatch.setattr(module, "record", lambda *_: None)
+
+    assert graphs() == as_they_are
 
 
 def explained(trained, out, *words: str) -> Any:
@@ -114,7 +124,7 @@ def test_the_mean_is_that_of_the_rows_one_by_one(data, trained, undrawn, tmp_pat
     rows, run = Prepared.open(data).rows("test"), run_folder.read(trained)
     with torch.no_grad():
         batch = rows.take(np.arange(len(rows)))
-        _, shown = explain_model(run.model, batch.inputs)
+        _, shown = base.explain(run.model, batch.inputs)
     alpha, mask = shown["alpha_behaviour"].numpy(), batch.inputs["hist_mask"].numpy()[batch.inputs["user_index"]]
     by_hand = [np.mean(alpha[mask[:, t], t]) for t in range(LENGTH)]
     assert told["rows"] == len(rows)
