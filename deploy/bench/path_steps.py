@@ -2,8 +2,8 @@
 
     python deploy/bench/path_steps.py --work W [--baseline 24d456e]
 
-Counts Python calls into the project's files while the service of a checkout answers requests one after the other: a
-step is a call into another file than the one that was called into before. Of both checkouts, with MIAN and a warm cache.
+Counts calls into the project's files while the service of a checkout answers requests one after the other: a step
+is a call into another file than the one that was called into before. Of both checkouts, with MIAN and a warm cache.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from checkouts import ROOT, Export, checkout, export_workload
 from processes import service
 
 REQUESTS = 200
-HOOK = '''
+HOOK = """
 import atexit, json, os, signal, sys, threading
 TREE = {tree!r}
 counted = {{}}
@@ -47,7 +47,7 @@ def dump(*_):
 signal.signal(signal.SIGUSR1, dump)
 threading.setprofile(profile)
 sys.setprofile(profile)
-'''
+"""
 
 
 def steps(tree: Path, export: Export, world: workload.World, folder: Path) -> tuple[float, list[str]]:
