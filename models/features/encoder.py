@@ -24,7 +24,7 @@ class Encoder:
         self._lookups = {f.name: lookup_of(f.vocabulary or ()) for f in schema.fields if f.kind != "sequence"}
         self.layout = PackedLayout(schema)
         length = schema.history_length
-        self._masks = np.arange(length) >= length - np.arange(length + 1)[:, None]  # by the number of past clicks
+        self.masks = np.arange(length) >= length - np.arange(length + 1)[:, None]  # by the number of past clicks
         singles = [ScalarEncoder(f, self._lookups[f.name]) for f in (*schema.group("user"), *schema.group("context"))]
         self._single_ids = [s for s in singles if s.field.kind in ("categorical", "time")]
         self._other_singles = [s for s in singles if s.field.kind in ("numeric", "multi")]
@@ -128,7 +128,7 @@ class Encoder:
         first = length - len(times)
         age_UT = np.zeros((1, length), dtype=np.int64)
         age_UT[0, first:] = np.minimum(ts - times, LATEST_S)  # cut to whole seconds; none is negative
-        arrays: Arrays = {"hist_mask": self._masks[len(times)][None], "hist_age": age_UT}
+        arrays: Arrays = {"hist_mask": self.masks[len(times)][None], "hist_age": age_UT}
         for name, source in self._clocks:
             arrays[name] = clock_UT = np.full((1, length), PAD, dtype=np.int64)
             clock_UT[0, first:] = clock(source, times)

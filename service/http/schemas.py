@@ -143,30 +143,35 @@ def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Can
     if not 0 < len(ids) <= limit:
         raise InvalidValue([FieldError(pointer="/candidates", expected=f"1 to {limit} candidates", got=str(len(ids)))])
     if isinstance(sent, dict):
-        _check_columns(sent, len(ids))
-        return Candidates(ids=_all_spelled(ids), features=None, columns=sent)
+        return Candidates(ids=_checked_ids(sent, len(ids)), features=None, columns=sent)
     return Candidates(ids=_all_spelled(ids), features=list(map(_FEATURES, sent)), columns=None)
 
 
 def _all_spelled(ids: list[str | int]) -> list[str]:
-    if set(map(type, ids)) == {str}:  # nearly always, and a call for each costs what all else here does
+    if set(map(type, ids)) == _STRINGS:  # nearly always, and a call for each costs what all else here does
         return cast("list[str]", ids)
     return list(map(spelled, ids))
 
 
-def _check_columns(columns: dict[str, list[Any]], num_rows: int) -> None:
+_STRINGS = {str}
+
+
+def _checked_ids(columns: dict[str, list[Any]], num_rows: int) -> list[str]:
+    """The column of ids as everything behind the routes spells them. Raises InvalidValue for ragged or bad columns."""
     if "features" in columns:
         raise InvalidValue([_FEATURES_COLUMN])
     for name, column in columns.items():
         if len(column) != num_rows:
             at, values = pointer("candidates", name), f"{num_rows} values, as of id"
             raise InvalidValue([FieldError(pointer=at, expected=values, got=str(len(column)))])
-    if _are_good_strings(columns["id"]):
-        return
-    for row, value in enumerate(columns["id"]):
+    ids = columns["id"]
+    if _are_good_strings(ids):
+        return ids
+    for row, value in enumerate(ids):
         if not is_id(value):
             at = pointer("candidates", "id", row)
             raise InvalidValue([FieldError(pointer=at, expected=_AN_ID, got=shown(value))])
+    return _all_spelled(ids)
 
 
 _AN_ID = f"a string of 1 to {MAX_ID_LENGTH} characters or an integer"
@@ -179,7 +184,7 @@ _FEATURES_COLUMN = FieldError(
 
 def _are_good_strings(ids: list[Any]) -> bool:
     """Told without a step of Python for each; ids of other types are looked at one by one."""
-    if set(map(type, ids)) != {str}:
+    if set(map(type, ids)) != _STRINGS:
         return False
     lengths = set(map(len, ids))
     return min(lengths) > 0 and max(lengths) <= MAX_ID_LENGTH

@@ -20,11 +20,13 @@ log = logging.getLogger(__name__)
 class HistoryCache:
     """One model version's clicks by item and packed features: fixed when the click came, so none grows old."""
 
-    def __init__(self, encoder: Encoder, *, capacity: int) -> None:
+    def __init__(self, encoder: Encoder, *, capacity: int, reads_age: bool) -> None:
         schema = encoder.schema
         self._encoder = encoder
         self._group = group = encoder.layout.history
         self._item_fields = feature_merge.history_item_fields(schema)
+        # What depends on when the clicks were is made for each request, and only if the model reads it.
+        self._reads_age = reads_age
         self._clock_columns = [(f.name, f.start, f.offset) for f in group.fields if f.field.kind == "time"]
         columns: dict[str, tuple[type, int]] = {"history_ids": (np.int64, group.num_columns)}
         empty: Arrays = {"history_ids": group.pad_rows}
@@ -62,10 +64,12 @@ class HistoryCache:
                 until=[np.inf] * len(missing),
                 warnings=made_warnings,
             )
-        times = self._encoder.encode_times(np.array(history.ts, dtype=np.float64), ts)
-        for name, column, offset in self._clock_columns:
-            arrays["history_ids"][0, :, column] = times[name][0] + offset
-        arrays["history_mask"], arrays["history_age"] = times["hist_mask"], times["hist_age"]
+        if self._reads_age or self._clock_columns:
+            times = self._encoder.encode_times(np.array(history.ts, dtype=np.float64), ts)
+            for name, column, offset in self._clock_columns:
+                arrays["history_ids"][0, :, column] = times[name][0] + offset
+            arrays["history_age"] = times["hist_age"]
+        arrays["history_mask"] = self._encoder.masks[num_clicks][None]
         unknown: dict[str, int] = {}
         for name in (name for warning in warnings for name in warning.unknown):
             unknown[name] = unknown.get(name, 0) + 1

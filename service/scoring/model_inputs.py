@@ -59,8 +59,11 @@ class ModelInputBuilder:
         self._candidates = CandidateCache(
             encoder, item_graph, item_width=manifest.item_width, capacity=item_rows, fresh_s=fresh_s
         )
-        reads_history = any(i.name.startswith("history_") for i in manifest.graphs[MODEL].inputs)
-        self._histories = HistoryCache(encoder, capacity=item_rows) if reads_history else None
+        names = {i.name for i in manifest.graphs[MODEL].inputs}
+        reads_history = any(name.startswith("history_") for name in names)
+        self._histories = None
+        if reads_history:
+            self._histories = HistoryCache(encoder, capacity=item_rows, reads_age="history_age" in names)
         self._history_length = schema.history_length if reads_history else 0
         self._user_names = frozenset(f.name for f in schema.group("user"))
         self._context_names = frozenset(f.name for f in schema.group("context"))

@@ -79,9 +79,12 @@ class PendingScore:
         "busy_s",
         "cause",
         "deadline",
+        "encode_s",
         "expected_s",
         "experiment",
+        "fetch_s",
         "fetched",
+        "infer_s",
         "input",
         "is_done",
         "is_shadow",
@@ -118,7 +121,8 @@ class PendingScore:
         self.cause = cause  # why the arm's own version does not answer, where its previous one is to
         self.expected_s = 0.0
         self.asked_at = 0.0
-        self.busy_s = 0.0
+        self.busy_s = 0.0  # of the event loop and the model
+        self.fetch_s = self.encode_s = self.infer_s = 0.0
         self.is_done = False
         self.lookup: InputLookup | None = None
         self.fetched: Fetched | None = None
@@ -310,14 +314,12 @@ class Scorer:
         """The store has answered: the request is scored with those whose answers came together."""
         if pending.is_done:
             return
-        waited_s = time.perf_counter() - pending.asked_at
-        self._fetch_seconds.observe(waited_s)
+        pending.fetch_s = time.perf_counter() - pending.asked_at
         if isinstance(fetched, StoreUnavailable):
             self._fetch_errors.inc()
+            self._fetch_seconds.observe(pending.fetch_s)
         else:
             pending.fetched = fetched
-        if not pending.is_shadow:
-            self._metrics.stages["fetch"].observe(waited_s)
         self._ready.append(pending)
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -356,14 +358,11 @@ class Scorer:
         pending.input = model.inputs.build(pending.request, pending.lookup, pending.fetched)
         encoded = time.perf_counter()
         pending.busy_s += encoded - started
-        if not pending.is_shadow:
-            self._metrics.stages["encode"].observe(pending.busy_s)
+        pending.encode_s = pending.busy_s
         if self._runs_inline(pending):
             outcome = run_once(served.backend, pending.input.arrays, pending.num_candidates)
-            took_s = time.perf_counter() - encoded
-            pending.busy_s += took_s
-            self._metrics.stages["infer"].observe(took_s)
-            self._metrics.batch_candidates.observe(pending.num_candidates)
+            pending.infer_s = time.perf_counter() - encoded
+            pending.busy_s += pending.infer_s
             if isinstance(outcome, Refusal):
                 raise outcome
             pending.logits = outcome
@@ -399,9 +398,8 @@ class Scorer:
         if isinstance(outcome, Refusal):
             self._fail(pending, outcome)
             return
+        pending.infer_s = run.seconds
         pending.busy_s += run.seconds
-        self._metrics.stages["infer"].observe(run.seconds)
-        self._metrics.batch_candidates.observe(pending.num_candidates)
         pending.logits = outcome
         self._finish([pending])
 
@@ -459,8 +457,15 @@ class Scorer:
         metrics, of_input = self._metrics, pending.input
         assert of_input is not None
         metrics.arm(pending.arm).scored(ctr)
+        stages = metrics.stages
+        stages["infer"].observe(pending.infer_s)
+        metrics.batch_candidates.observe(pending.num_candidates)
         if pending.is_shadow:
             return
+        if pending.fetched is not None and pending.fetched is not NOTHING_FETCHED:
+            self._fetch_seconds.observe(pending.fetch_s)
+        stages["fetch"].observe(pending.fetch_s)
+        stages["encode"].observe(pending.encode_s)
         for name, number in of_input.unknown.items():
             metrics.unknown_values(name).inc(number)
         if of_input.num_unnamed:

@@ -9,8 +9,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import hiredis
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 # Turns of the event loop after a reply's time in which it may be found to have come: a loop that stood still runs its
 # timers before it reads what came meanwhile, and that is no silence of the server's.
 GRACE_TURNS = 3
+CLOSED = "the connection was closed"
 CONNECT_S = 1.0  # a connection takes several round trips: longer than any request waits for it
 
 OnReply = Callable[[Any], None]
@@ -39,6 +41,11 @@ class _Command:
         self.expires_at = expires_at
         self.silent_at = silent_at
         self.is_resent = False
+
+    @property
+    def check_at(self) -> float:
+        """When to look at it next: its caller's time is over, or the server has been silent for too long."""
+        return self.silent_at if self.on_reply is None else self.expires_at
 
     def resolve(self, reply: Any) -> None:
         on_reply, self.on_reply = self.on_reply, None
@@ -64,6 +71,7 @@ class MultiplexedConnection:
         self._on_outcome = on_outcome
         self._unsent: deque[_Command] = deque()
         self._wire: _Wire | None = None
+        self._retired: list[_Wire] = []  # silent for too long, with callers whose time is not over
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._check_at = 0.0
@@ -78,6 +86,9 @@ class MultiplexedConnection:
         silent_at = now + self._timeout_s
         expires_at = silent_at if timeout_s is None else min(now + max(timeout_s, 0.0), silent_at)
         command = _Command(content, on_reply, expires_at=expires_at, silent_at=silent_at)
+        if self._is_closed:
+            command.resolve(ConnectionError(CLOSED))
+            return
         if self._wire is not None:
             self._wire.write(command)
         else:
@@ -99,13 +110,15 @@ class MultiplexedConnection:
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
-        if self._wire is not None:
-            wire, self._wire = self._wire, None
+        wires = self._retired if self._wire is None else [*self._retired, self._wire]
+        self._wire, self._retired = None, []
+        for wire in wires:
             wire.transport.abort()
-            self._fail(wire.pending, ConnectionError("the connection was closed"))
+            self._fail(wire.pending, ConnectionError(CLOSED))
+        self._fail(self._unsent, ConnectionError(CLOSED))
 
     def _connect_soon(self) -> None:
-        if self._connecting is None and not self._is_closed:
+        if self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._connect())
 
     async def _connect(self) -> None:
@@ -115,12 +128,19 @@ class MultiplexedConnection:
         except (OSError, TimeoutError, ReplyError, hiredis.HiredisError) as err:
             self._connecting = None
             self._on_outcome(False)
-            self._fail(self._unsent, ConnectionError(f"no connection to the store: {err or type(err).__name__}"))
+            unsent, self._unsent = self._unsent, deque()
+            self._fail(unsent, ConnectionError(f"no connection to the store: {err or type(err).__name__}"))
             return
         self._connecting = None
         self._wire = wire
+        wire.is_open = True
+        # The server's silence begins when it is asked: what was spent on connecting is none of it.
+        silent_at = time.monotonic() + self._timeout_s
         while self._unsent:
-            wire.write(self._unsent.popleft())
+            command = self._unsent.popleft()
+            if command.on_reply is not None:
+                command.silent_at = silent_at
+                wire.write(command)
 
     async def _opened(self) -> "_Wire":
         """A connection past its handshake: AUTH and SELECT, as the URL asks."""
@@ -138,6 +158,8 @@ class MultiplexedConnection:
         except BaseException:
             wire.transport.abort()
             raise
+        if wire.transport.is_closing():
+            raise ConnectionError("the connection was lost")
         return wire
 
     def on_reply(self) -> None:
@@ -146,6 +168,8 @@ class MultiplexedConnection:
     def on_lost(self, wire: "_Wire") -> None:
         """What was on its way on a lost connection is sent once more: a server that restarts closes it unread."""
         if wire is not self._wire:
+            if wire in self._retired:
+                self._retired.remove(wire)
             self._fail(wire.pending, ConnectionError("the connection was lost"))
             return
         self._wire = None
@@ -174,8 +198,7 @@ class MultiplexedConnection:
     def _check(self, turns: int) -> None:
         """Expire what has waited too long, and give up a connection that has been silent."""
         now = time.monotonic()
-        queues = [self._unsent] if self._wire is None else [self._wire.pending, self._unsent]
-        due = [c for queue in queues for c in queue if (c.expires_at if c.on_reply else c.silent_at) <= now]
+        due = [command for command in self._commands() if command.check_at <= now]
         if due and turns:
             self._timer = asyncio.get_running_loop().call_later(0, self._check, turns - 1)
             return
@@ -185,28 +208,36 @@ class MultiplexedConnection:
             command.resolve(TimeoutError("the store did not answer in time"))
         if is_silent:
             self._on_outcome(False)
-            self._give_up()
-        waiting = [self._unsent] if self._wire is None else [self._wire.pending, self._unsent]
-        times = [c.expires_at if c.on_reply else c.silent_at for queue in waiting for c in queue]
-        self._timer = None
-        if times:
-            self._check_by(min(times), now)
+            self._unsent = deque(c for c in self._unsent if c.silent_at > now)
+            self._retire()
+        self._abort_retired()
+        check_at = min((command.check_at for command in self._commands()), default=math.inf)
+        if check_at < math.inf:
+            self._check_by(check_at, now)
+        else:
+            self._timer = None
 
-    def _give_up(self) -> None:
+    def _commands(self) -> Iterator[_Command]:
+        wires = self._retired if self._wire is None else [*self._retired, self._wire]
+        return chain(*(wire.pending for wire in wires), self._unsent)
+
+    def _retire(self) -> None:
         """A connection that was silent for so long may be dead: the next command gets another one.
 
         Those still in time keep their place on it: if it only was slow, they are answered.
         """
-        while self._unsent and self._unsent[0].on_reply is None:
-            self._unsent.popleft()
-        if self._wire is None:
-            return
         wire, self._wire = self._wire, None
-        if any(command.on_reply is not None for command in wire.pending):
-            asyncio.get_running_loop().call_later(self._timeout_s, wire.transport.abort)
-        else:
-            wire.pending.clear()
-            wire.transport.abort()
+        if wire is not None:
+            for command in wire.pending:
+                command.silent_at = math.inf  # its silence has been counted
+            self._retired.append(wire)
+
+    def _abort_retired(self) -> None:
+        for wire in self._retired[:]:
+            if all(command.on_reply is None for command in wire.pending):
+                self._retired.remove(wire)
+                wire.pending.clear()
+                wire.transport.abort()
 
 
 class _Wire(asyncio.Protocol):
@@ -216,6 +247,7 @@ class _Wire(asyncio.Protocol):
 
     def __init__(self, owner: MultiplexedConnection) -> None:
         self.pending: deque[_Command] = deque()
+        self.is_open = False  # past its handshake
         self._owner = owner
         self._reader = hiredis.Reader()
 
@@ -237,8 +269,10 @@ class _Wire(asyncio.Protocol):
         reader.feed(data)
         try:
             while (reply := reader.gets()) is not False:
-                self._owner.on_reply()
-                pending.popleft().resolve(reply)
+                command = pending.popleft()
+                if self.is_open:  # a server that refuses the handshake has answered nobody
+                    self._owner.on_reply()
+                command.resolve(reply)
         except (hiredis.ProtocolError, IndexError) as err:  # no Redis at the other end, or one reply too many
             log.warning("the store speaks another protocol", extra={"error": str(err)})
             self.transport.abort()

@@ -1,12 +1,10 @@
-"""What is served computes what was trained: ONNX and TorchScript against the module, awkward rows included."""
+"""What is served computes what was trained: every graph, fed with item.onnx's rows, against the module."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -15,11 +13,18 @@ from models import zoo
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.golden import request_to_json
-from tests.models.small import encoded, lively, raw_requests, with_history, without_history
+from models.artifact.manifest import BATCHED, ITEM, MODEL, TORCHSCRIPT
+from models.features.arrays import Arrays, concat
+from models.features.encoder import Encoder
+from models.features.field import FieldSpec
+from models.features.packing import PackedLayout, slice_candidates
+from models.features.schema import SchemaSpec
+from models.layers.base import CTRModel
+from tests.models.exports import SCHEMA, exported, graph, packed_with_items
+from tests.models.small import COLUMNS, REQUEST_FIELDS, encoded, lively, raw_requests, with_history, without_history
 from training import export
 from training.export import ExportError
 
-SCHEMA = with_history()
 # test_every_model_is_served.py exports and compares every model, with weights that one epoch moved. Here stand those
 # whose graphs have the most to them, with weights large enough to show a difference.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,122 +46,150 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "time_buckets": 28,
     },
     "lr": {},
+    "din": {"emb_dim": 4, "hidden": [8]},
     "finalmlp": {"emb_dim": 4, "hidden_1": [8], "hidden_2": [6], "heads": 2, "gate_1": "user", "gate_2": "item"},
 }
-SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]
+SIZES = [(1, 2), (2, 100)]
+MORE_SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]  # for the papers' models
 
 
 @pytest.fixture(scope="session", params=OPTIONS)
-def exported(request, tmp_path_factory):
-    """A model in training mode, as the loop leaves it, and the artifact made of it."""
-    name, *_ = request.param.split()
-    options = OPTIONS[request.param]
-    model = lively(name, SCHEMA, **options).float().train()
-    folder = export.export(
-        name,
-        options,
-        model,
-        SCHEMA,
-        calibration=Calibration(slope=0.9, intercept=-0.1),
-        metrics={"auc": 0.7},
-        golden_requests=raw_requests(),
-        data_hash="abc",
-        out=tmp_path_factory.mktemp("artifacts"),
-    )
-    return model, artifact.read(folder)
+def model_and_artifact(request, tmp_path_factory):
+    return exported(tmp_path_factory, request.param, OPTIONS[request.param])
 
 
-def eager(model, arrays):
+def eager(model: CTRModel, arrays: Arrays) -> np.ndarray:
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        return model({name: torch.from_numpy(a) for name, a in arrays.items()}).numpy()
+        logits: np.ndarray = model({name: torch.from_numpy(a) for name, a in arrays.items()}).numpy()
+    return logits
 
 
-def served_by_onnx(path: Path, arrays):
-    session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
-    return session.run(["logit", "prob"], {i.name: arrays[i.name] for i in session.get_inputs()})
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def served_by_torchscript(path: Path, arrays):
-    graph = torch.jit.load(path / "model.ts")
-    names = [i.name for i in artifact.read(path).manifest.inputs]
-    return [output.numpy() for output in graph(*(torch.from_numpy(arrays[name]) for name in names))]
-
-
-@pytest.mark.parametrize("served", [served_by_onnx, served_by_torchscript])
-def test_both_graphs_answer_as_the_model_at_every_size(exported, served):
-    model, written = exported
-    for num_requests, num_candidates in SIZES:
+def test_every_graph_answers_as_the_model_at_every_size(model_and_artifact):
+    model, written = model_and_artifact
+    manifest = written.manifest
+    graphs = {file: graph(written, file) for file in manifest.graphs if file != ITEM}
+    is_of_a_paper = manifest.model in {"mian", "stec", "dynint", "deepmr", "feseq"}
+    for num_requests, num_candidates in MORE_SIZES if is_of_a_paper else SIZES:
         for history in (True, False):
             arrays = export.example(SCHEMA, num_requests, num_candidates, history=history)
-
-            logit, prob = served(written.path, arrays)
-
+            packed = packed_with_items(written, arrays)
             expected = eager(model, arrays)
-            np.testing.assert_allclose(logit, expected, rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(prob, 1 / (1 + np.exp(-expected)), rtol=1e-5, atol=1e-5)
+            for file, run in graphs.items():
+                if file != MODEL or num_requests == 1:
+                    assert_close(run(packed)["logit"], expected)
 
 
-@pytest.mark.parametrize("served", [served_by_onnx, served_by_torchscript])
-def test_both_graphs_answer_alike_to_ids_outside_their_tables(exported, served):
-    model, written = exported
-    arrays = export.example(SCHEMA, 1, 3)
-    arrays["item.movie"][:] = [-7, 10**9, 2]
+@pytest.mark.parametrize("cuts", [[5], [1, 2, 11], [7, 8, 9, 10]])
+def test_rows_made_in_other_batches_and_fed_in_another_order_give_the_same_scores(model_and_artifact, cuts):
+    model, written = model_and_artifact
+    arrays = export.example(SCHEMA, 1, 12)
+    packed, make = PackedLayout(SCHEMA).pack(arrays), graph(written, ITEM)
+    order = np.random.default_rng(0).permutation(12)
 
-    logit, _ = served(written.path, arrays)
+    kept = np.concatenate([make(slice_candidates(packed, part))["items"] for part in np.split(np.arange(12), cuts)])
+    logits = graph(written, MODEL)(packed | {"items": kept[order]})["logit"]
 
-    np.testing.assert_allclose(logit, eager(model, arrays), rtol=1e-5, atol=1e-5)
+    assert kept.shape == (12, written.manifest.item_width)
+    assert_close(logits, eager(model, arrays)[order])
 
 
-def test_the_golden_scores_are_the_models_own(exported):
-    model, written = exported
+def test_the_batched_graph_joins_requests_that_the_other_scores_alone(model_and_artifact):
+    _, written = model_and_artifact
+    requests = [export.example(SCHEMA, 1, n) for n in (3, 1, 6)]
+    alone, joined = graph(written, MODEL), graph(written, BATCHED)
+
+    together = joined(packed_with_items(written, concat(requests)))["logit"]
+
+    assert_close(together, np.concatenate([alone(packed_with_items(written, r))["logit"] for r in requests]))
+
+
+def test_the_golden_scores_are_the_models_own(model_and_artifact):
+    model, written = model_and_artifact
 
     assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, raw_requests()))
     np.testing.assert_allclose(written.golden.logits, eager(model, encoded(SCHEMA)), rtol=1e-6, atol=1e-6)
-    artifact.check_scores(written, served_by_torchscript(written.path, written.golden.arrays)[0])
+    packed = packed_with_items(written, written.golden.arrays)
+    artifact.check_scores(written, graph(written, TORCHSCRIPT)(packed)["logit"])
 
 
-def test_the_manifest_names_the_inputs_the_graph_takes_in_their_order(exported):
-    _, written = exported
-    manifest = written.manifest
-    graph = onnx.load(written.path / "model.onnx", load_external_data=False).graph
+def test_the_manifest_describes_each_graph_as_it_is(model_and_artifact):
+    _, written = model_and_artifact
+    manifest, layout = written.manifest, PackedLayout(SCHEMA)
+    packed = {i.name: i for i in layout.inputs(["history_mask", "user_index", *layout.request.input_names])}
 
-    assert [i.name for i in graph.input] == [i.name for i in manifest.inputs]
-    assert [o.name for o in graph.output] == list(manifest.outputs)
-    assert ("hist_mask" in [i.name for i in manifest.inputs]) == (
-        manifest.model not in {"stec", "dynint", "deepmr", "lr"}
-    )
-    for given, listed in zip(graph.input, manifest.inputs, strict=True):
-        dims = tuple(d.dim_param or d.dim_value for d in given.type.tensor_type.shape.dim)
-        assert dims == listed.dims, given.name
+    for file, described in manifest.graphs.items():
+        if file.endswith(".onnx"):
+            proto = onnx.load(written.path / file).graph
+            for listed, values in ((described.inputs, proto.input), (described.outputs, proto.output)):
+                assert [i.name for i in listed] == [v.name for v in values]
+                shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values]
+                assert shapes == [i.dims for i in listed]
+    reads = {file: {i.name for i in described.inputs} for file, described in manifest.graphs.items()}
+    assert reads[MODEL] == reads[BATCHED] - {"user_index"}
+    assert all(i.dims[0] == 1 for i in manifest.graphs[MODEL].inputs if i.name != "items")
+    assert all(i.dims[0] == "U" for i in manifest.graphs[BATCHED].inputs if i.name not in {"items", "user_index"})
+    assert ("history_mask" in reads[MODEL]) == (manifest.model not in {"stec", "dynint", "deepmr", "lr"})
+    assert ("hist_mask" in {i.name for i in manifest.inputs}) == ("history_mask" in reads[MODEL])
+    assert packed["history_mask"].dims == ("U", SCHEMA.history_length)
 
 
-def test_the_artifact_is_complete_and_rebuilds_the_model(exported):
-    model, written = exported
+def test_no_graph_decides_anything_and_each_table_is_one_constant_where_it_is_read(model_and_artifact):
+    _, written = model_and_artifact
+
+    for file in written.manifest.graphs:
+        if file.endswith(".onnx"):
+            proto = onnx.load(written.path / file).graph
+            assert {node.op_type for node in proto.node} & {"If", "Loop", "Scan"} == set()
+            constants = {constant.name for constant in proto.initializer}
+            for node in proto.node:
+                assert not {*node.input} <= constants, f"{file}: {node.op_type} of constants alone"
+            tables = [n.input[0] for n in proto.node if n.op_type == "Gather" and n.input[1].endswith("_ids")]
+            assert {*tables} <= constants
+            assert len(tables) == len({*tables})
+
+
+def test_the_artifact_is_complete_and_rebuilds_the_model(model_and_artifact):
+    model, written = model_and_artifact
     manifest = written.manifest
 
     rebuilt = zoo.build(manifest.model, manifest.config, written.schema)
     rebuilt.load_state_dict(safetensors.torch.load((written.path / "weights.safetensors").read_bytes()))
 
-    assert set(manifest.files) >= {"model.onnx", "model.ts", "weights.safetensors"}
+    assert set(manifest.files) >= {MODEL, BATCHED, TORCHSCRIPT, ITEM, "weights.safetensors"}
     assert manifest.data_hash == "abc"
     assert written.calibration == Calibration(slope=0.9, intercept=-0.1)
     np.testing.assert_array_equal(eager(rebuilt, encoded(SCHEMA)), eager(model, encoded(SCHEMA)))
 
 
-def test_exporting_leaves_the_model_in_training_mode(exported):
-    model, _ = exported
-
-    assert all(module.training for module in model.modules())
-
-
 @pytest.fixture(scope="session")
 def flat():
-    """A schema, a model, its graphs and golden arrays."""
+    """A schema, a model in training mode before it was exported, its graphs and golden arrays."""
     schema = without_history()
     model = lively("lr", schema).float()
-    graphs = {"model.onnx": export.to_onnx(model, schema), "model.ts": export.to_torchscript(model, schema)}
-    return schema, model, graphs, encoded(schema)
+    return schema, model, export.to_graphs(model, schema), encoded(schema)
+
+
+def test_exporting_leaves_the_model_in_training_mode(tmp_path):
+    schema, model = without_history(), lively("lr", without_history()).float().train()
+
+    export.export(
+        "lr",
+        {},
+        model,
+        schema,
+        calibration=Calibration(),
+        metrics={},
+        golden_requests=raw_requests(),
+        data_hash="",
+        out=tmp_path,
+    )
+
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(("change", "difference"), [(0.5, "0.5"), (float("nan"), "nan"), (1e-3, "0.001")])
@@ -169,3 +202,40 @@ def test_graphs_of_another_model_are_refused_with_output_case_and_difference(fla
         ExportError, match=rf"model\.onnx: logit is up to {difference} off the model's at the golden requests"
     ):
         export.check(other, schema, graphs, golden=golden)
+
+
+def test_item_rows_of_another_model_are_refused(flat):
+    schema, model, graphs, golden = flat
+    other = lively("lr", schema).float()
+    for parameter in other.parameters():
+        parameter.data *= 2
+
+    with pytest.raises(ExportError, match=r"model\.onnx: logit is up to .* off the model's at the golden requests"):
+        export.check(model, schema, graphs | {ITEM: export.to_graphs(other, schema)[ITEM]}, golden=golden)
+
+
+def test_a_schema_without_item_fields_is_refused():
+    schema = SchemaSpec(fields=REQUEST_FIELDS).fit(COLUMNS)
+
+    with pytest.raises(ExportError, match="an item row is made of the schema's item fields, and of them alone"):
+        export.to_graphs(lively("lr", schema).float(), schema)
+
+
+def test_an_item_row_that_reads_the_request_is_refused():
+    class Peeks(CTRModel):
+        def encode_user(self, inputs):
+            return {"ids": inputs["request_ids"]}
+
+        def encode_items(self, inputs):
+            return inputs["item_ids"].float() + inputs["history_age"].float().mean()
+
+    with pytest.raises(ExportError, match="of them alone; this model reads history_age, item_ids"):
+        export.signatures(Peeks(), with_history())
+
+
+def test_a_one_field_schema_is_exported_too():
+    schema = SchemaSpec(fields=(FieldSpec(name="movie", kind="categorical", group="item"),)).fit(COLUMNS)
+    model = lively("lr", schema).float()
+    golden = concat([Encoder(schema).encode(request) for request in raw_requests()])
+
+    export.check(model, schema, export.to_graphs(model, schema), golden=golden)

@@ -1,5 +1,6 @@
 """One model, two uses: what it learns from rows of training is what it answers to a request."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from models import zoo
 from models.features.arrays import concat
+from tests.models.halves import check_parts
 from tests.models.small import encoded, lively, one_request, rows_of, tensors, with_history, without_history
 from training.export import example
 
@@ -97,6 +99,33 @@ def test_the_row_form_equals_the_request_form(model, history):
 
     assert np.std(logits) > 1e-3
     assert_equal(logits_of(model, rows_of(request)), logits)
+
+
+@every_model
+@pytest.mark.parametrize("history", [True, False], ids=["history", "no history"])
+def test_the_form_of_one_request_equals_the_row_form(model, history):
+    check_parts(model, one_request(SCHEMA, 20, history=history))
+
+
+@every_model
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.lists(st.integers(0, 12), max_size=4).map(sorted), seed=st.integers(0, 2**32 - 1))
+def test_item_rows_made_in_other_batches_give_the_same_scores(model, cuts, seed):
+    inputs = tensors(example(SCHEMA, 3, 12))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(12))
+    shuffled = {n: v[order] if n.startswith("item.") or n == "user_index" else v for n, v in inputs.items()}
+    parts = [
+        {n: v[first:last] if n.startswith("item.") or n == "user_index" else v for n, v in shuffled.items()}
+        for first, last in pairwise([0, *cuts, 12])
+        if first < last
+    ]
+
+    with torch.no_grad():
+        kept = torch.cat([model.encode_items(part) for part in parts])[order.argsort()]
+        logits = model.score(model.encode_user(inputs), kept, inputs["user_index"])
+        fresh = model(inputs)
+
+    assert_equal(logits, fresh)
 
 
 @every_model

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,18 +52,11 @@ class Rows:
     ts: NDArray[np.float64]
     encoder: Encoder
     weight: NDArray[np.float32] | None = None
+    mean_weight: float = 1.0
     negative_rate: float = 1.0
     """The share of the rows without a click that were kept: each of these stands for 1 / negative_rate."""
 
-    @cached_property
-    def relative_weight(self) -> NDArray[np.float32] | None:
-        """Each row's weight over the mean weight of the part; None where all rows weigh the same."""
-        if self.weight is None:
-            return None
-        mean = float(np.mean(self.weight, dtype=np.float64))
-        return (self.weight / mean).astype(np.float32)
-
-    @cached_property
+    @property
     def represented(self) -> NDArray[np.float64] | None:
         """How many rows of the whole traffic each row stands for; None where each stands for itself."""
         if self.weight is None and self.negative_rate == 1:
@@ -84,7 +76,7 @@ class Rows:
             arrays |= self.encoder.window(self.events, self.start[users], self.end[users], self.ts[users])
         inputs = {name: _tensor(array) for name, array in arrays.items()}
         inputs["user_index"] = torch.from_numpy(user_index)
-        weight = None if self.relative_weight is None else torch.from_numpy(self.relative_weight[rows])
+        weight = None if self.weight is None else torch.from_numpy(self.weight[rows] / np.float32(self.mean_weight))
         return Batch(inputs, torch.from_numpy(self.label[rows]), weight)
 
 
@@ -152,6 +144,7 @@ class Prepared:
             ts=windows.get("ts", np.empty(0, np.float64)),
             encoder=Encoder(self.schema),
             weight=weight,
+            mean_weight=1.0 if weight is None else float(np.mean(weight, dtype=np.float64)),
             negative_rate=self.negative_rate,
         )
 

@@ -18,6 +18,7 @@ from training.log import PARTS, Log
 
 MUTED, CLICKS = "#8b949e", "#1f5fbf"
 NUM_BINS, ROWS_A_BIN = 60, 20
+_COUNT = " count"  # a column for a while
 RARE, OFTEN = 0.01, 0.5  # shares of rows from which an oddity is worth a word
 
 
@@ -97,8 +98,8 @@ def _column(field: Field, rows: pl.LazyFrame, schema: Schema) -> dict[str, Any]:
 
 def _of_numbers(field: Field, numbers: pl.LazyFrame) -> dict[str, Any]:
     value = pl.col(field.name)
-    counts = numbers.group_by(value).len().collect(engine="streaming").sort(field.name)
-    values, weights = counts[field.name].to_numpy().astype(np.float64), counts["len"].to_numpy().astype(np.float64)
+    counts = numbers.group_by(value).agg(pl.len().alias(_COUNT)).collect(engine="streaming").sort(field.name)
+    values, weights = counts[field.name].to_numpy().astype(np.float64), counts[_COUNT].to_numpy().astype(np.float64)
     if not values.size:
         return {"different": 0, "cut": 0.0}
     scaled = transformed(field.transform, values, field.quantiles)
@@ -126,13 +127,13 @@ def _of_numbers(field: Field, numbers: pl.LazyFrame) -> dict[str, Any]:
 def _unknown(field: Field, test: pl.LazyFrame, encoder: Encoder) -> float:
     """The share of the test part's present values that the training part did not have often enough."""
     values = test.explode(field.name) if field.kind == "multi" else test
-    counts = values.group_by(field.name).len().collect(engine="streaming")
+    counts = values.group_by(field.name).agg(pl.len().alias(_COUNT)).collect(engine="streaming")
     if counts.is_empty():
         return 0.0
     column = counts[field.name]
     raw: Any = [[value] for value in column] if field.kind == "multi" else column.to_list()
     ids = encoder.encode_column(field, raw).reshape(len(column), -1)[:, 0]
-    weights = counts["len"].to_numpy().astype(np.float64)
+    weights = counts[_COUNT].to_numpy().astype(np.float64)
     return float(weights[ids == OOV].sum() / weights[ids >= OOV].sum()) if (ids >= OOV).any() else 0.0
 
 

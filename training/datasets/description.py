@@ -212,7 +212,12 @@ class Description(_Marks):
         return form
 
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> Self:
+    def _fields_are_what_they_may_be(self) -> Self:
+        item_fields = {field.name for field in self.fields if field.group == "item"}
+        for field in self.fields:
+            if field.kind == "sequence" and field.of == self.item and field.of not in item_fields:
+                missing = f"{{name: {field.of}, kind: categorical, group: item}}"
+                raise ValueError(f"field {field.name}: a sequence of {field.of} needs the field {missing} too")
         spec = self.spec
         for field in self.fields:
             if field.name in RESERVED and field.name not in (spec.user_key, spec.item_key):
@@ -223,6 +228,10 @@ class Description(_Marks):
                 raise ValueError(f"field {field.name}: a row's weight is not known when it is scored, drop the field")
             if field.table is not None and field.table not in self.tables:
                 raise ValueError(f"field {field.name}: there is no table {field.table} under `tables:`")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
         if self.history_length and None in (self.user, self.item, self.timestamp):
             raise ValueError("a history needs the columns of user, item and timestamp")
         if self.timestamp is None and (self.split.by == "time" or any(f.kind == "time" for f in self.fields)):

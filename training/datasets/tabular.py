@@ -1,4 +1,4 @@
-"""Any CSV or Parquet files, described by a YAML file (every key: docs/datasets.md):
+"""Any CSV or Parquet files, described by a YAML file (every key: docs/own_data.md):
 
     label: clicked                  # 0 or 1, or true and false
     user: user_id                   # optional; where a user field reads this column, that field is the user's id
@@ -10,8 +10,8 @@
     # or   {by: hash, valid: 0.1, test: 0.1, seed: 1, of: user_id}    rows of one `of` stay together (optional)
     # or   {by: column, column: fold, train: a, valid: b, test: c}
     # or   {by: files, train: a.parquet, valid: b.parquet, test: c.parquet}    --source is then their folder
-    weight: importance              # optional: how many rows a row stands for, in the loss, metrics and calibration
-    negative_rate: 0.1              # optional: the share of the rows without a click that were kept in the log
+    # weight: importance            # optional: how many rows a row stands for, in the loss, metrics and calibration
+    # negative_rate: 0.1            # optional: the share of the rows without a click that were kept in the log
     delimiter: ","                  # of CSV files, between columns; also tab
     separator: "|"                  # between the values of a multi field that is text
     fields:                         # a field reads the column of its name, or the one that `column:` names

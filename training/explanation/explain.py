@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from models.artifact.explanation import LOGIT, Explanation, worded
 from models.features.field import FIRST, OOV, PAD, Group, input_name
 from models.features.schema import Schema
-from models.layers.base import explain as is_recording
+from models.layers.base import explain as explain_model
 from training.data.batches import Batch, Prepared, Rows
 from training.errors import UserError
 from training.explanation import heatmaps
@@ -160,7 +160,7 @@ def _present(explanation: Explanation, batch: Batch) -> NDArray[np.float64]:
 
 @torch.inference_mode()
 def _shown(trained: Trained, batch: Batch) -> tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]:
-    logits, shown = is_recording(trained.model, batch.inputs)
+    logits, shown = explain_model(trained.model, batch.inputs)
     return logits.numpy(), {name: values.numpy() for name, values in (shown | {LOGIT.name: logits}).items()}
 
 

@@ -97,6 +97,7 @@ def test_the_log_is_that_of_one_more_and_mirrored_for_negatives():
     field = schema.field("x")
 
     assert (field.low, field.high, field.shift) == pytest.approx((-3.0, 3.0, 0.0))
+    assert field.scale is not None
     assert encoded(schema, [np.expm1(1.5)])[0] == pytest.approx(1.5 / field.scale)
 
 

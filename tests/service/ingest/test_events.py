@@ -1,6 +1,7 @@
 """Events are checked one by one, taken once, and counted for the arm that served them."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,13 +11,34 @@ from hypothesis import strategies as st
 
 from service.errors import Refusal
 from service.experiments.assignment import Experiment, Running, parse
-from service.http.schemas import EventsDecoder
-from service.ingest.events import Events, Receipt
+from service.http import problems
+from service.http.event_schemas import EventsDecoder, Receipt, checked
+from service.ingest.events import EventRecorder
 from service.observability.metrics import Metrics
 from service.store.feature_store import StoreUnavailable
 from service.store.memory_store import MemoryStore
 
 NOW = 1_795_000_000.0
+
+
+class Door:
+    """What POST /events does with a body: each event is checked, and the good ones are recorded."""
+
+    def __init__(self, store: MemoryStore, running: Running, metrics: Metrics) -> None:
+        self._decoder = EventsDecoder(now=lambda: NOW)
+        self._recorder = EventRecorder(
+            store=store, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
+        )
+
+    async def record(self, values: Sequence[Any]) -> Receipt:
+        events, rejected = checked(values, now=NOW)
+        accepted = await self._recorder.record(events)
+        return Receipt(accepted=accepted, duplicates=len(events) - accepted, rejected=rejected)
+
+    async def record_body(self, body: bytes) -> Receipt:
+        events, rejected = self._decoder.decode(body)
+        accepted = await self._recorder.record(events)
+        return Receipt(accepted=accepted, duplicates=len(events) - accepted, rejected=rejected)
 
 
 @pytest.fixture
@@ -36,8 +58,8 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def events(store: MemoryStore, experiment: Experiment, metrics: Metrics) -> Events:
-    return Events(store=store, running=Running(experiment), metrics=metrics, now=lambda: NOW)
+def events(store: MemoryStore, experiment: Experiment, metrics: Metrics) -> Door:
+    return Door(store, Running(experiment), metrics)
 
 
 def event(number: int = 1, **fields: Any) -> dict[str, Any]:
@@ -53,13 +75,13 @@ async def past(store: MemoryStore, user: str = "u1") -> list[tuple[str, float]]:
     return [(e.item, e.ts) for e in fetched.behaviours]
 
 
-async def reason(events: Events, sent: Any) -> str:
+async def reason(events: Door, sent: Any) -> str:
     receipt = await events.record([sent])
     assert (receipt.accepted, receipt.duplicates) == (0, 0)
     return receipt.rejected[0].reason
 
 
-async def test_a_click_enters_the_past_and_an_impression_does_not(events: Events, store: MemoryStore):
+async def test_a_click_enters_the_past_and_an_impression_does_not(events: Door, store: MemoryStore):
     receipt = await events.record([event(1, type="impression"), event(2)])
 
     assert receipt == Receipt(accepted=2, duplicates=0, rejected=[])
@@ -67,7 +89,7 @@ async def test_a_click_enters_the_past_and_an_impression_does_not(events: Events
 
 
 @pytest.mark.parametrize("kind", ["impression", "click"])
-async def test_an_event_sent_again_is_counted_once(events: Events, metrics: Metrics, experiment: Experiment, kind: str):
+async def test_an_event_sent_again_is_counted_once(events: Door, metrics: Metrics, experiment: Experiment, kind: str):
     receipt = await events.record([event(1, type=kind), event(2, type=kind), event(1, type=kind)])
     again = await events.record([event(2, type=kind)])
 
@@ -76,7 +98,7 @@ async def test_an_event_sent_again_is_counted_once(events: Events, metrics: Metr
     assert counted(metrics, kind, experiment.assign("u1").name) == 2
 
 
-async def test_events_count_for_the_arm_of_their_user(events: Events, metrics: Metrics, experiment: Experiment):
+async def test_events_count_for_the_arm_of_their_user(events: Door, metrics: Metrics, experiment: Experiment):
     users = [f"u{number}" for number in range(100)]
     of_mian = sum(experiment.assign(user).name == "mian" for user in users)
 
@@ -93,7 +115,7 @@ async def test_after_a_change_of_shares_events_count_for_the_arm_that_served_at_
 ):
     now = NOW - 60
     running = Running(experiment, clock=lambda: now)
-    events = Events(store=store, running=running, metrics=metrics, now=lambda: NOW)
+    events = Door(store, running, metrics)
     user = next(f"u{number}" for number in range(100) if experiment.assign(f"u{number}").name == "mian")
     running.replace(experiment.with_shares(shares={}, shadow={}, killed=["mian"]), [(now, experiment)])
     now = NOW
@@ -105,7 +127,7 @@ async def test_after_a_change_of_shares_events_count_for_the_arm_that_served_at_
 
 
 async def test_anonymous_events_count_for_the_arm_of_their_request(
-    events: Events, metrics: Metrics, experiment: Experiment
+    events: Door, metrics: Metrics, experiment: Experiment
 ):
     requests = [f"r{number}" for number in range(100)]
     of_mian = sum(experiment.assign(request).name == "mian" for request in requests)
@@ -119,7 +141,7 @@ async def test_anonymous_events_count_for_the_arm_of_their_request(
     assert counted(metrics, "click", "stec") == 100 - of_mian
 
 
-async def test_a_number_and_its_spelling_are_one_id(events: Events, store: MemoryStore):
+async def test_a_number_and_its_spelling_are_one_id(events: Door, store: MemoryStore):
     await events.record([event(1, user=42, item=7)])
     receipt = await events.record([event(1, user="42", item="7"), event(2, user=42.0), event(3, item=7.0)])
 
@@ -128,7 +150,7 @@ async def test_a_number_and_its_spelling_are_one_id(events: Events, store: Memor
     assert await past(store, "42") == [("7", NOW - 10)]
 
 
-async def test_a_click_keeps_the_features_it_brings(events: Events, store: MemoryStore):
+async def test_a_click_keeps_the_features_it_brings(events: Door, store: MemoryStore):
     await events.record([event(1, features={"price": 9.5, "tags": ["a", "b"]})])
 
     fetched = await store.fetch("u1", [], before=NOW, limit=1)
@@ -136,7 +158,7 @@ async def test_a_click_keeps_the_features_it_brings(events: Events, store: Memor
     assert fetched.behaviours[0].features == {"price": 9.5, "tags": ["a", "b"]}
 
 
-async def test_good_events_are_taken_and_bad_ones_named_by_place(events: Events):
+async def test_good_events_are_taken_and_bad_ones_named_by_place(events: Door):
     receipt = await events.record([event(1), event(2, type="view"), event(3), "no event", {"event_id": 5}])
 
     assert receipt.accepted == 2
@@ -166,17 +188,17 @@ async def test_good_events_are_taken_and_bad_ones_named_by_place(events: Events)
         (event(features={"text": "x" * 10_000}), "features take"),
         (event(features=[1]), "features"),
         (event(colour="red"), "colour"),
-        ({"event_id": "e1"}, '/type: expected "click" or "impression", got nothing (and 2 more)'),
+        ({"event_id": "e1"}, '/type: expected "click" or "impression", got nothing'),
         ([], "the event: expected an object, got a list of 0"),
         (None, "the event: expected an object, got null"),
     ],
 )
-async def test_a_bad_event_is_rejected_with_its_reason(events: Events, store: MemoryStore, sent: Any, says: str):
+async def test_a_bad_event_is_rejected_with_its_reason(events: Door, store: MemoryStore, sent: Any, says: str):
     assert says in await reason(events, sent)
     assert await past(store) == []
 
 
-async def test_a_clock_a_little_ahead_is_forgiven(events: Events):
+async def test_a_clock_a_little_ahead_is_forgiven(events: Door):
     assert (await events.record([event(ts=NOW + 299)])).accepted == 1
 
 
@@ -199,13 +221,12 @@ EVENT = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in ev
 async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[Any]):
     arms = [{"name": "mian", "model": "mian", "share": 100}]
     experiment = parse({"experiment": "test", "salt": "s", "arms": arms}, source="test")
-    events = Events(store=MemoryStore(), running=Running(experiment), metrics=Metrics(), now=lambda: NOW)
+    events = Door(MemoryStore(), Running(experiment), Metrics())
 
     try:
-        receipt = await events.record(EventsDecoder().decode(json.dumps(sent).encode()))
-    except Refusal as problem:  # NaN, infinity, half a surrogate pair: no JSON that could be taken in part
-        answer = json.loads(problem.to_json())
-        assert answer["status"] == 422
+        receipt = await events.record_body(json.dumps(sent).encode())
+    except Refusal as refusal:  # NaN, infinity, half a surrogate pair: no JSON that could be taken in part
+        assert json.loads(problems.body_of(refusal))["status"] == 422
         return
 
     assert receipt.accepted + receipt.duplicates + len(receipt.rejected) == len(sent)
@@ -227,7 +248,7 @@ class DownForClicks(MemoryStore):
 
 async def test_a_call_that_failed_half_way_is_made_again_and_loses_no_click(experiment: Experiment, metrics: Metrics):
     store = DownForClicks()
-    events = Events(store=store, running=Running(experiment), metrics=metrics, now=lambda: NOW)
+    events = Door(store, Running(experiment), metrics)
     sent = [event(1, type="impression"), event(2), event(3, item="ad8")]
 
     with pytest.raises(StoreUnavailable):

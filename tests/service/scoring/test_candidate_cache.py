@@ -44,7 +44,7 @@ PRICE = 5  # the column of the price's weight: ids are item_id, price, two genre
 
 
 def builder(*, rows: int, fresh_s: float, schema: Schema = tiny.SCHEMA) -> ModelInputBuilder:
-    inputs = [SimpleNamespace(name=name) for name in ("request_ids", "history_ids", "items")]
+    inputs = [SimpleNamespace(name=name) for name in ("request_ids", "history_ids", "history_age", "items")]
     manifest = SimpleNamespace(item_width=ITEM_WIDTH, graphs={"model.onnx": SimpleNamespace(inputs=inputs)})
     artifact: Any = SimpleNamespace(encoder=Encoder(schema), manifest=manifest)
     return ModelInputBuilder(artifact, item_graph, item_rows=rows, fresh_s=fresh_s)

@@ -39,13 +39,13 @@ async def test_callers_beyond_the_connections_wait_a_bounded_time_and_do_not_tri
         await eventually(lambda: answers(store))
         os.kill(own_redis.pid, signal.SIGSTOP)
 
-        told = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(store.mark([("u1", f"e{number}")]) for number in range(20)), return_exceptions=True
         )
         os.kill(own_redis.pid, signal.SIGCONT)
 
-        assert all(isinstance(each, StoreUnavailable) for each in told)
-        assert sum("connections to the store are busy" in str(each) for each in told) >= 18
+        assert all(isinstance(each, StoreUnavailable) for each in outcomes)
+        assert sum("connections to the store are busy" in str(each) for each in outcomes) >= 18
         assert not store._breaker.is_open
 
 
@@ -69,7 +69,7 @@ async def test_an_event_loop_that_stood_still_is_no_silence_of_the_server(redis_
     async with aclosing(RedisStore.connect(redis_url, timeout_s=0.05)) as store:
         await store.put_users({"u1": {"age": 1}})
         await store.ping()
-        wire = store._wire._open
+        wire = store._reads._wire
         fetches = [asyncio.create_task(store.fetch("u1", [], before=1, limit=1)) for _ in range(8)]
         await asyncio.sleep(0)  # they are sent
 
@@ -77,14 +77,14 @@ async def test_an_event_loop_that_stood_still_is_no_silence_of_the_server(redis_
         answers = await asyncio.gather(*fetches)
 
         assert all(answer.user == {"age": 1} for answer in answers)
-        assert store._wire._open is wire
+        assert wire is not None and store._reads._wire is wire
         assert not store._breaker.is_open
 
 
 async def test_a_server_far_away_is_connected_to_though_that_takes_longer_than_an_answer_may(
     redis_url: str, eventually: Eventually
 ):
-    one_way_s = 0.02
+    one_way_s = 0.08
     carried: list[asyncio.Future[Any]] = []
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -104,7 +104,7 @@ async def test_a_server_far_away_is_connected_to_though_that_takes_longer_than_a
     async with aclosing(RedisStore.connect(f"redis://127.0.0.1:{port}/1", timeout_s=3 * one_way_s)) as store:
         await eventually(lambda: answers(store))
 
-        assert all([await answers(store) for _ in range(3)])
+        assert await answers(store)
     await asyncio.gather(*carried)
     proxy.close()
 
@@ -220,8 +220,9 @@ async def test_a_frozen_server_that_takes_no_more_bytes_costs_no_more_than_the_w
     """What its socket cannot hold stays with the sender, who must not wait until it can."""
     async with aclosing(RedisStore.connect(own_redis.url, timeout_s=0.05)) as store:
         assert await answers(store)
-        opened: Any = store._wire._open
-        transport = opened._connection._writer.transport
+        wire = store._reads._wire
+        assert wire is not None
+        transport = wire.transport
         os.kill(own_redis.pid, signal.SIGSTOP)
         try:
             async with asyncio.timeout(20):  # no answer would come at all
@@ -235,15 +236,16 @@ async def test_a_frozen_server_that_takes_no_more_bytes_costs_no_more_than_the_w
         assert await answers(store)
 
 
-async def test_what_is_sent_on_a_connection_that_was_just_lost_fails_at_once_and_is_sent_on_another(redis_url: str):
+async def test_what_is_sent_on_a_connection_that_was_just_lost_is_sent_on_another(redis_url: str):
     async with aclosing(RedisStore.connect(redis_url, timeout_s=5.0)) as store:
+        await store.put_users({"u1": {"age": 1}})
         assert await answers(store)
-        wire = store._wire
-        lost = wire._open
+        lost = store._reads._wire
         assert lost is not None
-        await lost.aclose()
+        lost.transport.abort()  # the loss itself is heard of a turn of the event loop later
 
-        with pytest.raises(redis.ConnectionError):
-            await lost.ask([b"*1\r\n$4\r\nPING\r\n"], 0.5)
-        assert not lost._connection.is_connected
-        assert await answers(store)
+        fetched = await asyncio.gather(*(store.fetch("u1", [], before=1, limit=1) for _ in range(8)))
+
+        assert [answer.user for answer in fetched] == [{"age": 1}] * 8
+        assert store._reads._wire not in (None, lost)
+        assert not store._breaker.is_open

@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 def test_a_batch_has_every_input_of_the_schema_with_its_type_and_shape(data):
     rows = data.rows("train")
 
-    inputs, label_B = rows.take(np.array([3, 1, 4]))
+    inputs, label_B, _ = rows.take(np.array([3, 1, 4]))
 
     assert label_B.dtype == torch.float32
     assert inputs.keys() == {i.name for i in data.schema.inputs}
@@ -47,7 +47,7 @@ def test_ages_are_the_seconds_from_each_click_to_its_row(data):
     rows = data.rows("test")
     ts, clicked_at = (np.load(data.path / folder / "ts.npy") for folder in ("test", "events"))
 
-    inputs, _ = rows.take(np.arange(len(rows)))
+    inputs, *_ = rows.take(np.arange(len(rows)))
 
     assert inputs["hist_age"].dtype == torch.int64
     for row in range(len(rows)):
@@ -60,7 +60,7 @@ def test_histories_are_each_users_last_clicks_before_the_row(data):
     rows = data.rows("test")
     first = data.schema.field("item_id")
 
-    inputs, _ = rows.take(np.arange(len(rows)))
+    inputs, *_ = rows.take(np.arange(len(rows)))
 
     for row in range(len(rows)):
         clicks = [Event(item=str(e), ts=float(e), features={}) for e in range(rows.start[row], rows.end[row])]
@@ -85,12 +85,12 @@ def slates(data):
 def test_rows_of_one_request_share_their_user(slates):
     chosen = np.array([9, 0, 8, 3, 17])
 
-    together, label_B = slates.take(chosen)
+    together, label_B, _ = slates.take(chosen)
 
     user_index = together["user_index"]
     assert len(together["user.user_id"]) == 3
     for n, row in enumerate(chosen):
-        alone, label_1 = slates.take(np.array([row]))
+        alone, label_1, _ = slates.take(np.array([row]))
         assert label_B[n] == label_1[0]
         for name, values in alone.items():
             if name != "user_index":

@@ -5,6 +5,7 @@ import json
 import shutil
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -20,11 +21,12 @@ from models.features.values import canonical
 from training.data.batches import Prepared
 from training.data.prepare import prepare
 from training.datasets import tabular
+from training.datasets.checked_table import Table
 from training.errors import UserError
 from training.log import PARTS, PAST_ITEM, PAST_TS
 
 START = 1_700_000_000
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "label": "clicked", "user": "user_id", "item": "ad_id", "timestamp": "at", "history_length": 3,
     "split": {"by": "time", "valid": 0.2, "test": 0.2},
     "fields": [
@@ -36,7 +38,7 @@ SHAPES = {
     ],
 }  # fmt: skip
 NUM = 20
-COLUMNS = {
+COLUMNS: dict[str, Any] = {
     "clicked": [n % 2 for n in range(NUM)],
     "user_id": [f"u{n % 3}" for n in range(NUM)],
     "ad_id": [f"ad{n % 4}" for n in range(NUM)],
@@ -111,7 +113,7 @@ def test_a_number_is_spelled_in_csv_as_it_is_from_json(values, tmp_path_factory)
     texts = ["" if v is None else str(v) if isinstance(v, bool) else json.dumps(v) for v in values]
     pl.DataFrame({"x": texts, "y": "a"}).write_csv(folder / "log.csv")
 
-    spelled = tabular.Table(folder / "log.csv").series("x", "text").to_list()
+    spelled = Table(folder / "log.csv").series("x", "text").to_list()
 
     assert spelled == [canonical(json.loads(t.lower())) if t else None for t in texts]
 
@@ -202,7 +204,7 @@ def test_lists_are_read_in_every_form_that_tables_write_them_in(log, written):
     assert column(log({"title": cycle(written, "c")}, fields=[tags]), "title") == cycle(["a", "b"], ["c"])
 
 
-@pytest.mark.parametrize("written", ["['a' 'b']", "[1 2 3]", "['a', ['b']]", "{a,b}", "[a, b c]", "['a'"[:4] + ", ]]"])
+@pytest.mark.parametrize("written", ["['a' 'b']", "[1 2 3]", "['a', ['b']]", "{a,b}", "[a, b c]", "['a', ]]"])
 def test_a_list_in_brackets_that_cannot_be_read_is_refused(log, written):
     tags = {"name": "title", "kind": "multi", "group": "item"}
 
@@ -223,16 +225,14 @@ def test_numbers_in_lists_are_spelled_as_numbers_are(log):
 @given(lists=st.lists(st.lists(st.text(max_size=5), max_size=4), min_size=1, max_size=10))
 def test_a_list_of_any_words_comes_back_from_json_and_from_python(lists, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lists")
-    nulls = ("", "NULL", "\\N", "nan", "NaN", "None")
-    expected = [[word for word in words if word] for words in lists]
+    expected = [[word for word in words if word] for words in lists]  # an empty one is absent
 
     for write in (json.dumps, repr, lambda words: json.dumps(words, ensure_ascii=False)):
         texts = [write(words) for words in lists]
         if any(c in text for text in texts for c in "\r\n"):
             continue
         pl.DataFrame({"x": texts, "y": "a"}).write_csv(folder / "log.csv", quote_style="always")
-        assert tabular.Table(folder / "log.csv").series("x", "list").to_list() == expected
-    assert nulls
+        assert Table(folder / "log.csv").series("x", "list").to_list() == expected
 
 
 # Times.
@@ -628,9 +628,13 @@ def test_weights_and_the_rate_of_negatives_reach_the_prepared_rows(log, tmp_path
     rows = Prepared.open(tmp_path / "out").rows("train")
 
     assert about["negative_rate"] == 0.25
+    weight_B = rows.take(np.arange(12)).weight_B
+    assert rows.weight is not None
+    assert rows.represented is not None
+    assert weight_B is not None
     assert rows.weight.tolist() == weights[:12]
     assert rows.represented.tolist() == [w if n % 2 else 4 * w for n, w in enumerate(weights[:12])]
-    assert rows.take(np.arange(12)).weight_B.tolist() == pytest.approx([w / 1.5 for w in weights[:12]])
+    assert weight_B.tolist() == pytest.approx([w / 1.5 for w in weights[:12]])
 
 
 def test_a_log_without_weights_has_none(log, tmp_path):
@@ -676,7 +680,7 @@ def past_of(n):
 def brought(log, *, order=1, late=0, **changes):
     """Rows whose histories are not those of the log's clicks."""
     pasts = [past_of(n)[::order] for n in range(NUM)]
-    columns = {
+    columns: dict[str, Any] = {
         "past": ["|".join(item for item, _, _ in past) for past in pasts],
         "past_at": [[ts + late for _, ts, _ in past] for past in pasts],
         "past_title": ["|".join(title for _, _, title in past) for past in pasts],

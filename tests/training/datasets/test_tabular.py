@@ -1,8 +1,10 @@
 """Any CSV or Parquet file with a schema YAML."""
 
+import re
 import shlex
 import textwrap
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,6 +14,18 @@ import yaml
 from training.__main__ import main
 from training.data.prepare import prepare
 from training.datasets import tabular
+from training.datasets.description import (
+    ByColumn,
+    ByFiles,
+    ByHash,
+    ByTime,
+    Description,
+    FieldForm,
+    HistoryForm,
+    TableForm,
+)
+from training.datasets.spelling import NULL_VALUES
+from training.datasets.times import NUMBER_FORMS
 from training.errors import UserError
 
 FIELDS = [
@@ -237,6 +251,10 @@ def test_what_is_wrong_in_a_csv_file_is_told_by_line_and_column(load, old, new, 
     ("changes", "message"),
     [
         ({"label": None}, r"log.yaml, at label: Field required"),
+        (
+            {"fields": [FIELDS[0], FIELDS[5]]},
+            r"field ad: a sequence of ad needs the field \{name: ad, kind: categorical, group: item\} too",
+        ),
         ({"laber": "x"}, r"log.yaml, at laber: Extra inputs are not permitted, got 'x'"),
         ({"split": {"by": "moon"}}, r"log.yaml, at split: .*'moon'"),
         ({"split": {"by": "time", "valid": 0.5, "test": 0.5}}, r"valid and test leave no rows to train on"),
@@ -336,3 +354,21 @@ def test_a_log_without_context_is_told_to_train_a_model_without_it(tmp_path, mon
     assert "mian goes without model.icim=false: the data have no fields for it" in told.err
     words = shlex.split(told.out.rstrip().splitlines()[-1].removeprefix("next: python -m training "))
     assert main([*words, "max_epochs=1"]) == 0
+
+
+def documented_keys(page):
+    """The words in code type that begin the rows of the page's tables."""
+    firsts = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    return {key for first in firsts for key in re.findall(r"`(\w+)`", first)}
+
+
+def test_every_key_of_the_yaml_is_documented_and_no_other():
+    page = (Path(__file__).parents[3] / "docs" / "own_data.md").read_text("utf-8")
+    keys = documented_keys(page)
+
+    assert keys == set(Description.model_fields) | set(FieldForm.model_fields)
+    for form in (TableForm, HistoryForm, ByTime, ByHash, ByColumn, ByFiles):
+        assert all(key in page for key in form.model_fields)
+    for value in NULL_VALUES[1:]:
+        assert f"`{value}`" in page
+    assert all(words in page for words in NUMBER_FORMS)

@@ -183,7 +183,8 @@ def test_a_validation_part_without_clicks_is_refused_at_once(data, tmp_path):
 def test_a_row_of_weight_n_trains_as_n_rows(data):
     rows = data.rows("train")
     times = 1 + np.arange(len(rows)) % 3
-    weighted = replace(rows, weight=times.astype(np.float32)).take(np.arange(len(rows)))
+    heavy = replace(rows, weight=times.astype(np.float32), mean_weight=float(times.mean()))
+    weighted = heavy.take(np.arange(len(rows)))
     repeated = rows.take(np.repeat(np.arange(len(rows)), times))
 
     settings = run(model="lr", model_config={}, clip_norm=1e6)
@@ -196,4 +197,4 @@ def test_a_row_of_weight_n_trains_as_n_rows(data):
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert torch.allclose(*gradients, atol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
