@@ -49,7 +49,7 @@ SCHEMA = SchemaSpec(
         "genres": [["x"], ["y"], ["x", "z"], []],
     }
 )
-UNREAD = ("hist_mask", "hist_age")
+UNREAD = ("hist_age",)
 CLICK_RATE = 0.125
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
 LAYOUT = PackedLayout(SCHEMA)
@@ -109,7 +109,7 @@ class GraphBuilder:
         self._weights: list[onnx.TensorProto] = []
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self._weights.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
