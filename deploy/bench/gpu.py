@@ -3,7 +3,8 @@
     python deploy/bench/gpu.py artifacts/mian/20261121-1 [--sizes 100,1000] [--repeats 200] [--out FILE.md]
 
 Needs the extras `gpu` and `train`, with torch's CUDA build. Both runtimes take turns; medians are told. The requests
-are made of the artifact's golden ones. Two floors stand beside each time, measured on the same device:
+are made of the artifact's golden ones, their item rows by item.onnx on the CPU, as the service makes and keeps them.
+Two floors stand beside each time, measured on the same device:
 
 - memory: the bytes that one run must move (dense weights once, each tensor between two steps written and read), at the
   bandwidth of a plain copy. Embedding tables are not counted, only the rows read from them, as such tensors;
@@ -34,7 +35,9 @@ from numpy.typing import NDArray
 from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import LOGIT_TOLERANCE, Artifact
+from models.artifact.manifest import BATCHED, TORCHSCRIPT
 from models.features.arrays import Arrays
+from service.runtime import backends
 from service.runtime.backend import Backend, Device
 from service.runtime.onnx_cpu import OnnxBackend, session_options
 from service.runtime.onnx_cuda import OnnxCudaBackend
@@ -76,47 +79,51 @@ class Line:
 
 def measure(read: Artifact, device: Device, *, sizes: Sequence[int], repeats: int) -> list[Line]:
     """Raises ArtifactError where the device, or what drives it, is not there."""
-    plain = OnnxBackend(read.path / "model.onnx", fed=[i.name for i in read.schema.inputs])
-    inputs = read.manifest.inputs
-    backends: dict[str, Backend] = {
-        "onnx": OnnxCudaBackend(read.path / "model.onnx", inputs=inputs, device=device),
-        "torchscript": TorchScriptCudaBackend(read.path / "model.ts", inputs=inputs, device=device),
+    if not {BATCHED, TORCHSCRIPT} <= read.manifest.graphs.keys():
+        raise ArtifactError(f"{read.path}/manifest.json: lists no {BATCHED} or no {TORCHSCRIPT}; export it again")
+    graphs = read.manifest.graphs
+    plain, item_graph = backends.load(read, "onnx"), backends.load_item_graph(read)
+    compared: dict[str, Backend] = {
+        "onnx": OnnxCudaBackend(read.path / BATCHED, inputs=graphs[BATCHED].inputs, device=device),
+        "torchscript": TorchScriptCudaBackend(
+            read.path / TORCHSCRIPT, inputs=graphs[TORCHSCRIPT].inputs, device=device
+        ),
     }
     floors = measure_floors(device)
     lines = []
     for size in sizes:
-        arrays = request(read, size)
-        wanted, done = plain.run(arrays), work(read.path, size)
-        seconds = take_turns({name: partial(backend.run, arrays) for name, backend in backends.items()}, repeats)
-        for name, backend in backends.items():
+        arrays = request(read, item_graph, size)
+        expected, done = plain.run(arrays), work(read.path, size)
+        seconds = take_turns({name: partial(backend.run, arrays) for name, backend in compared.items()}, repeats)
+        for name, backend in compared.items():
             lines.append(
                 Line(
                     runtime=name,
                     candidates=size,
-                    off=largest_difference(backend.run(arrays), wanted),
+                    off=largest_difference(backend.run(arrays), expected),
                     ms=1000 * seconds[name],
                     candidates_per_s=candidates_per_s(backend, arrays, repeats),
                     memory_ms=1000 * done.num_bytes / floors.bytes_per_s,
                     launch_ms=1000 * done.steps[name] * floors.launch_s,
                 )
             )
-    for backend in (plain, *backends.values()):
+    for backend in (plain, item_graph, *compared.values()):
         backend.close()
     return lines
 
 
-def request(read: Artifact, num_candidates: int) -> Arrays:
-    """The golden request with the most clicks, and candidates drawn from all golden ones."""
-    golden = read.golden.arrays
-    mask = golden.get("hist_mask", np.zeros((len(read.golden.requests), 0), dtype=bool))
-    user = slice(best := int(mask.sum(1).argmax()), best + 1)
-    drawn = np.random.default_rng(num_candidates).integers(len(golden["user_index"]), size=num_candidates)
-    arrays = {n: a[drawn] if n.startswith("item.") else a[user] for n, a in golden.items()}
+def request(read: Artifact, item_graph: OnnxBackend, num_candidates: int) -> Arrays:
+    """The golden request with the most clicks, packed, and the item rows of candidates drawn from all golden ones."""
+    packed = read.encoder.layout.pack(read.golden.arrays)
+    mask = packed.get("history_mask", np.zeros((len(read.golden.requests), 0), dtype=bool))
+    best = int(mask.sum(1).argmax())
+    drawn = np.random.default_rng(num_candidates).integers(len(packed["user_index"]), size=num_candidates)
+    arrays = backends.one_request({**packed, "items": item_graph.run(packed)}, best, drawn)
     return {**arrays, "user_index": np.zeros(num_candidates, dtype=np.int64)}
 
 
-def largest_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    return float((np.abs(found - wanted) / (1 + np.abs(wanted))).max())
+def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float((np.abs(found - expected) / (1 + np.abs(expected))).max())
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -147,12 +154,12 @@ def work(folder: Path, num_candidates: int) -> Work:
         options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
         for axis, size in (("U", 1), ("C", num_candidates)):
             options.add_free_dimension_override_by_name(axis, size)
-        onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(folder / BATCHED, options, providers=["CPUExecutionProvider"])
         graph = onnx.shape_inference.infer_shapes(onnx.load(Path(scratch) / "optimised.onnx")).graph
     tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     weights = sum(onnx.numpy_helper.to_array(w).nbytes for w in graph.initializer if w.name not in tables)
     between = sum(map(_num_bytes, [*graph.value_info, *graph.input, *graph.output]))
-    module = torch.jit.load(folder / "model.ts")  # type: ignore[no-untyped-call] # torch's gap
+    module = torch.jit.load(folder / TORCHSCRIPT)  # type: ignore[no-untyped-call] # torch's gap
     operators = [node.kind() for node in module.inlined_graph.nodes()]
     steps = {
         "onnx": sum(node.op_type not in NO_STEPS for node in graph.node),

@@ -21,7 +21,7 @@ DTYPES = {np.dtype("int64"): torch.int64, np.dtype("float32"): torch.float32, np
 
 
 class TorchScriptBackend:
-    """libtorch on one CPU core. The graph takes `inputs` by position and gives the logits first.
+    """libtorch on one CPU core. The graph takes `inputs` by position and gives the logits.
 
     A TorchScript file is a program: load none whose manifest you do not trust.
     """
@@ -38,11 +38,9 @@ class TorchScriptBackend:
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
         try:
             with torch.inference_mode():
-                logits, *_ = self._module(*(torch.from_numpy(arrays[name]) for name in self._inputs))
+                return _logits(self._module(*(torch.from_numpy(arrays[name]) for name in self._inputs)))
         except RuntimeError as err:
-            raise BackendError(f"libtorch: {err}") from err
-        scores: NDArray[np.float32] = logits.numpy()
-        return scores
+            raise err if isinstance(err, BackendError) else BackendError(f"libtorch: {err}") from err
 
     def close(self) -> None:
         del self._module
@@ -105,9 +103,15 @@ class _Bound:
     @torch.inference_mode()
     def run(self) -> NDArray[np.float32]:
         self._sent.copy_(self._pinned, non_blocking=True)
-        logits, *_ = self._module(*self._inputs)
-        scores: NDArray[np.float32] = logits.cpu().numpy()  # waits for the device
-        return scores
+        return _logits(self._module(*self._inputs))
+
+
+def _logits(output: Any) -> NDArray[np.float32]:
+    """What a graph gave, once the device has it."""
+    if not isinstance(output, Tensor):  # several outputs, as graphs of older artifacts had
+        raise BackendError(f"libtorch: expected one tensor, the logits, got a {type(output).__name__}")
+    logits: NDArray[np.float32] = output.cpu().numpy()
+    return logits
 
 
 def _view(buffer: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -15,10 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.folder import Golden
+from models.artifact.manifest import BATCHED, TORCHSCRIPT
 from models.features.arrays import concat
 from models.features.encoder import Encoder
 from tests.models.small import lively, raw_requests, with_history
-from training.export import to_onnx, to_torchscript, used_inputs
+from training import export
 
 SCHEMA = with_history()
 FEW = ["--device", "cpu", "--sizes", "3,20", "--repeats", "4"]
@@ -35,17 +36,19 @@ def gpu() -> Iterator[ModuleType]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Writes artifacts of LR in ONNX and, in TorchScript, of the model that it is given."""
     model = lively("lr", SCHEMA).float()
-    graph = to_onnx(model, SCHEMA)
+    graphs, signatures = export.to_graphs(model, SCHEMA), export.signatures(model, SCHEMA)
     requests = raw_requests()
     arrays = concat([Encoder(SCHEMA).encode(request) for request in requests])
 
     def write(of_torchscript: Any = model) -> Path:
+        signature = signatures[TORCHSCRIPT]
+        traced = export._to_torchscript(export._ScoringGraph(of_torchscript, signature), signature, SCHEMA)
         return artifact.write(
             tmp_path_factory.mktemp("artifacts"), model="lr", config={}, schema=SCHEMA,
             calibration=Calibration(slope=1.0, intercept=0.0), metrics={},
             golden=Golden(requests=tuple(requests), arrays=arrays, logits=np.zeros(len(arrays["user_index"]))),
-            inputs=[i.name for i in used_inputs(model, SCHEMA)], data_hash="none",
-            files={"model.onnx": graph, "model.ts": to_torchscript(of_torchscript, SCHEMA)},
+            inputs=[i.name for i in export.used_inputs(model, SCHEMA)], graphs=signatures, data_hash="none",
+            files={**graphs, TORCHSCRIPT: traced},
         )  # fmt: skip
 
     return write
@@ -69,9 +72,9 @@ def test_the_table_has_a_line_for_each_runtime_and_size(gpu, written, tmp_path, 
 
 
 def test_a_runtime_that_scores_otherwise_fails_the_command(gpu, written, capsys):
-    with torch.no_grad():
-        other = lively("lr", SCHEMA).float()
-        next(iter(other.parameters())).add_(0.01)
+    other = lively("lr", SCHEMA).float()
+    for parameter in other.parameters():
+        parameter.data += 0.01
 
     assert gpu.main([str(written(other)), *FEW]) == 1
     assert float(capsys.readouterr().out.splitlines()[5].split(" | ")[2]) > 1e-5
@@ -100,10 +103,10 @@ def test_the_work_of_a_graph_is_its_weights_once_and_each_tensor_twice(gpu, tmp_
     weights = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(weight, "weight")]
     graph = helper.make_graph(nodes, "small", [ids], [logit], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, tmp_path / BATCHED)
     rows = torch.from_numpy(table)
     module = torch.jit.trace(lambda ids: torch.relu(rows[ids]).unsqueeze(0) * 2, torch.arange(7))
-    torch.jit.save(module, str(tmp_path / "model.ts"))
+    torch.jit.save(module, str(tmp_path / TORCHSCRIPT))
 
     done = gpu.work(tmp_path, 10)
 
