@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.features.column_encoding import EncodingError, Single
+from models.features.column_encoding import EncodingError, ScalarEncoder
 from models.features.encoder import Encoder
 from models.features.field import Field, FieldSpec
 from models.features.schema import Schema, SchemaSpec
@@ -77,7 +77,7 @@ def test_the_order_of_numbers_is_kept_and_negatives_are_numbers(transform, value
 @given(values=st.lists(finite, min_size=1, max_size=40), probes=st.lists(finite, min_size=1, max_size=20))
 def test_one_request_and_a_column_of_many_encode_alike(transform, values, probes):
     schema = fitted(values, transform=transform)
-    single = Single(schema.field("x"), {})
+    single = ScalarEncoder(schema.field("x"), {})
 
     assert [single.array_of(v)[0] for v in probes] == encoded(schema, probes).tolist()
 
