@@ -1,4 +1,4 @@
-"""What can be set, from where, and what holds when nothing is: the only file that reads the environment."""
+"""Settings: every option of the service with its default; the only file that reads the environment."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,56 +29,94 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True)
 
-    artifacts_dir: Path = Field(default=Path("artifacts"), description="holds the folders <model>/<version>")
-    experiment: Path | dict[str, Any] | None = Field(default=None, description="its file, or what would stand there")
-    redis_url: str | None = Field(default=None, description="redis://...; without one clicks live in this process only")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    workers: int = Field(default=0, ge=0, le=256, description="processes; 0: one a core, without redis_url one")
-    max_candidates: int = Field(default=1000, ge=1, le=10_000)
-    max_explained: int = Field(default=20, ge=1, le=1000, description="candidates of one request for explanations")
-    max_queued_candidates: int = Field(default=10_000, ge=1, description="that wait for the model; beyond it 503")
-    max_batch_candidates: int = Field(default=1000, ge=1, le=10_000, description="of one run: what is larger is cut")
+    artifacts_dir: Path = Field(default=Path("artifacts"), description="Folder of the artifacts, <model>/<version>.")
+    experiment: Path | dict[str, Any] | None = Field(
+        default=None, description="The experiment: the name of its file, or what would stand in it."
+    )
+    redis_url: str | None = Field(
+        default=None, description="URL of the behaviour store; without one clicks live in this process only."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(
+        default=0, ge=0, le=256, description="Number of processes; 0 means one a core, and one without redis_url."
+    )
+    max_candidates: int = Field(default=1000, ge=1, le=10_000, description="Most candidates of one request.")
+    max_explained: int = Field(
+        default=20, ge=1, le=1000, description="Most candidates of one request for explanations."
+    )
+    max_queued_candidates: int = Field(
+        default=10_000, ge=1, description="Most candidates that wait for the model thread; beyond it requests get 503."
+    )
+    max_batch_candidates: int = Field(
+        default=1000, ge=1, le=10_000, description="Most candidates of one model run; a larger request is cut."
+    )
     inline_run_ms: float = Field(
         default=5,
         ge=0,
         le=1000,
-        description="Requests that are expected to take at most this are scored by the event loop itself; longer ones"
-        " go to the model thread. 0: all of them.",
+        description="A request that is expected to take at most this long is scored by the event loop itself; longer"
+        " ones go to the model thread. With 0 all of them do.",
     )
     # A thousand candidates with twenty features each take about half a megabyte.
-    max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
-    timeout_ms: float = Field(default=1000, gt=0, le=60_000, description="of a request that names none")
-    store_timeout_ms: float = Field(default=50, gt=0, le=10_000, description="after it, score without the store")
-    store_write_timeout_ms: float = Field(default=1000, gt=0, le=10_000, description="after it, refuse events with 503")
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="Largest body of a request, in bytes.")
+    timeout_ms: float = Field(
+        default=1000, gt=0, le=60_000, description="Deadline of a request that names none, in milliseconds."
+    )
+    store_timeout_ms: float = Field(
+        default=50, gt=0, le=10_000, description="A prediction does without the store after so many milliseconds."
+    )
+    store_write_timeout_ms: float = Field(
+        default=1000, gt=0, le=10_000, description="Events are refused with 503 after so many milliseconds."
+    )
     item_cache_rows: int = Field(
-        default=100_000, ge=1, le=10_000_000, description="encoded candidates kept per model, as many clicks"
+        default=100_000,
+        ge=1,
+        le=10_000_000,
+        description="Candidates, and as many clicks, that are kept encoded for each loaded model.",
     )
     item_cache_s: float = Field(
-        default=10, ge=0, le=86_400, description="how long stored item features are kept; 0: not at all"
+        default=10,
+        ge=0,
+        le=86_400,
+        description="Seconds for which stored features of a candidate count as fresh; 0 keeps none.",
     )
-    keep_behaviours: int = Field(default=200, ge=1, le=10_000, description="past clicks kept of a user: the newest")
-    keep_behaviours_days: float = Field(default=30, gt=0, le=3650, description="after a user's last one, in Redis")
-    require_store: bool = Field(default=False, description="be unready while the store is down")
+    keep_behaviours: int = Field(
+        default=200, ge=1, le=10_000, description="Clicks of a user that the store keeps, the newest."
+    )
+    keep_behaviours_days: float = Field(
+        default=30, gt=0, le=3650, description="Days for which Redis keeps a user's clicks after the last one."
+    )
+    require_store: bool = Field(default=False, description="Whether a service is unready while the store is down.")
     max_connection_s: float = Field(
-        default=60, ge=0, le=86_400, description="of a kept connection, to even load out; 0: no end"
+        default=60,
+        ge=0,
+        le=86_400,
+        description="Seconds after which a kept connection ends, so that load evens out; 0 means never.",
     )
     fallback: Literal["none", "prior"] = Field(
-        default="none", description="late, overloaded or broken: refuse, or answer 200 with the model's click rate"
+        default="none",
+        description="Answer where the model is late, overloaded or broken: a refusal, or 200 with its click rate.",
     )
-    admin_token: SecretStr | None = Field(default=None, min_length=1, description="without any nothing can be changed")
+    admin_token: SecretStr | None = Field(
+        default=None, min_length=1, description="Token of admin; without any token nothing can be changed."
+    )
     admin_tokens: Annotated[dict[Annotated[str, Field(pattern=NAME)], SecretStr], NoDecode] = Field(
-        default={}, description="more of them, by the name that the audit trail shows; admin_token's is admin"
+        default={}, description="Further admin tokens, by the name that the audit trail shows."
     )
     state_dir: Path | None = Field(
-        default=None,
-        description="keeps what was decided last, for a restart without the store; none: it is not kept",
+        default=None, description="Folder of the last decision, for a restart without the store; none keeps none."
     )
     watchdog_s: float = Field(
-        default=10, ge=0, le=3600, description="a process whose event loop hangs for so long is ended; 0: never"
+        default=10,
+        ge=0,
+        le=3600,
+        description="Seconds after which a process whose event loop hangs is ended; 0 means never.",
     )
-    keep_versions: int = Field(default=2, ge=0, le=10, description="earlier models of an arm that stay loaded")
-    drain_s: float = Field(default=5, ge=0, le=300, description="how long a stopping service keeps answering")
+    keep_versions: int = Field(
+        default=2, ge=0, le=10, description="Previous versions of each arm's model that stay loaded."
+    )
+    drain_s: float = Field(default=5, ge=0, le=300, description="Seconds for which a stopping service keeps answering.")
 
     @field_validator("experiment", mode="before")
     @classmethod

@@ -5,9 +5,9 @@ WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the a
 
 # U requests, C candidates, T history length, D width of a field, G width of the global attention
 # I width of the candidate's fields together, R of the request's, X of one element (a click, a user or context field)
-# N elements a candidate attends to: T clicks, user fields, context fields; Z numbers the click scorer reads
-# H first layer of the head, F = a group's score and then H; J groups of the request
-# L groups that hold the candidate: its own fields, then one for each local module
+# N elements a candidate attends to: T clicks, user fields, context fields
+# H first layer of the head, F = a group's score, where there are scores, and then H
+# L groups: the request's, or those that hold the candidate (its own fields, then one for each local module)
 
 import math
 from dataclasses import dataclass
@@ -126,9 +126,10 @@ class MIAN(CTRModel):
         raw, scores, vectors = [], [], []
         if self.reads_clicks:
             clicks_UTX, mask_UT = self.fields.history(inputs).flatten(2), history_mask(inputs)
-            vectors.append(masked_mean(clicks_UTX, mask_UT))
+            mean_UX = masked_mean(clicks_UTX, mask_UT)
+            vectors.append(mean_UX)
             if "behaviour" in self.gim.groups:
-                flat_UX = clicks_UTX.flatten(1) if self.config.gim_eb == "concat" else vectors[0]
+                flat_UX = clicks_UTX.flatten(1) if self.config.gim_eb == "concat" else mean_UX
                 raw.append(F.linear(flat_UX, *self.gim.kernel("behaviour")))
             if "ibim" in self.local:
                 elements["ibim"], state["mask"] = self.transformer(clicks_UTX, mask_UT), mask_UT
@@ -279,9 +280,7 @@ class MIAN(CTRModel):
         """sum_n weight_n K_x x_n, [C, H]."""
         if not self.sums_first:
             return vector_by_request(weight_CN, state["values"], user_index)
-        kernels: list[Tensor] = [
-            self.gim.kernel(name)[0][-self.gim.head_width :, self.item_width :] for name in self.local
-        ]
+        kernels = self._value_kernels()
         elements = [state[f"{name}.elements"] for name in self.local]
         if user_index is None:
             products = [F.linear(x_UNX, kernel) for x_UNX, kernel in zip(elements, kernels, strict=True)]

@@ -293,22 +293,21 @@ class Scorer:
                 self._admission.admit(expected_s, pending.deadline)
                 pending.expected_s = expected_s
             pending.lookup = lookup = model.inputs.find(request)
+            pending.asked_at = now = time.perf_counter()
+            pending.busy_s = now - started
+            if lookup.needs_store(request):
+                self._store.fetch_soon(
+                    request.user,
+                    lookup.items,
+                    lambda fetched: self._on_fetched(pending, fetched),
+                    before=request.ts,
+                    limit=lookup.num_clicks,
+                    timeout_s=STORE_SHARE * pending.deadline.left_s,
+                )
+            else:
+                self._on_fetched(pending, NOTHING_FETCHED)
         except Exception as err:  # noqa: BLE001 - whoever waits hears of it, whatever it is
             self._fail(pending, err)
-            return
-        pending.asked_at = now = time.perf_counter()
-        pending.busy_s = now - started
-        if lookup.needs_store(request):
-            self._store.fetch_soon(
-                request.user,
-                lookup.items,
-                lambda fetched: self._on_fetched(pending, fetched),
-                before=request.ts,
-                limit=lookup.num_clicks,
-                timeout_s=STORE_SHARE * pending.deadline.left_s,
-            )
-        else:
-            self._on_fetched(pending, NOTHING_FETCHED)
 
     def _on_fetched(self, pending: PendingScore, fetched: Fetched | StoreUnavailable) -> None:
         """The store has answered: the request is scored with those whose answers came together."""

@@ -1,7 +1,7 @@
 """A GPU's backends pad, bind and split: whatever a request's size, they score as the plain ones do, here on the CPU."""
 
 import threading
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,46 +17,63 @@ from hypothesis import strategies as st
 from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
 from models.artifact.folder import Artifact
+from models.artifact.manifest import BATCHED, ITEM, MODEL, TORCHSCRIPT
 from models.features.arrays import Arrays
 from models.features.field import Input
+from models.features.packing import PackedLayout, slice_candidates
 from service.runtime import backends
 from service.runtime.backend import BackendError
-from service.runtime.onnx_cpu import OnnxBackend, session_options
+from service.runtime.onnx_cpu import OnnxBackend
 from service.runtime.onnx_cuda import OnnxCudaBackend
-from service.runtime.static_shapes import ALIGNMENT, Gate, Layout, parts
+from service.runtime.static_shapes import ALIGNMENT, CaptureLock, Layout, parts
 from service.runtime.torchscript import TorchScriptCudaBackend
 from tests.models.small import lively, with_history
 from tests.service import tiny
-from training.export import example, to_onnx, to_torchscript, used_inputs
+from training import export
 
 SCHEMA = with_history()
-MODEL = lively("mian", SCHEMA, emb_dim=4, heads=2).float()
-INPUTS = used_inputs(MODEL, SCHEMA)
+LAYOUT = PackedLayout(SCHEMA)
+MIAN = lively("mian", SCHEMA, emb_dim=4, heads=2).float()
+GRAPHS = export.signatures(MIAN, SCHEMA)
+INPUTS = GRAPHS[BATCHED].inputs
+Example = Callable[[int, int], Arrays]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use on this machine")
 
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MIAN's: in ONNX it decides by U, which no CUDA graph can, and it has inputs of every kind and rank."""
+    """MIAN's, which has inputs of every kind and rank."""
     folder = tmp_path_factory.mktemp("graphs")
-    (folder / "model.onnx").write_bytes(to_onnx(MODEL, SCHEMA))
-    (folder / "model.ts").write_bytes(to_torchscript(MODEL, SCHEMA))
+    for name, content in export.to_graphs(MIAN, SCHEMA).items():
+        (folder / name).write_bytes(content)
     return folder
 
 
 @pytest.fixture(scope="module")
+def example(graphs: Path) -> Example:
+    """Packed tensors of so many requests and candidates, item rows included."""
+    items = OnnxBackend(graphs / ITEM, fed=[i.name for i in GRAPHS[ITEM].inputs], outputs=["items"])
+
+    def packed(users: int, candidates: int) -> Arrays:
+        arrays = LAYOUT.pack(export.example(SCHEMA, users, candidates))
+        return {**arrays, "items": items.run(arrays)}
+
+    return packed
+
+
+@pytest.fixture(scope="module")
 def plain(graphs: Path) -> OnnxBackend:
-    return OnnxBackend(graphs / "model.onnx", fed=[i.name for i in SCHEMA.inputs])
+    return OnnxBackend(graphs / BATCHED, fed=[i.name for i in INPUTS])
 
 
 @pytest.fixture(scope="module")
 def bound_onnx(graphs: Path) -> OnnxCudaBackend:
-    return OnnxCudaBackend(graphs / "model.onnx", inputs=INPUTS, device="cpu")
+    return OnnxCudaBackend(graphs / BATCHED, inputs=INPUTS, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def bound_torchscript(graphs: Path) -> TorchScriptCudaBackend:
-    return TorchScriptCudaBackend(graphs / "model.ts", inputs=INPUTS, device="cpu")
+    return TorchScriptCudaBackend(graphs / TORCHSCRIPT, inputs=INPUTS, device="cpu")
 
 
 sizes = given(users=st.sampled_from([1, 2, 5, 17, 40]), candidates=st.integers(1, 1100))
@@ -71,9 +88,9 @@ sizes = given(users=st.sampled_from([1, 2, 5, 17, 40]), candidates=st.integers(1
 @case(users=17, candidates=1025)
 @case(users=40, candidates=3000)
 def test_onnx_at_fixed_sizes_scores_as_at_any(
-    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, users: int, candidates: int
+    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, users: int, candidates: int, example: Example
 ) -> None:
-    arrays = example(SCHEMA, users, candidates)
+    arrays = example(users, candidates)
 
     assert np.allclose(bound_onnx.run(arrays), plain.run(arrays), rtol=1e-5, atol=1e-5)
 
@@ -83,25 +100,29 @@ def test_onnx_at_fixed_sizes_scores_as_at_any(
 @case(users=1, candidates=1)
 @case(users=17, candidates=1025)
 def test_torchscript_at_fixed_sizes_scores_as_at_any(
-    plain: OnnxBackend, bound_torchscript: TorchScriptCudaBackend, users: int, candidates: int
+    plain: OnnxBackend, bound_torchscript: TorchScriptCudaBackend, users: int, candidates: int, example: Example
 ) -> None:
-    arrays = example(SCHEMA, users, candidates)
+    arrays = example(users, candidates)
 
     assert np.allclose(bound_torchscript.run(arrays), plain.run(arrays), rtol=1e-5, atol=1e-5)
 
 
-def test_a_small_request_after_a_large_one_sees_nothing_of_it(plain: OnnxBackend, bound_onnx: OnnxCudaBackend) -> None:
-    small = example(SCHEMA, 1, 3)
+def test_a_small_request_after_a_large_one_sees_nothing_of_it(
+    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, example: Example
+) -> None:
+    small = example(1, 3)
     for _ in range(bound_onnx.lanes):
-        bound_onnx.run(example(SCHEMA, 4, 16))
-        bound_onnx.run(example(SCHEMA, 1, 16))
+        bound_onnx.run(example(4, 16))
+        bound_onnx.run(example(1, 16))
 
     for _ in range(bound_onnx.lanes):
         assert np.allclose(bound_onnx.run(small), plain.run(small), rtol=1e-5, atol=1e-5)
 
 
-def test_runs_under_way_together_do_not_touch_each_other(plain: OnnxBackend, bound_onnx: OnnxCudaBackend) -> None:
-    requests = [example(SCHEMA, 1 + n % 3, 1 + 13 * n) for n in range(24)]
+def test_runs_under_way_together_do_not_touch_each_other(
+    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, example: Example
+) -> None:
+    requests = [example(1 + n % 3, 1 + 13 * n) for n in range(24)]
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(bound_onnx.run, requests))
@@ -111,10 +132,10 @@ def test_runs_under_way_together_do_not_touch_each_other(plain: OnnxBackend, bou
 
 
 def test_torchscript_at_fixed_sizes_is_run_by_several_threads_and_mixes_nothing_up(
-    plain: OnnxBackend, bound_torchscript: TorchScriptCudaBackend
+    plain: OnnxBackend, bound_torchscript: TorchScriptCudaBackend, example: Example
 ) -> None:
     """A version that serves is loaded anew: recent requests are replayed on it beside those that come."""
-    requests = [example(SCHEMA, 1 + n % 3, 1 + 13 * (n % 24)) for n in range(96)]
+    requests = [example(1 + n % 3, 1 + 13 * (n % 24)) for n in range(96)]
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(bound_torchscript.run, requests))
@@ -124,12 +145,12 @@ def test_torchscript_at_fixed_sizes_is_run_by_several_threads_and_mixes_nothing_
 
 
 def test_a_model_is_loaded_beside_one_that_serves(
-    graphs: Path, plain: OnnxBackend, bound_onnx: OnnxCudaBackend
+    graphs: Path, plain: OnnxBackend, bound_onnx: OnnxCudaBackend, example: Example
 ) -> None:
-    arrays = example(SCHEMA, 1, 100)
+    arrays = example(1, 100)
     wanted = plain.run(arrays)
     with ThreadPoolExecutor(3) as pool:
-        loading = pool.submit(OnnxCudaBackend, graphs / "model.onnx", inputs=INPUTS, device="cpu")
+        loading = pool.submit(OnnxCudaBackend, graphs / BATCHED, inputs=INPUTS, device="cpu")
         serving = [pool.submit(bound_onnx.run, arrays) for _ in range(200)]
 
         assert all(np.allclose(run.result(timeout=60), wanted, rtol=1e-5, atol=1e-5) for run in serving)
@@ -137,28 +158,28 @@ def test_a_model_is_loaded_beside_one_that_serves(
 
 
 def test_what_is_alone_waits_for_the_runs_and_holds_up_the_next() -> None:
-    gate, order = Gate(), []
+    lock, order = CaptureLock(), []
     entered, may_end = threading.Event(), threading.Event()
 
     def run() -> None:
-        with gate.together():
+        with lock.together():
             entered.set()
             may_end.wait(60)
             order.append("run")
 
     def capture() -> None:
-        with gate.alone():
+        with lock.alone():
             order.append("capture")
 
     def next_run() -> None:
-        with gate.together():
+        with lock.together():
             order.append("next run")
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(run)
         entered.wait(60)
         captured = pool.submit(capture)
-        while not gate._alone:
+        while not lock._alone:
             assert not captured.done()
         after = pool.submit(next_run)
         may_end.set()
@@ -170,26 +191,30 @@ def test_what_is_alone_waits_for_the_runs_and_holds_up_the_next() -> None:
 
 @pytest.mark.parametrize("wrong", ["a dtype", "a shape", "nothing"])
 def test_arrays_that_do_not_fit_are_a_backend_error_and_the_next_run_is_well(
-    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, bound_torchscript: TorchScriptCudaBackend, wrong: str
+    plain: OnnxBackend,
+    bound_onnx: OnnxCudaBackend,
+    bound_torchscript: TorchScriptCudaBackend,
+    wrong: str,
+    example: Example,
 ) -> None:
-    arrays = example(SCHEMA, 1, 5)
-    price: Arrays = {
-        "a dtype": np.zeros(5, np.int64),
-        "a shape": np.zeros((5, 2), np.float32),
-        "nothing": np.empty(0, np.float32),
+    arrays = example(1, 5)
+    items: Arrays = {
+        "a dtype": arrays["items"].astype(np.int64),
+        "a shape": arrays["items"][:, :2],
+        "nothing": arrays["items"][:0],
     }
 
     for backend in (bound_onnx, bound_torchscript):
         for _ in range(backend.lanes + 1):
-            with pytest.raises(BackendError, match=r"item\.price"):
-                backend.run({**arrays, "item.price": price[wrong]})
+            with pytest.raises(BackendError, match="items"):
+                backend.run({**arrays, "items": items[wrong]})
         assert np.allclose(backend.run(arrays), plain.run(arrays), rtol=1e-5, atol=1e-5)
 
 
 def test_a_request_that_cannot_be_run_leaves_nothing_behind(
-    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, bound_torchscript: TorchScriptCudaBackend
+    plain: OnnxBackend, bound_onnx: OnnxCudaBackend, bound_torchscript: TorchScriptCudaBackend, example: Example
 ) -> None:
-    small, bad = example(SCHEMA, 2, 3), example(SCHEMA, 2, 16)
+    small, bad = example(2, 3), example(2, 16)
     bad["user_index"][5] = 9  # there is no such user: what becomes of it in the next request's padding?
 
     for backend in (bound_onnx, bound_torchscript):
@@ -200,9 +225,9 @@ def test_a_request_that_cannot_be_run_leaves_nothing_behind(
             assert np.allclose(backend.run(small), plain.run(small), rtol=1e-5, atol=1e-5)
 
 
-def test_no_candidates_are_no_logits(bound_onnx: OnnxCudaBackend) -> None:
-    arrays = example(SCHEMA, 1, 2)
-    none: Arrays = {n: a[:0] if n.startswith("item.") or n == "user_index" else a for n, a in arrays.items()}
+def test_no_candidates_are_no_logits(bound_onnx: OnnxCudaBackend, example: Example) -> None:
+    arrays = example(1, 2)
+    none = slice_candidates(arrays, slice(0, 0))
 
     assert bound_onnx.run(none).shape == (0,)
 
@@ -215,15 +240,15 @@ def test_no_candidates_are_no_logits(bound_onnx: OnnxCudaBackend) -> None:
 def test_the_parts_of_a_request_are_all_of_it_and_none_is_too_large(
     user_index: list[int], users: int, candidates: int
 ) -> None:
-    inputs = [Input(name=n, dtype="int64", dims=(d,)) for n, d in (("user.a", "U"), ("item.b", "C"))]
+    inputs = [Input(name=n, dtype="int64", dims=(d,)) for n, d in (("request_a", "U"), ("item_b", "C"))]
     index = np.array(user_index)
-    arrays = {"user.a": np.arange(100, 109), "item.b": np.arange(len(index)), "user_index": index}
+    arrays = {"request_a": np.arange(100, 109), "item_b": np.arange(len(index)), "user_index": index}
     found = np.full(len(index), -1)
 
     for rows, part in parts(arrays, inputs, users=users, candidates=candidates):
-        assert len(part["user.a"]) <= users
-        assert 0 < len(part["item.b"]) <= candidates
-        found[rows] = part["user.a"][part["user_index"]] * 1000 + part["item.b"]
+        assert len(part["request_a"]) <= users
+        assert 0 < len(part["item_b"]) <= candidates
+        found[rows] = part["request_a"][part["user_index"]] * 1000 + part["item_b"]
 
     assert found.tolist() == [(100 + user) * 1000 + row for row, user in enumerate(user_index)]
 
@@ -241,24 +266,16 @@ def test_inputs_lie_beside_each_other_and_aligned() -> None:
     assert [view.shape[0] for view in views.values()] == [4 if i.dims[0] == "U" else 16 for i in INPUTS]
 
 
-@pytest.mark.parametrize("users", [1, 4])
-def test_with_a_fixed_number_of_users_the_graph_decides_nothing(graphs: Path, tmp_path: Path, users: int) -> None:
-    def operators(name: str, fixed: int | None) -> Counter[str]:
-        options = session_options()
-        options.optimized_model_filepath = str(tmp_path / name)
-        if fixed is not None:
-            options.add_free_dimension_override_by_name("U", fixed)
-        onnxruntime.InferenceSession(graphs / "model.onnx", options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in onnx.load(tmp_path / name).graph.node)
-
-    assert operators("free.onnx", None)["If"] > 0
-    assert operators("fixed.onnx", users).keys() & {"If", "Loop", "Scan"} == set()
+def test_no_graph_decides_anything_as_no_cuda_graph_can(graphs: Path) -> None:
+    for name in (MODEL, BATCHED):
+        operators = {node.op_type for node in onnx.load(graphs / name).graph.node}
+        assert operators & {"If", "Loop", "Scan"} == set()
 
 
 @pytest.fixture(scope="module")
 def both_kinds(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    files = {"model.onnx": tiny.to_onnx(1), "model.ts": b"not looked at"}
-    return artifact.read(tiny.write(tmp_path_factory.mktemp("artifacts"), files=files))
+    files = {**tiny.graphs(1), BATCHED: b"not looked at", TORCHSCRIPT: b"not looked at"}
+    return artifact.read(tiny.write(tmp_path_factory.mktemp("artifacts"), files=files, joined=True))
 
 
 def test_a_missing_gpu_is_told_in_one_sentence(both_kinds: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +284,7 @@ def test_a_missing_gpu_is_told_in_one_sentence(both_kinds: Artifact, monkeypatch
         backends.load(both_kinds, "torchscript", "cuda")
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(ArtifactError, match=r"model\.onnx: device cuda needs onnxruntime-gpu"):
+    with pytest.raises(ArtifactError, match=r"model\.batched\.onnx: device cuda needs onnxruntime-gpu"):
         backends.load(both_kinds, "onnx", "cuda")
 
 
@@ -284,10 +301,10 @@ def test_a_wheel_that_finds_no_gpu_is_no_gpu(both_kinds: Artifact, monkeypatch: 
 @needs_gpu
 @pytest.mark.parametrize("kind", [OnnxCudaBackend, TorchScriptCudaBackend])
 def test_a_gpu_scores_as_the_cpu(
-    graphs: Path, plain: OnnxBackend, kind: type[OnnxCudaBackend | TorchScriptCudaBackend]
+    graphs: Path, plain: OnnxBackend, kind: type[OnnxCudaBackend | TorchScriptCudaBackend], example: Example
 ) -> None:
-    backend = kind(graphs / ("model.onnx" if kind is OnnxCudaBackend else "model.ts"), inputs=INPUTS)
+    backend = kind(graphs / (BATCHED if kind is OnnxCudaBackend else TORCHSCRIPT), inputs=INPUTS)
 
     for users, candidates in ((1, 1), (1, 100), (1, 1000), (5, 300), (20, 1100)):
-        arrays = example(SCHEMA, users, candidates)
+        arrays = example(users, candidates)
         assert np.allclose(backend.run(arrays), plain.run(arrays), rtol=1e-5, atol=1e-5)

@@ -135,10 +135,10 @@ async def test_a_service_does_not_start_on(name: str, start: Start) -> None:
 async def test_what_nobody_foresaw_is_a_500_without_internals(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def breaks(*_: Any, **__: Any) -> None:
+    def breaks(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(service.store, "fetch", breaks)
+    monkeypatch.setattr(service.store, "fetch_soon", breaks)
 
     answer = await service.predict(candidates=[{"id": "a1"}])
 
@@ -146,6 +146,8 @@ async def test_what_nobody_foresaw_is_a_500_without_internals(
     assert "secret" not in answer.text
     assert await service.metric('clickserve_requests_total{arm="none",route="/predict",status="500"}') == 1
     assert await service.metric('clickserve_rejected_total{reason="internal"}') == 1
+    leases = [model.served.leases for model in service.parts.registry.models.values()]
+    assert leases == [0, 0]  # else it could never be replaced
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import sys
 def test_the_service_starts_without_torch() -> None:
     code = """
 import sys
-import service.app, service.server, service.__main__
+import service.app, service.process.server, service.__main__
 loaded = sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "training", "polars", "sklearn"})
 print(loaded)
 """

@@ -13,7 +13,7 @@ from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
 from models.artifact.explanation import BEHAVIOUR, CANDIDATE, REQUEST, Explanation
 from models.artifact.folder import Golden
-from models.artifact.manifest import EXPLAINING, Graph
+from models.artifact.manifest import BATCHED, EXPLAINING, TORCHSCRIPT, Graph
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
 from models.features.field import FIRST, FieldSpec, Input
@@ -49,7 +49,7 @@ SCHEMA = SchemaSpec(
         "genres": [["x"], ["y"], ["x", "z"], []],
     }
 )
-UNREAD = ("hist_mask", "hist_age")
+UNREAD = ("hist_age",)
 CLICK_RATE = 0.125
 CALIBRATION = Calibration(slope=0.9, intercept=-0.5)
 LAYOUT = PackedLayout(SCHEMA)
@@ -109,7 +109,7 @@ class GraphBuilder:
         self._weights: list[onnx.TensorProto] = []
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self._weights.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -173,6 +173,8 @@ SIGNATURES = {
     EXPLAINING: Graph(inputs=(*USER_INPUTS, *ITEM_INPUTS, *USER_INDEX), outputs=(LOGIT, *EXPLAINED)),
 }
 
+JOINED = Graph(inputs=(*USER_INPUTS, ITEMS, *USER_INDEX), outputs=(LOGIT,))  # of the graphs for several requests
+
 
 def request_graph(seed: int) -> bytes:
     graph = GraphBuilder(seed)
@@ -231,6 +233,7 @@ def write(
     schema: Schema = SCHEMA,
     offset: float = 0.0,
     explaining_seed: int | None = None,
+    joined: bool = False,
 ) -> Path:
     """An artifact of the model; `offset` makes its golden scores lie. With a seed explain.onnx is that seed's model."""
     arrays = concat([Encoder(schema).encode(request) for request in GOLDEN])
@@ -243,7 +246,11 @@ def write(
         metrics={"test_auc": 0.5, "valid": {"click_rate": CLICK_RATE}},
         golden=Golden(requests=GOLDEN, arrays=arrays, logits=score(arrays, seed=seed) + offset),
         inputs=[i.name for i in schema.inputs if i.name not in UNREAD],
-        graphs=SIGNATURES if explaining_seed is not None else {n: SIGNATURES[n] for n in ("model.onnx", "item.onnx")},
+        graphs={
+            **{n: SIGNATURES[n] for n in ("model.onnx", "item.onnx")},
+            **({} if explaining_seed is None else {EXPLAINING: SIGNATURES[EXPLAINING]}),
+            **(dict.fromkeys((BATCHED, TORCHSCRIPT), JOINED) if joined else {}),
+        },
         data_hash="none",
         files={
             **(files or graphs(seed)),

@@ -77,9 +77,9 @@ def test_the_order_of_numbers_is_kept_and_negatives_are_numbers(transform, value
 @given(values=st.lists(finite, min_size=1, max_size=40), probes=st.lists(finite, min_size=1, max_size=20))
 def test_one_request_and_a_column_of_many_encode_alike(transform, values, probes):
     schema = fitted(values, transform=transform)
-    scalar = ScalarEncoder(schema.field("x"), {})
+    single = ScalarEncoder(schema.field("x"), {})
 
-    assert [scalar.array_of(v)[0] for v in probes] == encoded(schema, probes).tolist()
+    assert [single.array_of(v)[0] for v in probes] == encoded(schema, probes).tolist()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

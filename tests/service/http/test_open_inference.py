@@ -202,13 +202,13 @@ async def test_it_is_counted_by_its_route_and_arm_and_is_no_prediction(service: 
 
 async def test_a_service_that_is_not_open_is_alive_and_not_ready(start: Start) -> None:
     async with start() as service:
-        parts, service.api.parts = service.api.parts, None
+        parts, service.api.service = service.api.service, None
         try:
             live, ready, model = [
                 await service.client.get(f"/v2/{path}") for path in ("health/live", "health/ready", "models/one/ready")
             ]
         finally:
-            service.api.parts = parts
+            service.api.service = parts
 
     assert [live.status_code, ready.status_code, model.status_code] == [200, 503, 503]
     assert ready.json() == {"ready": False}

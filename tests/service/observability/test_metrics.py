@@ -13,7 +13,7 @@ from service.errors import Degraded, Reason
 from service.observability.instruments import OTHER
 from service.observability.json_log import JsonFormatter
 from service.observability.metrics import NO_ARM, STAGES, STORE_OPS, Metrics
-from tests.service.conftest import Running
+from tests.service.conftest import Running, Start
 
 # contract section 4, but for what later issues record
 NAMES = {
@@ -45,7 +45,7 @@ async def test_every_series_whose_labels_are_known_starts_at_zero(service: Runni
     samples = [sample for family in families.values() for sample in family.samples]
     assert set(families) == set(NAMES)
     assert all(family.samples for family in families.values())
-    assert {sample.name for sample in samples if sample.value} == {"clickserve_model_info"}
+    assert {sample.name for sample in samples if sample.value} == {"clickserve_model_info", "clickserve_control_version"}
     known: dict[str, set[str]] = {
         "reason": set(Reason) | set(Degraded),
         "stage": set(STAGES),
@@ -96,8 +96,17 @@ async def test_every_metric_has_its_name_and_labels_after_some_traffic(service: 
             assert set(sample.labels) - {"le"} == labels
 
 
-async def test_a_request_is_recorded_once_in_every_place(service: Running) -> None:
-    await service.predict(user={"id": "u1"}, context={"moon": 1}, candidates=[{"id": "a1"}, {"id": "?"}, {"id": "!"}])
+@pytest.mark.parametrize(("inline_run_ms", "queued"), [(1000, 0), (0, 1)])
+async def test_a_request_is_recorded_once_in_every_place(start: Start, inline_run_ms: float, queued: int) -> None:
+    async with start(inline_run_ms=inline_run_ms) as service:
+        await service.predict(
+            user={"id": "u1"}, context={"moon": 1}, candidates=[{"id": "a1"}, {"id": "?"}, {"id": "!"}]
+        )
+        await is_recorded_once(service, queued=queued)
+
+
+async def is_recorded_once(service: Running, *, queued: int) -> None:
+    """`queued`: whether its run waited for the model's thread, or the event loop made it at once."""
 
     assert await service.metric('clickserve_requests_total{arm="one",route="/predict",status="200"}') == 1
     assert await service.metric('clickserve_request_seconds_count{arm="one",route="/predict"}') == 1
@@ -109,7 +118,8 @@ async def test_a_request_is_recorded_once_in_every_place(service: Running) -> No
     assert await service.metric('clickserve_unknown_values_total{field="other"}') == 1
     assert await service.metric('clickserve_store_seconds_count{op="fetch"}') == 1
     for stage in STAGES:
-        assert await service.metric(f'clickserve_stage_seconds_count{{stage="{stage}"}}') == 1, stage
+        expected = queued if stage == "queue" else 1
+        assert await service.metric(f'clickserve_stage_seconds_count{{stage="{stage}"}}') == expected, stage
 
 
 async def test_labels_are_bounded_whatever_clients_send(service: Running) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models.artifact.errors import ArtifactError
 from service.errors import ArtifactRefused, Refusal
 from service.experiments.assignment import Experiment, Running, parse
+from service.http import problems
 from service.observability.metrics import Metrics
 from service.registry import control, follower
 from service.registry.changes import Changes
@@ -31,12 +32,15 @@ class LoadedStandIn:
     def __init__(self, version: str) -> None:
         self.version = version
         self.artifact = SimpleNamespace(path=Path("tiny") / version, manifest=SimpleNamespace(model="tiny"))
-        self.batcher = SimpleNamespace(drain=self._drain)
+        self.name = "tiny"
+        self.served = SimpleNamespace(drain=self._drain)
         self.closed = False
-        self.backend = SimpleNamespace(close=lambda: setattr(self, "closed", True))
 
     async def _drain(self) -> None:
         return
+
+    def close(self) -> None:
+        self.closed = True
 
     def describe(self) -> dict[str, Any]:
         return {"version": self.version}
@@ -364,7 +368,7 @@ async def test_another_experiment_file_begins_a_new_document_and_those_with_the_
     assert "another experiment file" in a.follower.describe()["not_followed"]
     with pytest.raises(Refusal, match="of another experiment file") as refused:
         await a.set_shares(unkill=["two"])
-    assert refused.value.status == 409
+    assert problems.rule_of(refused.value).status == 409
     assert await a.store.read() == new.follower.document
 
 

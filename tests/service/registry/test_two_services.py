@@ -78,14 +78,14 @@ async def test_a_kill_at_one_is_live_at_the_other_within_a_second_while_that_loa
 ) -> None:
     a, b = services
     begun, go_on = threading.Event(), threading.Event()
-    read = b.parts.catalog.read
+    read = b.parts.registry.read
 
     def slow(arm: str, version: str) -> Any:
         begun.set()
         assert go_on.wait(30)
         return read(arm, version)
 
-    monkeypatch.setattr(b.parts.catalog, "read", slow)
+    monkeypatch.setattr(b.parts.registry, "read", slow)
     before = await arms(b)
     await load(a, versions[1])
 
@@ -107,7 +107,7 @@ async def test_a_kill_at_one_is_live_at_the_other_within_a_second_while_that_loa
     assert took_s < 1
     assert (before, after) == ({"one", "two"}, {"one"})
     assert ready["control"]["models"]["one"] == {"version": versions[0], "target": versions[1], "loading": "under way"}
-    assert b.parts.catalog.versions()["one"] == [versions[1], versions[0]]
+    assert b.parts.registry.versions()["one"] == [versions[1], versions[0]]
 
 
 async def test_a_load_and_a_rollback_at_either_serve_at_both_with_the_same_scores(
@@ -117,7 +117,7 @@ async def test_a_load_and_a_rollback_at_either_serve_at_both_with_the_same_score
     request: dict[str, Any] = {"ts": 5e6, "user": {"id": "u1"}, "candidates": [{"id": "a1"}, {"id": "a2"}]}
 
     async def same_version() -> bool:
-        return control_version(a) == control_version(b) and a.parts.catalog.versions() == b.parts.catalog.versions()
+        return control_version(a) == control_version(b) and a.parts.registry.versions() == b.parts.registry.versions()
 
     async def both() -> list[Any]:
         await eventually(same_version)

@@ -125,15 +125,15 @@ async def test_a_request_that_began_before_the_flip_ends_with_its_model(
     old, _ = await predict(service)
     versions = [write(service, seed=seed) for seed in (2, 3, 4, 5)]
     reached, go_on = asyncio.Event(), asyncio.Event()
-    fetch = service.store.fetch
+    fetch_soon = service.store.fetch_soon
 
-    async def slow(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(service.store, "fetch", fetch)
+    def slow(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(service.store, "fetch_soon", fetch_soon)
+        waiting.add_done_callback(lambda _: fetch_soon(*args, **kwargs))
         reached.set()
-        await go_on.wait()
-        return await fetch(*args, **kwargs)
 
-    monkeypatch.setattr(service.store, "fetch", slow)
+    waiting = asyncio.create_task(go_on.wait())
+    monkeypatch.setattr(service.store, "fetch_soon", slow)
     asked = asyncio.create_task(service.predict(**{**ASKED, "candidates": [{"id": "a2"}]}))
     await reached.wait()
     for version in versions:  # more than are kept: the old one is to be closed by now

@@ -406,7 +406,9 @@ def test_features_are_left_unread_by_the_decoder_and_refused_with_their_place() 
 
     assert isinstance(asked.candidates, list)
     assert isinstance(asked.candidates[1].features, msgspec.Raw)
-    assert [e.pointer for e in decoder.refusal(body, "").errors] == ["/candidates/1/features"]
+    refusal = decoder.refusal(body, "")
+    assert isinstance(refusal, InvalidValue)
+    assert [e.pointer for e in refusal.errors] == ["/candidates/1/features"]
 
 
 def test_a_values_field_is_told_where_one_request_cannot_be_encoded() -> None:

@@ -185,7 +185,7 @@ async def test_explanations_under_way_hold_up_no_prediction_and_beyond_a_few_are
         return run_all(self, arrays)
 
     monkeypatch.setattr(OnnxBackend, "run_all", slow)
-    waiting = [asyncio.create_task(asked(service)) for _ in range(explainer.MAX_UNDER_WAY)]
+    waiting = [asyncio.create_task(asked(service)) for _ in range(explainer.MAX_PENDING)]
     await asyncio.to_thread(running.wait, 30)
 
     predicted = await service.predict(**ASKED)
@@ -207,7 +207,7 @@ async def test_explanations_under_way_hold_up_no_prediction_and_beyond_a_few_are
 async def test_what_was_refused_leaves_its_place_in_the_line(
     service: Running, changes: dict[str, Any], status: int
 ) -> None:
-    for _ in range(explainer.MAX_UNDER_WAY + 1):
+    for _ in range(explainer.MAX_PENDING + 1):
         refused = await service.client.post("/explain", json={**ASKED, **changes})
         assert refused.status_code == status
         await asyncio.sleep(0.01)  # what came too late is still to be dropped
@@ -232,7 +232,7 @@ async def test_an_explaining_graph_that_cannot_be_trusted_is_not_used(start: Sta
         if spoil == "no graph":
             (folder / EXPLAINING).unlink()
         if spoil == "changed on disk":
-            (folder / EXPLAINING).write_bytes(tiny.to_onnx(1))
+            (folder / EXPLAINING).write_bytes(tiny.explaining_graph(2))
 
         answer = await service.client.post("/explain", json=ASKED)
 

@@ -238,8 +238,13 @@ async def test_one_timer_watches_a_thousand_commands(opened: Open, monkeypatch: 
         await client.ask("x")
         loop, timers = asyncio.get_running_loop(), []
         call_later = loop.call_later
+
+        def counted(*args: Any) -> asyncio.TimerHandle:
+            timers.append(args[0])
+            return call_later(*args)
+
         with monkeypatch.context() as patched:
-            patched.setattr(loop, "call_later", lambda *args: timers.append(args[0]) or call_later(*args))
+            patched.setattr(loop, "call_later", counted)
             replies = [client.echo(f"{number}") for number in range(1000)]
         assert await asyncio.gather(*replies) == [b"%d" % number for number in range(1000)]
 
