@@ -181,7 +181,7 @@ def draw_weights(model: CTRModel) -> None:
             if isinstance(module, nn.Embedding | nn.ParameterDict):  # of categories, and the directions of numbers
                 parameter.normal_()
             elif parameter.dim() > 1:
-                nn.init.xavier_normal_(parameter, gain=1.5)
+                nn.init.xavier_normal_(parameter, gain=1.8)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx] = 0
 

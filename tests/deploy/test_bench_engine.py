@@ -1,6 +1,7 @@
 """The engine benchmark: its workload, its sides, its turns and its verdicts."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -262,6 +263,10 @@ def test_the_target_table_has_what_was_measured_and_whether_it_is_enough():
     ]
 
 
+@pytest.mark.skipif(
+    "CLICKSERVE_BENCH" not in os.environ,
+    reason="starts services and their peers one after the other, for most of a minute; CLICKSERVE_BENCH=1 runs it",
+)
 def test_a_smoke_run_measures_the_service_against_its_peers(world, tmp_path):
     """With logistic regression, which is exported in a moment."""
     workload.export_workload(tmp_path, model="lr", sizes=[7], world=world)
