@@ -111,7 +111,8 @@ class GRU(nn.Module):
         """The state [n, E] after each of the T steps; with attention, `read` may be of n = 1 for all candidates."""
         open_nT = mask_nT.to(read_nTG.dtype) if attention_nT is None else attention_nT * mask_nT
         width = self.state.in_features
-        h_nE = read_nTG.new_zeros(1, width).expand(open_nT.shape[0], -1)
+        # [1, E], not as many as there are rows: a traced size is read off the ads' ids, which a scoring graph has not.
+        h_nE = read_nTG.new_zeros(1, width)
         states = []
         for x_nG, open_n1 in zip(read_nTG.unbind(1), torch.split(open_nT, 1, dim=1), strict=True):
             of_gates_nX, of_state_nE = torch.split(x_nG, [2 * width, width], dim=-1)
