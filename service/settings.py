@@ -120,20 +120,20 @@ class Settings(BaseSettings):
 
     @field_validator("experiment", mode="before")
     @classmethod
-    def _written_out(cls, given: Any) -> Any:
+    def _written_out(cls, value: Any) -> Any:
         """What stands in an experiment file may come as text too, as from the environment: as YAML, so as JSON too."""
-        if not isinstance(given, str) or not ("\n" in given or given.lstrip().startswith("{")):
-            return given
-        content = _parsed(given)
+        if not isinstance(value, str) or not ("\n" in value or value.lstrip().startswith("{")):
+            return value
+        content = _parsed(value)
         if not isinstance(content, dict):
             raise PydanticCustomError("no_experiment", "expected a file's name, or YAML as it would stand there")
         return content
 
     @field_validator("admin_tokens", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
+    def _by_name(cls, value: Any) -> Any:
         """From the environment they come as text: as YAML, so as JSON too."""
-        content = _parsed(given) if isinstance(given, str) else given
+        content = _parsed(value) if isinstance(value, str) else value
         if not isinstance(content, dict):
             raise PydanticCustomError("no_tokens", "expected tokens by name, as `{alice: ..., bob: ...}`")
         return content
@@ -201,11 +201,11 @@ def load(file: Path | None = None, **flags: Any) -> Settings:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
-    given = {name: value for name, value in flags.items() if value is not None}
+    overrides = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Layered(**given)
+        return Layered(**overrides)
     except ValidationError as err:
-        raise SettingsError(_sentence(err, file, given)) from None
+        raise SettingsError(_sentence(err, file, overrides)) from None
 
 
 def _parsed(text: str) -> Any:

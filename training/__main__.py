@@ -122,9 +122,9 @@ def _compare(options: argparse.Namespace) -> None:
 
     data, failed = Prepared.open(options.data), []
     if not options.report_only:
-        wanted = compare.variants(options.models, options.variants)
+        variants = compare.variants(options.models, options.variants)
         failed = compare.compare(
-            options.out, data, wanted, options.seeds, options.settings, command=options.line, against=options.against
+            options.out, data, variants, options.seeds, options.settings, command=options.line, against=options.against
         )
     print(compare.report(options.out, data, options.against))
     say(f"wrote {options.out}/compare.md, compare.csv, compare.png and runs.csv")
@@ -265,9 +265,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, told: str) -> None:
+def _add_settings(parser: argparse.ArgumentParser, description: str) -> None:
     parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help=told
+        "--set", action="extend", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help=description
     )
 
 

@@ -73,9 +73,9 @@ class Run:
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "checkpoint_s": (self.checkpoint_s >= 0, "at least 0"),
         }
-        for name, (holds, wanted) in rules.items():
+        for name, (holds, expected) in rules.items():
             if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,8 +130,8 @@ def _flat(run: Run) -> dict[str, Any]:
     return {**values, **{f"model.{k}": v for k, v in values["model_config"].items()}, "model_config": None}
 
 
-def _parse(key: str, text: str, wanted: Any) -> Any:
-    adapter = TypeAdapter(wanted)
+def _parse(key: str, text: str, annotation: Any) -> Any:
+    adapter = TypeAdapter(annotation)
     try:
         return adapter.validate_python(text)
     except ValidationError:
@@ -139,8 +139,8 @@ def _parse(key: str, text: str, wanted: Any) -> Any:
     try:
         return adapter.validate_python(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError):
-        name = getattr(wanted, "__name__", "") if isinstance(wanted, type) else str(wanted).replace("typing.", "")
-        raise UserError(f"--set {key}: expected {name or wanted}, got {text!r}") from None
+        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+        raise UserError(f"--set {key}: expected {kind}, got {text!r}") from None
 
 
 def _suggestion(key: str, known: list[str]) -> str:

@@ -156,13 +156,13 @@ def to_graphs(model: CTRModel, schema: Schema) -> dict[str, bytes]:
     *request, _, user_index = graphs[BATCHED].inputs
     composed = Graph(inputs=(*request, *graphs[ITEM].inputs, user_index), outputs=(logit, items, *explained))
     with folded_weights():
-        whole = _to_onnx(_ComposedGraph(model, composed), composed, schema)
+        composed_graph = _to_onnx(_ComposedGraph(model, composed), composed, schema)
         contents = {
             MODEL: _to_onnx(_ScoringGraph(model, graphs[MODEL]), graphs[MODEL], schema).SerializeToString(),
             TORCHSCRIPT: _to_torchscript(_ScoringGraph(model, graphs[TORCHSCRIPT]), graphs[TORCHSCRIPT], schema),
         }
     for file in (ITEM, BATCHED, *([EXPLAINING] if explained else [])):
-        contents[file] = _part(whole, graphs[file]).SerializeToString()
+        contents[file] = _part(composed_graph, graphs[file]).SerializeToString()
     return contents
 
 

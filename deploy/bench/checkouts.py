@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,11 +85,14 @@ def checkout(revision: str) -> Iterator[Path]:
     """A temporary checkout of that commit. Raises CheckoutError."""
     with TemporaryDirectory(prefix="clickserve-baseline-") as folder:
         tree = Path(folder) / "tree"
+        # A benchmark that is terminated still removes its checkout and stops its processes.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         _git("worktree", "add", "--detach", str(tree), revision)
         try:
             yield tree
         finally:
             _git("worktree", "remove", "--force", str(tree))
+            signal.signal(signal.SIGTERM, before)
 
 
 def commit_of(tree: Path) -> str:

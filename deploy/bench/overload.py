@@ -53,11 +53,12 @@ class Service:
     versions: Sequence[str]
     bodies: Path
     folder: Path
+    bounds: Sequence[str]  # options of load.py: of p99 and of the deadline
 
     def load(self, *options: str, meanwhile: Callable[[], None] | None = None) -> tuple[Json, str]:
         """load.py with these options: its JSON, and its table. Exits where it fails."""
         file = self.folder / "load.json"
-        fixed = ["--url", self.server.url, "--requests", str(self.bodies), "--timeout-ms", "20", "--json", str(file)]
+        fixed = ["--url", self.server.url, "--requests", str(self.bodies), *self.bounds, "--json", str(file)]
         command = [sys.executable, str(ROOT / "deploy" / "bench" / "load.py"), *fixed, *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
@@ -166,7 +167,16 @@ FIGURES: dict[str, Callable[[Json], str]] = {
 }
 
 
-def _start(stack: ExitStack, name: str, tree: Path, export: Export, *, folder: Path, world: workload.World) -> Service:
+def _start(
+    stack: ExitStack,
+    name: str,
+    tree: Path,
+    export: Export,
+    *,
+    folder: Path,
+    world: workload.World,
+    bounds: Sequence[str],
+) -> Service:
     say(f"starting {name}")
     store = sides.filled_store(stack, world, folder, tree)
     cores = sorted(os.sched_getaffinity(0))
@@ -184,7 +194,7 @@ def _start(stack: ExitStack, name: str, tree: Path, export: Export, *, folder: P
     bodies = folder / "bodies.jsonl"
     requests = workload.requests(world, NUM_BODIES, CANDIDATES)
     bodies.write_bytes(b"\n".join(workload.body(request, columnar=True) for request in requests))
-    return Service(name=name, server=server, versions=export.versions, bodies=bodies, folder=folder)
+    return Service(name=name, server=server, versions=export.versions, bodies=bodies, folder=folder, bounds=bounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", default=BASELINE, metavar="REV", help="a commit, or none (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=10, help="of a run")
+    parser.add_argument("--p99-ms", default="10", help="the knee's bound")
+    parser.add_argument("--timeout-ms", default="20", help="of each request")
     parser.add_argument("--minutes", type=float, default=10.0, help="at 80 %% of the knee; 0: none")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -204,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trees = {THIS: ROOT}
             if options.baseline != "none":
                 trees[OLD] = stack.enter_context(checkout(options.baseline))
+            bounds = ["--p99-ms", options.p99_ms, "--timeout-ms", options.timeout_ms]
             services = [
                 _start(
                     stack,
@@ -212,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     export_workload(tree, work, sizes=(CANDIDATES,), versions=2),
                     folder=folder,
                     world=world,
+                    bounds=bounds,
                 )
                 for name, tree in trees.items()
             ]

@@ -29,8 +29,8 @@ def online(data: Path, runs: Mapping[str, Path], folder: Path, *, port: int) -> 
     for arm, run in runs.items():
         command("training", "export", run, "--out", folder / "artifacts")
         command("training", "evaluate", run, "--data", data, "--predictions", scores(folder, arm))
-    given = os.environ.get("CLICKSERVE_REDIS_URL")
-    with _given(given) if given else local_server.start() as server:
+    url = os.environ.get("CLICKSERVE_REDIS_URL")
+    with _reachable(url) if url else local_server.start() as server:
         environment = {
             "CLICKSERVE_REDIS_URL": server if isinstance(server, str) else server.url,
             "CLICKSERVE_ARTIFACTS_DIR": str(folder / "artifacts"),
@@ -68,7 +68,7 @@ def check_port_is_free(port: int) -> None:
 
 
 @contextmanager
-def _given(url: str) -> Iterator[str]:
+def _reachable(url: str) -> Iterator[str]:
     yield url
 
 

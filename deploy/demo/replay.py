@@ -97,10 +97,10 @@ async def _replay_lane(
         response = await client.post("/predict", json=body)
         milliseconds = (time.perf_counter() - start) * 1000
         answer = response.raise_for_status().json()
-        told = {name: answer[name] for name in ("arm", "version")}
-        told |= {"degraded": ",".join(answer["degraded"]), "ms": milliseconds}
+        served = {name: answer[name] for name in ("arm", "version")}
+        served |= {"degraded": ",".join(answer["degraded"]), "ms": milliseconds}
         ctrs = answer["predictions"]["ctr"]
-        done.extend({"row": row["row"], "ctr": ctr, **told} for row, ctr in zip(request, ctrs, strict=True))
+        done.extend({"row": row["row"], "ctr": ctr, **served} for row, ctr in zip(request, ctrs, strict=True))
         for chunk in _chunks(events, 1000):
             await _send_events(client, chunk)
 
@@ -157,10 +157,10 @@ async def _tell_progress(done: list[dict[str, Any]], total: int) -> None:
 
 def compare(answered: pl.DataFrame, offline: Mapping[str, Path]) -> list[Agreement]:
     """For each arm: its HTTP answers beside its offline scores, on the rows it answered with all that is known."""
-    whole = answered.filter(pl.col("degraded") == "")
+    complete = answered.filter(pl.col("degraded") == "")
     agreements = []
     for arm, file in offline.items():
-        scored = whole.filter(pl.col("arm") == arm).join(
+        scored = complete.filter(pl.col("arm") == arm).join(
             pl.read_parquet(file).select(pl.col("row").cast(pl.UInt32), pl.col("ctr").alias("offline")),
             on="row",
             maintain_order="left",

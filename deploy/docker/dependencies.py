@@ -8,15 +8,15 @@ from pathlib import Path
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
     """The core's requirements and those of the extras, our own extras among them replaced by what they stand for."""
     project = tomllib.loads(pyproject.read_text())["project"]
-    wanted = list(project["dependencies"])
+    requirements = list(project["dependencies"])
     pending = list(extras)
     while pending:
         for requirement in project["optional-dependencies"][pending.pop()]:
             if requirement.startswith("clickserve["):
                 pending.append(requirement.removeprefix("clickserve[").rstrip("]"))
             else:
-                wanted.append(requirement)
-    return sorted(set(wanted))
+                requirements.append(requirement)
+    return sorted(set(requirements))
 
 
 if __name__ == "__main__":

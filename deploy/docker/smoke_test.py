@@ -121,11 +121,11 @@ def wait_until_up(client: httpx.Client, path: str) -> None:
             answer = client.get(path)
             if answer.is_success:
                 return
-            told = f"status {answer.status_code}"
+            reason = f"status {answer.status_code}"
         except httpx.TransportError as err:  # also one that the engine's proxy took and dropped
-            told = str(err)
+            reason = str(err)
         if time.monotonic() > until:
-            sys.exit(f"error: {client.base_url}{path} is not up after {START_S} s: {told}")
+            sys.exit(f"error: {client.base_url}{path} is not up after {START_S} s: {reason}")
         time.sleep(1)  # between two questions
 
 
@@ -152,9 +152,9 @@ def check_answers(check: Check, service: httpx.Client, compose: str) -> None:
 
     print("\nThe store is back")
     started = time.monotonic()
-    while (whole := not traffic.predict(0).json()["degraded"]) is False and time.monotonic() - started < RECOVERY_S:
+    while (complete := not traffic.predict(0).json()["degraded"]) is False and time.monotonic() - started < RECOVERY_S:
         time.sleep(PAUSE_S)
-    check("answers are whole again without a restart", whole, f"after {time.monotonic() - started:.1f} s")
+    check("answers are whole again without a restart", complete, f"after {time.monotonic() - started:.1f} s")
 
 
 def check_metrics(check: Check, prometheus: httpx.Client) -> None:

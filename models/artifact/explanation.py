@@ -104,7 +104,7 @@ def worded(
     `behaviours` are the clicks that the model saw, oldest first. The history is filled from its end, so whatever stands
     before them is padding, and is left out.
     """
-    own: Mapping[str | None, Sequence[str]] = {
+    default_labels: Mapping[str | None, Sequence[str]] = {
         "request": [request],
         "candidate": candidates,
         "behaviour": behaviours,
@@ -112,7 +112,7 @@ def worded(
     }
     axes = []
     for position, axis in enumerate(explanation.axes):
-        labels = own[axis.along] if axis.labels is None else axis.labels
+        labels = default_labels[axis.along] if axis.labels is None else axis.labels
         if axis.along in ("behaviour", "event"):
             values = values.take(range(values.shape[position] - len(labels), values.shape[position]), axis=position)
         axes.append({"name": axis.name, "labels": list(labels)})

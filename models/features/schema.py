@@ -114,10 +114,10 @@ class Schema(BaseModel):
         A service goes on answering while another thread reads a million values: none of the steps here is one long
         call that keeps Python's lock, as those of pydantic and json are (deploy/bench/vocabulary.py).
         """
-        given = _parsed(text.encode() if isinstance(text, str) else text)
-        vocabularies = _taken_out(given)
+        content = _parsed(text.encode() if isinstance(text, str) else text)
+        vocabularies = _taken_out(content)
         try:
-            schema = cls.model_validate(given)
+            schema = cls.model_validate(content)
             fields = list(schema.fields)
             for place, values in vocabularies.items():
                 _check_values(fields[place].name, values)
@@ -141,10 +141,10 @@ def _parsed(content: bytes) -> Any:
     return builder.value
 
 
-def _taken_out(given: Any) -> dict[int, list[Any]]:
+def _taken_out(content: Any) -> dict[int, list[Any]]:
     """The vocabularies by their field's place; what is left in theirs is an empty one."""
     found = {}
-    fields = given.get("fields") if isinstance(given, dict) else None
+    fields = content.get("fields") if isinstance(content, dict) else None
     for place, field in enumerate(fields if isinstance(fields, list) else ()):
         if isinstance(field, dict) and isinstance(field.get("vocabulary"), list):
             found[place], field["vocabulary"] = field["vocabulary"], []

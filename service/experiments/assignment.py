@@ -204,7 +204,7 @@ def parse(content: object, *, source: str) -> Experiment:
 
 def _uniform(begun: "hashlib.blake2b", unit: bytes) -> float:
     """A number strictly between 0 and 1, the same for ever for the same bytes."""
-    whole = begun.copy()
-    whole.update(unit)
+    digest = begun.copy()
+    digest.update(unit)
     # 52 bits and a half: exact in a double, and never 0 or 1: a waiting time is finite and more than nothing.
-    return ((int.from_bytes(whole.digest()) >> 12) + 0.5) / 2**52
+    return ((int.from_bytes(digest.digest()) >> 12) + 0.5) / 2**52

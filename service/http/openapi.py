@@ -126,11 +126,11 @@ MODELS: Json = {"summary": "What each arm serves", "responses": _answers(models_
 EXPERIMENTS: Json = {"summary": "Who gets which arm", "responses": _answers(experiments_200={"type": "array"})}
 
 
-def placed(told: Json, path: str) -> Json:
+def placed(operation: Json, path: str) -> Json:
     """The same with the parameters that stand in a path."""
     string = {"type": "string"}
     parameters = [{"name": n, "in": "path", "required": True, "schema": string} for n in re.findall(r"{(\w+)}", path)]
-    return {**told, "openapi_extra": {**told.get("openapi_extra", {}), "parameters": parameters}}
+    return {**operation, "openapi_extra": {**operation.get("openapi_extra", {}), "parameters": parameters}}
 
 
 _REFUSED_V2 = _ref("InferError")

@@ -22,7 +22,7 @@ from service.errors import shown
 from service.http.problems import InvalidTensors, NotJSON
 
 DATATYPES = {"int64": "INT64", "float32": "FP32", "bool": "BOOL"}
-_NUMPY: dict[str, Any] = {told: np.dtype(dtype) for dtype, told in DATATYPES.items()}
+_NUMPY: dict[str, Any] = {datatype: np.dtype(dtype) for dtype, datatype in DATATYPES.items()}
 OUTPUTS = ("logit", "prob")
 _JSON: dict[str, Any] = {"INT64": int, "FP32": float, "BOOL": bool}
 _BINARY: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4"), "BOOL": np.dtype("u1")}
@@ -43,7 +43,7 @@ class SentTensor(Struct, frozen=True):
     data: Data = msgspec.field(default_factory=msgspec.Raw)
 
 
-class WantedTensor(Struct, frozen=True):
+class RequestedOutput(Struct, frozen=True):
     name: str
     parameters: dict[str, Any] | None = None
 
@@ -52,10 +52,10 @@ class InferRequest(Struct, frozen=True):
     inputs: list[SentTensor]
     id: str | None = None
     parameters: dict[str, Any] | None = None
-    outputs: list[WantedTensor] | None = None
+    outputs: list[RequestedOutput] | None = None
 
 
-class GivenTensor(Struct, frozen=True, omit_defaults=True):
+class InferTensor(Struct, frozen=True, omit_defaults=True):
     """`data` is row by row; without it `binary_data_size` bytes after the JSON are the tensor."""
 
     name: str
@@ -68,7 +68,7 @@ class GivenTensor(Struct, frozen=True, omit_defaults=True):
 class InferAnswer(Struct, frozen=True, omit_defaults=True):
     model_name: str
     model_version: str
-    outputs: list[GivenTensor]
+    outputs: list[InferTensor]
     id: str | None = None
 
 
@@ -151,10 +151,10 @@ class Contract:
         users, candidates = self._sizes(by_name, max_candidates)
         raw = _binaries(sent)
         arrays = {}
-        for wanted in self.inputs:
-            shape = wanted.shape(users=users, candidates=candidates)
-            array = arrays[wanted.name] = _values(by_name[wanted.name], shape, raw.get(wanted.name))
-            self._check_values(wanted.name, array, users)
+        for spec in self.inputs:
+            shape = spec.shape(users=users, candidates=candidates)
+            array = arrays[spec.name] = _values(by_name[spec.name], shape, raw.get(spec.name))
+            self._check_values(spec.name, array, users)
         for unread in self._unread:
             arrays[unread.name] = np.zeros(unread.shape(users=users, candidates=candidates), dtype=unread.dtype)
         return arrays
@@ -162,16 +162,16 @@ class Contract:
     def _sizes(self, by_name: Mapping[str, SentTensor], limit: int) -> tuple[int, int]:
         """U and C, which all tensors must agree on."""
         sizes: dict[str | int, int] = {}
-        for wanted in self.inputs:
-            sent = by_name[wanted.name]
-            datatype = DATATYPES[wanted.dtype]
+        for spec in self.inputs:
+            sent = by_name[spec.name]
+            datatype = DATATYPES[spec.dtype]
             if sent.datatype != datatype:
-                raise refused(f"input {wanted.name}: expected datatype {datatype}, got {shown(sent.datatype)}")
+                raise refused(f"input {spec.name}: expected datatype {datatype}, got {shown(sent.datatype)}")
             if sent.shape:
-                sizes.setdefault(wanted.dims[0], sent.shape[0])
-            expected = wanted.shape(users=sizes.get("U", -1), candidates=sizes.get("C", -1))
+                sizes.setdefault(spec.dims[0], sent.shape[0])
+            expected = spec.shape(users=sizes.get("U", -1), candidates=sizes.get("C", -1))
             if tuple(sent.shape) != expected:
-                raise refused(f"input {wanted.name}: expected shape {list(expected)}, got {sent.shape[:8]}")
+                raise refused(f"input {spec.name}: expected shape {list(expected)}, got {sent.shape[:8]}")
         users, candidates = sizes.get("U", 1), sizes.get("C", 1)
         for size, what in ((candidates, "candidates"), (users, "users")):
             if not 1 <= size <= limit:
@@ -239,10 +239,10 @@ def _from_json(sent: SentTensor, shape: tuple[int, ...]) -> NDArray[Any]:
 
 @cache
 def _list_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
-    wanted = _JSON[datatype]
+    form = _JSON[datatype]
     for _ in range(depth):
-        wanted = GenericAlias(list, wanted)
-    return msgspec.json.Decoder(wanted)
+        form = GenericAlias(list, form)
+    return msgspec.json.Decoder(form)
 
 
 def encode(
@@ -250,25 +250,25 @@ def encode(
 ) -> tuple[bytes, int | None]:
     """The answer's body with the outputs asked for, all by default, and how much of it is JSON where not all is."""
     every = bool((request.parameters or {}).get("binary_data_output", False))
-    told, tail = [], []
-    for wanted in request.outputs or [WantedTensor(name) for name in outputs]:
-        array = outputs[wanted.name].astype("<f4")
-        if (wanted.parameters or {}).get("binary_data", every):
+    tensors, tail = [], []
+    for output in request.outputs or [RequestedOutput(name) for name in outputs]:
+        array = outputs[output.name].astype("<f4")
+        if (output.parameters or {}).get("binary_data", every):
             tail.append(array.tobytes())
             sent: dict[str, Any] = {"parameters": {"binary_data_size": array.nbytes}}
         else:
             sent = {"data": array.tolist()}
-        told.append(GivenTensor(wanted.name, "FP32", array.shape, **sent))
-    content = msgspec.json.encode(InferAnswer(model, version, told, request.id))
+        tensors.append(InferTensor(output.name, "FP32", array.shape, **sent))
+    content = msgspec.json.encode(InferAnswer(model, version, tensors, request.id))
     return b"".join((content, *tail)), len(content) if tail else None
 
 
 def check_outputs(request: InferRequest) -> None:
     """Raises InvalidTensors where the model has no such output, or one is named twice: a body could hold 100,000."""
-    for wanted in request.outputs or ():
-        if wanted.name not in OUTPUTS:
-            raise refused(f"outputs: expected {' or '.join(OUTPUTS)}, got {shown(wanted.name)}")
-    if len(request.outputs or ()) > len({wanted.name for wanted in request.outputs or ()}):
+    for output in request.outputs or ():
+        if output.name not in OUTPUTS:
+            raise refused(f"outputs: expected {' or '.join(OUTPUTS)}, got {shown(output.name)}")
+    if len(request.outputs or ()) > len({output.name for output in request.outputs or ()}):
         raise refused("outputs: each may be there once, some are there twice")
 
 

@@ -167,9 +167,9 @@ def _spelled(column: Any) -> Any | None:
         return None
     # What warehouses export whole numbers as. Beyond 64 bits only text holds them, which is the same id.
     if dtype.scale == 0 or bool((column.cast(pl.Float64) == column.cast(pl.Float64).round()).all()):
-        whole = column.cast(pl.String).str.replace(r"\.0*$", "")
-        integers = whole.cast(pl.Int64, strict=False)
-        return integers if integers.null_count() == column.null_count() else whole
+        digits = column.cast(pl.String).str.replace(r"\.0*$", "")
+        integers = digits.cast(pl.Int64, strict=False)
+        return integers if integers.null_count() == column.null_count() else digits
     return column.cast(pl.Float64)
 
 
@@ -209,10 +209,10 @@ def _id(path: Path, row: dict[str, Any], column: str) -> str:
     except TypeError:
         spelled = None
     if spelled is None or not 0 < len(spelled) <= MAX_ID_LENGTH:
-        told = repr(row[column])
-        told = told if len(told) <= MAX_ID_LENGTH else f"{len(spelled or told)} characters"
+        text = repr(row[column])
+        text = text if len(text) <= MAX_ID_LENGTH else f"{len(spelled or text)} characters"
         raise LoadError(
-            f"{path}: row {row[_ROW]}: column {column}: expected an id of 1 to {MAX_ID_LENGTH} characters, got {told}"
+            f"{path}: row {row[_ROW]}: column {column}: expected an id of 1 to {MAX_ID_LENGTH} characters, got {text}"
         )
     return spelled
 

@@ -40,9 +40,9 @@ class Layout:
     def __init__(self, inputs: Sequence[Input], users: int, candidates: int) -> None:
         self.users, self.candidates = users, candidates
         slots, offset = [], 0
-        for wanted in inputs:
-            shape, dtype = wanted.shape(users=users, candidates=candidates), np.dtype(wanted.dtype)
-            slots.append(Slot(wanted.name, dtype, shape, offset))
+        for spec in inputs:
+            shape, dtype = spec.shape(users=users, candidates=candidates), np.dtype(spec.dtype)
+            slots.append(Slot(spec.name, dtype, shape, offset))
             offset += math.ceil(math.prod(shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
         self.slots, self.num_bytes = tuple(slots), max(offset, 1)
 
@@ -154,5 +154,5 @@ def parts(
             yield some, {**theirs, **items, "user_index": user_index[some] - first}
 
 
-def _next(sizes: Sequence[int], wanted: int) -> int:
-    return next(size for size in sizes if size >= wanted)
+def _next(sizes: Sequence[int], least: int) -> int:
+    return next(size for size in sizes if size >= least)

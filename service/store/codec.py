@@ -63,8 +63,8 @@ def enriched(click: Click, item: Row | None) -> Click:
     """The click with its item's stored features, but for those that it brought itself."""
     if not item:
         return click
-    own = {name: value for name, value in click.features.items() if value is not None}
-    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **own})
+    features = {name: value for name, value in click.features.items() if value is not None}
+    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **features})
 
 
 def order(click: Click) -> tuple[float, str, bytes]:

@@ -142,9 +142,9 @@ class RedisStore(FeatureStore):
             items = await self._items_of(clicks)
             pipeline = self._client.pipeline(transaction=False)
             for user, positions in by_user.items():
-                own = [clicks[p] for p in positions]
-                keys = [behaviours_key(user), *(mark_key(user, click.event_id) for click in own)]
-                records = [pack_click(enriched(click, items.get(click.item))) for click in own]
+                batch = [clicks[p] for p in positions]
+                keys = [behaviours_key(user), *(mark_key(user, click.event_id) for click in batch)]
+                records = [pack_click(enriched(click, items.get(click.item))) for click in batch]
                 await self._append(keys, [*self._kept, *records], client=pipeline)
             answers = await pipeline.execute()
         new = [False] * len(clicks)

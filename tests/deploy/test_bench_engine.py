@@ -73,8 +73,8 @@ def test_the_workload_has_eight_user_six_context_and_five_item_fields(world):
 
 def test_every_field_matters_to_the_models_logits(world):
     schema = workload.fit(world)
-    model, _ = workload.build("mian", schema)
     requests = [Encoder(schema).encode(request) for request in workload.requests(world, 8, 50)]
+    model, _ = workload.build("mian", schema, requests)
     logits = np.stack([workload.logits(model, arrays) for arrays in requests])
 
     assert logits.std() >= engine.MIN_SPREAD
@@ -105,11 +105,12 @@ def test_bodies_are_requests_that_the_service_takes(world, columnar):
 
 def test_another_exports_weights_are_used_where_they_fit(world, tmp_path):
     schema = workload.fit(world)
-    one, _ = workload.build("lr", schema, seed=1)
+    sample = [Encoder(schema).encode(request) for request in workload.requests(world, 1, 50)]
+    one, _ = workload.build("lr", schema, sample, seed=1)
     safetensors.torch.save_file(one.state_dict(), tmp_path / "lr.safetensors")
 
-    same, has_weights = workload.build("lr", schema, seed=2, weights=tmp_path / "lr.safetensors")
-    other, has_others = workload.build("fm", schema, seed=2, weights=tmp_path / "lr.safetensors")
+    same, has_weights = workload.build("lr", schema, sample, seed=2, weights=tmp_path / "lr.safetensors")
+    other, has_others = workload.build("fm", schema, sample, seed=2, weights=tmp_path / "lr.safetensors")
 
     assert has_weights and not has_others
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))

@@ -78,7 +78,7 @@ def variants(models: str | None, named: Sequence[Sequence[str]]) -> list[Variant
 def compare(
     out: Path,
     data: Prepared,
-    wanted: Sequence[Variant],
+    variants: Sequence[Variant],
     num_seeds: int,
     settings: Sequence[str],
     *,
@@ -96,11 +96,11 @@ def compare(
     plan = [
         _planned(out, data, variant, seed, settings)
         for seed in range(FIRST_SEED, FIRST_SEED + num_seeds)
-        for variant in wanted
+        for variant in variants
     ]
     cells = leaderboard.read(out, data)
     begun = {cell.path: cell for cell in cells}
-    names = sorted({variant.name for variant in wanted} | {cell.name for cell in cells})
+    names = sorted({variant.name for variant in variants} | {cell.name for cell in cells})
     if against is not None and against not in names:
         raise UserError(f"--against {against}: no model has this name; there are {', '.join(names)}")
     for cell in plan:

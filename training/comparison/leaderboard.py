@@ -149,13 +149,13 @@ def _against(reference: Standing, data: Prepared) -> Callable[[Standing], Standi
 
 
 def _standing(name: str, cells: Sequence[Cell]) -> Standing:
-    own = [cell for cell in cells if cell.name == name]
+    cells_of_model = [cell for cell in cells if cell.name == name]
     return Standing(
         name=name,
-        model=own[0].model,
-        cells=tuple(c for c in own if c.figures is not None),
-        failed=tuple(c for c in own if c.figures is None and c.failure is not None),
-        pending=tuple(c for c in own if c.figures is None and c.failure is None),
+        model=cells_of_model[0].model,
+        cells=tuple(c for c in cells_of_model if c.figures is not None),
+        failed=tuple(c for c in cells_of_model if c.figures is None and c.failure is not None),
+        pending=tuple(c for c in cells_of_model if c.figures is None and c.failure is None),
     )
 
 

@@ -163,11 +163,11 @@ def _columns(
     columns["published AUC / log loss"] = [
         ", ".join(f"{_pair(f)} [{numbers[f.source]}]" for f in published.figures(dataset, s.name)) for s in standings
     ]
-    own = [_training(s) for s in standings]
+    trainings = [_training(s) for s in standings]
     forms = {"parameters": ("parameters", ",.0f"), "epochs_mean": ("epochs", ".1f")}
     forms["samples_per_s_median"] = ("training rows/s", ",.0f")
     for key, (title, form) in forms.items():
-        columns[title] = ["" if found[key] is None else format(found[key], form) for found in own]
+        columns[title] = ["" if found[key] is None else format(found[key], form) for found in trainings]
     return {title: cells for title, cells in columns.items() if any(cells)}
 
 
@@ -231,9 +231,9 @@ def _best(standings: Sequence[Standing], figure: str) -> set[str]:
     means = {s.name: m for s in standings if (m := s.mean(figure)) is not None}
     spread = {s.name: s.deviation(figure) for s in standings}
     best = max(means, key=lambda name: sign * means[name], default=None)
-    if best is None or (own := spread[best]) is None:
+    if best is None or (best_spread := spread[best]) is None:
         return set()
-    return {name for name, value in means.items() if abs(value - means[best]) <= max(own, spread[name] or 0)}
+    return {name for name, value in means.items() if abs(value - means[best]) <= max(best_spread, spread[name] or 0)}
 
 
 def _training(standing: Standing) -> dict[str, float | None]:

@@ -129,8 +129,8 @@ class Prepared:
         weight = _map(folder / "weight.npy") if (folder / "weight.npy").exists() else None
         if weight is not None:
             _check_weight(folder, weight)
-        own = {**inputs, "label": label, "group": group, "request": request, **windows}
-        lengths = {name: len(array) for name, array in own.items()}
+        columns = {**inputs, "label": label, "group": group, "request": request, **windows}
+        lengths = {name: len(array) for name, array in columns.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"{folder}: damaged data set, its arrays have different lengths: {lengths}")
         return Rows(

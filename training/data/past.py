@@ -23,8 +23,8 @@ class Past:
         self._rows = rows
         names = rows.collect_schema().names()
         fields = [f.name for f in spec.fields if f.group == "item" and f.name != spec.item_key]
-        self._told = [name for name in fields if past_name(name) in names]
-        other = [name for name in fields if name not in self._told]
+        self._recorded = [name for name in fields if past_name(name) in names]
+        other = [name for name in fields if name not in self._recorded]
         known = rows.filter(pl.col("item").is_not_null()).group_by("item").agg(pl.col(other).first())
         self._items = known.collect(engine="streaming")
         self._key = spec.item_key
@@ -39,9 +39,9 @@ class Past:
 
     def events(self, rows: pl.DataFrame) -> pl.DataFrame:
         """The events of these rows, row after row."""
-        lists = [PAST_ITEM, PAST_TS, *map(past_name, self._told)]
+        lists = [PAST_ITEM, PAST_TS, *map(past_name, self._recorded)]
         events = rows.filter(pl.col(PAST_ITEM).list.len() > 0).select("group", "user", *lists).explode(lists)
-        named = {PAST_ITEM: "item", PAST_TS: "ts", **{past_name(name): name for name in self._told}}
+        named = {PAST_ITEM: "item", PAST_TS: "ts", **{past_name(name): name for name in self._recorded}}
         events = events.rename(named).join(self._items, on="item", how="left", maintain_order="left")
         return events if self._key is None else events.with_columns(pl.col("item").alias(self._key))
 

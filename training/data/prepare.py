@@ -175,8 +175,8 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log,
     write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
     numbered = rows.with_row_index(ROW)
     for key in ("user", "item"):
-        own = log.spec.user_key if key == "user" else log.spec.item_key
-        features = [f.name for f in log.spec.fields if f.group == key and f.name != own]
+        key_column = log.spec.user_key if key == "user" else log.spec.item_key
+        features = [f.name for f in log.spec.fields if f.group == key and f.name != key_column]
         known = numbered.filter(pl.col(key).is_not_null())
         newest = pl.col(ROW).filter(pl.col("ts") < first).max()
         chosen = known.group_by(key).agg(pl.coalesce(newest, pl.col(ROW).min())).select(ROW)

@@ -47,9 +47,9 @@ class AmazonOptions:
     seed: int = 2026
 
     def __post_init__(self) -> None:
-        for name, given, known in (("protocol", self.protocol, Protocol), ("sampling", self.sampling, Sampling)):
-            if given not in get_args(known):
-                raise UserError(f"{name} is one of {', '.join(get_args(known))}, got {given}")
+        for name, choice, known in (("protocol", self.protocol, Protocol), ("sampling", self.sampling, Sampling)):
+            if choice not in get_args(known):
+                raise UserError(f"{name} is one of {', '.join(get_args(known))}, got {choice}")
         for name, number in (("negatives", self.negatives), ("history_length", self.history_length)):
             if not 1 <= number <= 100:
                 raise UserError(f"{name} is a number from 1 to 100, got {number}")

@@ -38,8 +38,8 @@ def read(file: Path, forms: Mapping[str, Form], *, separator: str, names: tuple[
     names = names or tuple(header(file).split(separator))
     missing = [name for name in forms if name not in names]
     if missing or len(set(names)) < len(names):
-        wanted = separator.join(forms) if missing else "different names"
-        raise UserError(f"{file}, line 1: expected a header with {wanted!r}, got {separator.join(names)!r:.200}")
+        expected = separator.join(forms) if missing else "different names"
+        raise UserError(f"{file}, line 1: expected a header with {expected!r}, got {separator.join(names)!r:.200}")
     anything = f"[^{separator}]*"
     patterns = [forms[name].pattern if name in forms else anything for name in names]
     line = "^" + separator.join(f"(?:{pattern})" for pattern in patterns) + r"\r?$"
@@ -51,8 +51,10 @@ def read(file: Path, forms: Mapping[str, Form], *, separator: str, names: tuple[
         column = next(
             n for n, (cell, pattern) in enumerate(zip(cells, patterns, strict=True)) if not re.fullmatch(pattern, cell)
         )
-        wanted = forms[names[column]].words
-        raise UserError(f"{file}, line {number}, column {names[column]}: expected {wanted}, got {cells[column]!r:.60}")
+        expected = forms[names[column]].words
+        raise UserError(
+            f"{file}, line {number}, column {names[column]}: expected {expected}, got {cells[column]!r:.60}"
+        )
     rows = pl.scan_csv(
         file,
         separator=separator,
@@ -70,8 +72,8 @@ def read(file: Path, forms: Mapping[str, Form], *, separator: str, names: tuple[
 
 def check_times(file: Path, rows: pl.LazyFrame, column: str, time: pl.Expr) -> None:
     """Raises UserError that tells the first row of a file with a header whose `time` is null, as of 30 February."""
-    told = rows.select(pl.col("row") + 2, line=pl.col(column), fine=time.is_not_null())
-    text_lines.check(file, told, pl.col("fine"), f"a time that there is in column {column}")
+    numbered = rows.select(pl.col("row") + 2, line=pl.col(column), fine=time.is_not_null())
+    text_lines.check(file, numbered, pl.col("fine"), f"a time that there is in column {column}")
 
 
 def _first_wrong(file: Path, form: str, after: int) -> tuple[int, str] | None:

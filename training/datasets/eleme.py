@@ -149,9 +149,9 @@ def _drawn(file: Path, number: int, options: ElemeOptions) -> pl.LazyFrame:
 
 def _is_whole() -> pl.Expr:
     used = pl.col([name for name in COLUMNS if name not in LISTS])
-    given = pl.all_horizontal(used.is_not_null() & ~used.is_in(GAPS))
+    present = pl.all_horizontal(used.is_not_null() & ~used.is_in(GAPS))
     nowhere = pl.any_horizontal(pl.col(PLACES).str.contains(r"^-1(\.0*)?$"))  # -1.0 is -1 too
-    return (given & ~nowhere & (pl.col("gender") != "-99")).fill_null(value=False)
+    return (present & ~nowhere & (pl.col("gender") != "-99")).fill_null(value=False)
 
 
 def _seconds() -> pl.Expr:

@@ -43,8 +43,8 @@ class NumberForm:
         inside = pl.when((number >= self.low) & (number <= self.high)).then(number)
         if self.units_a_second is not None:
             return (inside * (_US / self.units_a_second)).round().cast(pl.Int64)
-        whole = pl.when(inside == inside.round()).then(inside).cast(pl.Int64)
-        text = pl.lit(self.before) + whole.cast(pl.String).str.zfill(len(str(self.high))) + pl.lit(self.after)
+        integer = pl.when(inside == inside.round()).then(inside).cast(pl.Int64)
+        text = pl.lit(self.before) + integer.cast(pl.String).str.zfill(len(str(self.high))) + pl.lit(self.after)
         return text.str.to_datetime("%Y%m%d%H%M%S", strict=False, time_unit="us").dt.epoch("us")
 
 

@@ -23,7 +23,7 @@ MAX_CANDIDATES = 20  # of one request, as in the service
 AVERAGED_ROWS = 2000  # spread over the part
 BATCH = 200
 
-Told = dict[str, Any]
+ExplanationJson = dict[str, Any]
 """One explanation with its meaning, its axes with labels, and its values: models/artifact/explanation.py."""
 
 
@@ -56,14 +56,14 @@ def explain(
     }
     files = [out / "explain.json"]
     files[0].write_text(json.dumps(document, default=_listed, allow_nan=False))
-    titled = {f"mean-{name}": (f"mean of {len(averaged):,} {part} rows", told) for name, told in mean.items()}
+    titled = {f"mean-{name}": (f"mean of {len(averaged):,} {part} rows", shown) for name, shown in mean.items()}
     for request in requests:
         where = f"{part} request {request['request_id']}"
-        titled |= {f"{request['request_id']}-{n}": (where, told) for n, told in request["explanations"].items()}
-    for name, (where, told) in titled.items():
-        if told["axes"]:
+        titled |= {f"{request['request_id']}-{n}": (where, shown) for n, shown in request["explanations"].items()}
+    for name, (where, shown) in titled.items():
+        if shown["axes"]:
             files.append(out / f"{name}.png")
-            heatmaps.draw(told, f"{trained.run.model}: {name.partition('-')[2]}, {where}", files[-1])
+            heatmaps.draw(shown, f"{trained.run.model}: {name.partition('-')[2]}, {where}", files[-1])
     return files
 
 
@@ -72,18 +72,18 @@ def _chosen(source: Rows, rows: Sequence[int] | None, num_requests: int) -> Iter
     request = np.asarray(source.request)
     if rows is None:
         ids = np.unique(request)
-        for wanted in np.unique(np.linspace(0, len(ids) - 1, min(num_requests, len(ids))).astype(np.int64)):
-            yield np.flatnonzero(request == ids[wanted])[:MAX_CANDIDATES]
+        for request_id in np.unique(np.linspace(0, len(ids) - 1, min(num_requests, len(ids))).astype(np.int64)):
+            yield np.flatnonzero(request == ids[request_id])[:MAX_CANDIDATES]
         return
     for row in rows:
         if row >= len(source):
             raise UserError(f"option --rows: expected rows below {len(source)}, got {row}")
     named = np.unique(np.array(rows, dtype=np.int64))
-    for wanted in dict.fromkeys(request[list(rows)].tolist()):
-        yield named[request[named] == wanted]
+    for request_id in dict.fromkeys(request[list(rows)].tolist()):
+        yield named[request[named] == request_id]
 
 
-def _request(trained: Trained, source: Rows, part: str, rows: NDArray[np.int64]) -> Told:
+def _request(trained: Trained, source: Rows, part: str, rows: NDArray[np.int64]) -> ExplanationJson:
     """One request, in the service's shape; beside each prediction its row, and whether it was clicked."""
     batch = source.take(rows)
     logits, shown = _shown(trained, batch)
@@ -105,7 +105,7 @@ def _request(trained: Trained, source: Rows, part: str, rows: NDArray[np.int64])
     }
 
 
-def _mean(trained: Trained, source: Rows, rows: NDArray[np.int64]) -> dict[str, Told]:
+def _mean(trained: Trained, source: Rows, rows: NDArray[np.int64]) -> dict[str, ExplanationJson]:
     """Each explanation averaged over candidates or requests, a place of the history over those that fill it."""
     explanations = trained.model.explanations()
     sums = {e.name: np.zeros(()) for e in explanations}
@@ -123,15 +123,15 @@ def _mean(trained: Trained, source: Rows, rows: NDArray[np.int64]) -> dict[str, 
             advance(len(batch.label_B))
     length = trained.schema.history_length
     places = [f"{length - n} back" for n in range(length)]
-    told = {}
+    averages = {}
     for e in explanations:
         over = _averaged(e)
         kept = e.model_copy(update={"axes": tuple(axis for n, axis in enumerate(e.axes) if n not in over)})
         values = sums[e.name] / np.maximum(counts[e.name], 1)
         if any(axis.along in ("behaviour", "event") for axis in kept.axes):
             kept = kept.model_copy(update={"meaning": f"{e.meaning} Each place is the mean of the rows that fill it."})
-        told[e.name] = worded(kept, values, request="mean", candidates=[], behaviours=places)
-    return told
+        averages[e.name] = worded(kept, values, request="mean", candidates=[], behaviours=places)
+    return averages
 
 
 def _averaged(explanation: Explanation) -> tuple[int, ...]:

@@ -19,31 +19,31 @@ WIDTH = 14  # inches
 COLOR = "#1f5fbf"
 
 
-def draw(told: Mapping[str, Any], title: str, file: Path) -> None:
+def draw(explanation: Mapping[str, Any], title: str, file: Path) -> None:
     """Draws `told` (`artifact.explanation.worded`), which has at least one axis, under a title and its meaning."""
     with rc_context({"text.parse_math": False}):  # an item may be called $a_b$
-        _draw(told, title, file)
+        _draw(explanation, title, file)
 
 
-def _draw(told: Mapping[str, Any], title: str, file: Path) -> None:
-    values = np.asarray(told["values"], dtype=np.float64)
-    names = [axis["name"] for axis in told["axes"]]
-    labels = [axis["labels"] for axis in told["axes"]]
+def _draw(explanation: Mapping[str, Any], title: str, file: Path) -> None:
+    values = np.asarray(explanation["values"], dtype=np.float64)
+    names = [axis["name"] for axis in explanation["axes"]]
+    labels = [axis["labels"] for axis in explanation["axes"]]
     if values.size == 0:
-        values, labels = np.zeros([max(n, 1) for n in values.shape]), [own or ["none"] for own in labels]
+        values, labels = np.zeros([max(n, 1) for n in values.shape]), [texts or ["none"] for texts in labels]
     notes = []
-    for axis, own in enumerate(labels):
-        if axis >= len(labels) - 2 and len(own) > MAX_LABELS:
+    for axis, texts in enumerate(labels):
+        if axis >= len(labels) - 2 and len(texts) > MAX_LABELS:
             others = tuple(n for n in range(values.ndim) if n != axis)
             largest = np.sort(np.argsort(-np.abs(values).mean(axis=others))[:MAX_LABELS])
-            notes.append(f"the {MAX_LABELS} largest of {len(own)} along {names[axis]}")
-            values, labels[axis] = values.take(largest, axis=axis), [own[n] for n in largest]
-    panels = list(product(*(range(len(own)) for own in labels[:-2])))
+            notes.append(f"the {MAX_LABELS} largest of {len(texts)} along {names[axis]}")
+            values, labels[axis] = values.take(largest, axis=axis), [texts[n] for n in largest]
+    panels = list(product(*(range(len(texts)) for texts in labels[:-2])))
     if len(panels) > MAX_PANELS:
         notes.append(f"the first {MAX_PANELS} of {len(panels)} maps")
         panels = panels[:MAX_PANELS]
 
-    text = textwrap.wrap(told["meaning"] + (f" ({'; '.join(notes)})" if notes else ""), 100)
+    text = textwrap.wrap(explanation["meaning"] + (f" ({'; '.join(notes)})" if notes else ""), 100)
     if len(labels) == 1:
         figure = _bars(values, names[0], labels[0], len(text))
     else:
@@ -76,8 +76,8 @@ def _maps(
     low, top, colors = _scale(values)
     for axes, panel in zip(grid.flat, panels, strict=False):
         image = axes.imshow(values[panel], vmin=low, vmax=top, cmap=colors, aspect="auto", interpolation="nearest")
-        own = ", ".join(f"{names[n]} {labels[n][place]}" for n, place in enumerate(panel) if names[n] != "request")
-        axes.set_title(own, fontsize=8)
+        title = ", ".join(f"{names[n]} {labels[n][place]}" for n, place in enumerate(panel) if names[n] != "request")
+        axes.set_title(title, fontsize=8)
         _ticks(axes, labels[-2], labels[-1])
         axes.set_ylabel(names[-2].replace("_", " "), fontsize=8)
         axes.set_xlabel(names[-1].replace("_", " "), fontsize=8)

@@ -142,11 +142,11 @@ class FTRL(Optimizer):
         n_next = n + gradient.square()
         z = z + gradient - (n_next.sqrt() - n.sqrt()) / group["lr"] * weights
         weights = _weights_of(z, n_next, group)
-        for whole, part in ((parameter, weights), (state["n"], n_next), (state["z"], z)):
+        for full, part in ((parameter, weights), (state["n"], n_next), (state["z"], z)):
             if group["by_row"] and parameter.dim() > 1:
-                whole.index_copy_(0, touched, part)
+                full.index_copy_(0, touched, part)
             else:
-                whole.copy_(part)
+                full.copy_(part)
 
 
 def _weights_of(z: Tensor, n: Tensor, group: dict[str, Any]) -> Tensor:

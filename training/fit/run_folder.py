@@ -62,23 +62,23 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     Without a recipe or settings a resumed run keeps its own. Raises UserError for a folder that holds something else,
     and, before there is one, for a model that does not fit the data.
     """
-    wanted = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
+    requested = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
     file = path / "config.json"
     if not file.exists():
         check_new(path)
-        check_fits(wanted, data)
+        check_fits(requested, data)
         path.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {
-            "run": wanted.to_json(),
+            "run": requested.to_json(),
             "data": {"path": str(data.path.resolve()), "name": data.name, **_identity(data)},
             "threads": torch.get_num_threads(),
         }
         write_atomically(file, json.dumps(fresh, indent=2).encode())
-        return wanted
+        return requested
     if not resume:
         raise UserError(f"{path} already holds a run; add --resume to go on with it, or name another folder")
     saved, seen, threads = _begun(file)
-    change = difference(saved, wanted) if recipe or settings or model != saved.model else None
+    change = difference(saved, requested) if recipe or settings or model != saved.model else None
     if change is not None:
         raise UserError(f"{path} cannot be resumed with other settings: {change}")
     if not _identity(data).items() <= seen.items():

@@ -10,8 +10,8 @@ from training.recipes import frappe, movielens, others, papers, simulated
 
 def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
     """Its public functions, as they stand in the file."""
-    own = {n: f for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
-    return {n: f for n, f in own.items() if not n.startswith("_")}
+    functions = {n: f for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
+    return {n: f for n, f in functions.items() if not n.startswith("_")}
 
 
 RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(others) | _of(papers)
@@ -28,8 +28,8 @@ FAMILIES = {
 def default(model: str, dataset: str) -> str:
     """The recipe for a model on a data set: its own, its family's, that on MovieLens-1M, or else the model's first."""
     known = [name for name in RECIPES if RECIPES[name]().model == model]
-    wanted = (f"{model}_{dataset}", f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
-    return next(name for name in (*wanted, *known) if name in known)
+    candidates = (f"{model}_{dataset}", f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
+    return next(name for name in (*candidates, *known) if name in known)
 
 
 def recipe(name: str, model: str) -> Run:
