@@ -212,7 +212,7 @@ def markdown(lines: Sequence[Line], device: Device, name: str) -> str:
     for line in lines:
         over = line.ms / max(line.memory_ms, line.launch_ms)
         cells = [RUNTIMES[line.runtime], f"{line.candidates}", f"{line.off:.1e}", f"{line.ms:.3f}"]
-        cells += [f"{line.candidates_per_s:,.0f}", f"{line.memory_ms:.4f}", f"{line.launch_ms:.4f}", f"{over:.1f}"]
+        cells += [f"{line.candidates_per_s:,.0f}", f"{line.memory_ms:.3g}", f"{line.launch_ms:.3g}", f"{over:.1f}"]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 

@@ -46,11 +46,7 @@ def _values(text: str) -> list[str]:
 
 def _value(item: str) -> str | None:
     if item[0] in "'\"":
-        try:
-            value = json.loads(item) if item[0] == '"' else ast.literal_eval(item)
-        except (ValueError, SyntaxError):
-            value = item[1:-1]
-        return canonical(value)
+        return canonical(_unquoted(item))
     if item in ("None", "null", "NULL", "nan", "NaN"):
         return None
     if re.match(BOOLEAN, item):
@@ -58,3 +54,14 @@ def _value(item: str) -> str | None:
     if re.match(NUMBER, item):
         return canonical(json.loads(item))
     return item
+
+
+def _unquoted(item: str) -> str:
+    """The text in quotes: by JSON's escapes, else by Python's, which writes double quotes around an apostrophe."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            text: str = read(item)
+        except (ValueError, SyntaxError):
+            continue
+        return text
+    return item[1:-1]

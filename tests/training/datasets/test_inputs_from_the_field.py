@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models.features.encoder import Encoder
@@ -223,6 +223,7 @@ def test_numbers_in_lists_are_spelled_as_numbers_are(log):
 
 @settings(max_examples=30, deadline=None)
 @given(lists=st.lists(st.lists(st.text(max_size=5), max_size=4), min_size=1, max_size=10))
+@example(lists=[["'\x1f", "it's", "\\", '"', "\x00'"]])
 def test_a_list_of_any_words_comes_back_from_json_and_from_python(lists, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lists")
     expected = [[word for word in words if word] for words in lists]  # an empty one is absent
