@@ -45,7 +45,10 @@ async def test_every_series_whose_labels_are_known_starts_at_zero(service: Runni
     samples = [sample for family in families.values() for sample in family.samples]
     assert set(families) == set(NAMES)
     assert all(family.samples for family in families.values())
-    assert {sample.name for sample in samples if sample.value} == {"clickserve_model_info", "clickserve_control_version"}
+    assert {sample.name for sample in samples if sample.value} == {
+        "clickserve_model_info",
+        "clickserve_control_version",
+    }
     known: dict[str, set[str]] = {
         "reason": set(Reason) | set(Degraded),
         "stage": set(STAGES),
