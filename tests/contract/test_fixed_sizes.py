@@ -274,8 +274,8 @@ def test_no_graph_decides_anything_as_no_cuda_graph_can(graphs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both_kinds(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    files = {**tiny.graphs(1), BATCHED: b"not looked at", TORCHSCRIPT: b"not looked at"}
-    return artifact.read(tiny.write(tmp_path_factory.mktemp("artifacts"), files=files, joined=True))
+    files = {**tiny.graphs(1), BATCHED: tiny.graphs(1)[MODEL], TORCHSCRIPT: b"not looked at"}
+    return artifact.read(tiny.write(tmp_path_factory.mktemp("artifacts"), files=files))
 
 
 def test_a_missing_gpu_is_told_in_one_sentence(both_kinds: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,21 +159,29 @@ class GraphBuilder:
 
 ITEMS = Input(name="items", dtype="float32", dims=("C", 1))
 LOGIT = Input(name="logit", dtype="float32", dims=("C",))
-ITEM_INPUTS = LAYOUT.inputs(LAYOUT.item.input_names)
-USER_INPUTS = LAYOUT.inputs((*LAYOUT.request.input_names, *LAYOUT.history.input_names))
-ONE_USER = tuple(replace(i, dims=(1, *i.dims[1:])) for i in USER_INPUTS)
-USER_INDEX = LAYOUT.inputs(["user_index"])
-EXPLAINED = (
-    Input(name="click_contrib", dtype="float32", dims=("C", T)),
-    Input(name="user_part", dtype="float32", dims=("U",)),
-)
-SIGNATURES = {
-    "model.onnx": Graph(inputs=(*ONE_USER, ITEMS), outputs=(LOGIT,)),
-    "item.onnx": Graph(inputs=ITEM_INPUTS, outputs=(ITEMS,)),
-    EXPLAINING: Graph(inputs=(*USER_INPUTS, *ITEM_INPUTS, *USER_INDEX), outputs=(LOGIT, *EXPLAINED)),
-}
 
-JOINED = Graph(inputs=(*USER_INPUTS, ITEMS, *USER_INDEX), outputs=(LOGIT,))  # of the graphs for several requests
+
+def signatures(layout: PackedLayout) -> dict[str, Graph]:
+    """What each graph takes and gives, by its file."""
+    items = layout.inputs(layout.item.input_names)
+    users = layout.inputs((*layout.request.input_names, *layout.history.input_names))
+    (user_index,) = layout.inputs(["user_index"])
+    one_user = tuple(replace(i, dims=(1, *i.dims[1:])) for i in users)
+    explained = (
+        Input(name="click_contrib", dtype="float32", dims=("C", T)),
+        Input(name="user_part", dtype="float32", dims=("U",)),
+    )
+    joining = Graph(inputs=(*users, ITEMS, user_index), outputs=(LOGIT,))
+    return {
+        "model.onnx": Graph(inputs=(*one_user, ITEMS), outputs=(LOGIT,)),
+        BATCHED: joining,
+        TORCHSCRIPT: joining,
+        "item.onnx": Graph(inputs=items, outputs=(ITEMS,)),
+        EXPLAINING: Graph(inputs=(*users, *items, user_index), outputs=(LOGIT, *explained)),
+    }
+
+
+SIGNATURES = signatures(LAYOUT)
 
 
 def request_graph(seed: int) -> bytes:
@@ -233,10 +241,12 @@ def write(
     schema: Schema = SCHEMA,
     offset: float = 0.0,
     explaining_seed: int | None = None,
-    joined: bool = False,
 ) -> Path:
     """An artifact of the model; `offset` makes its golden scores lie. With a seed explain.onnx is that seed's model."""
     arrays = concat([Encoder(schema).encode(request) for request in GOLDEN])
+    files = files or graphs(seed)
+    if explaining_seed is not None:
+        files = {**files, EXPLAINING: explaining_graph(explaining_seed)}
     return artifact.write(
         root,
         model=model,
@@ -246,15 +256,8 @@ def write(
         metrics={"test_auc": 0.5, "valid": {"click_rate": CLICK_RATE}},
         golden=Golden(requests=GOLDEN, arrays=arrays, logits=score(arrays, seed=seed) + offset),
         inputs=[i.name for i in schema.inputs if i.name not in UNREAD],
-        graphs={
-            **{n: SIGNATURES[n] for n in ("model.onnx", "item.onnx")},
-            **({} if explaining_seed is None else {EXPLAINING: SIGNATURES[EXPLAINING]}),
-            **(dict.fromkeys((BATCHED, TORCHSCRIPT), JOINED) if joined else {}),
-        },
+        graphs={name: SIGNATURES[name] for name in files},
         data_hash="none",
-        files={
-            **(files or graphs(seed)),
-            **({} if explaining_seed is None else {EXPLAINING: explaining_graph(explaining_seed)}),
-        },
+        files=files,
         explain=() if explaining_seed is None else EXPLANATIONS,
     )

@@ -231,11 +231,12 @@ def test_two_processes_swap_and_one_that_takes_a_dead_ones_slot_serves_what_they
                 deadline = time.monotonic() + 20
                 while f"clickserve_control_version {version}.0" not in client.get(f"{service.url}/metrics").text:
                     assert time.monotonic() < deadline
-                follows = {client.get(f"{service.url}/readyz").json()["control"]["models"]["one"]["version"]}
-                while follows != {second}:
-                    ready = [client.get(f"{service.url}/readyz").json() for _ in range(10)]
-                    follows = {answer["control"]["models"]["one"]["version"] for answer in ready}
+                while follows() != {second}:
                     assert time.monotonic() < deadline
+
+            def follows() -> set[str]:
+                ready = [client.get(f"{service.url}/readyz").json() for _ in range(30)]
+                return {answer["control"]["models"]["one"]["version"] for answer in ready}
 
             before = answering()
             swapped = client.post(f"{service.url}/models/one/load", json={"version": second}, headers=TOKEN)

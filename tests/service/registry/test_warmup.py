@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from models.artifact.folder import make_current
+from models.features.packing import PackedLayout
 from models.features.schema import Schema
 from service.registry.warmup import ModelWarmer
 from service.scoring.loaded_model import LoadedModel
@@ -44,6 +45,13 @@ def write(service: Running, **changes: Any) -> str:
     version = tiny.write(catalog.root, **changes).name
     make_current(catalog.root, "tiny", current)
     return version
+
+
+def use_schema(schema: Schema, patched: pytest.MonkeyPatch) -> None:
+    """From now on the tiny model is one over this schema."""
+    layout = PackedLayout(schema)
+    for name, value in (("SCHEMA", schema), ("LAYOUT", layout), ("SIGNATURES", tiny.signatures(layout))):
+        patched.setattr(tiny, name, value)
 
 
 async def load(service: Running, version: str | None = None, arm: str = "one") -> httpx.Response:
@@ -217,7 +225,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
         ({}, has_no_manifest, "manifest.json: unreadable"),
         ({"offset": 0.01}, None, "golden row 0 scores"),
         ({"files": tiny.graphs(1, poisoned="a1")}, None, "golden row 0 scores nan"),
-        ({"files": {"model.onnx": b"no graph"}}, None, "cannot load"),
+        ({"files": {**tiny.graphs(1), "model.onnx": b"no graph"}}, None, "cannot load"),
     ],
     ids=["truncated", "hash", "schema", "model", "no manifest", "golden off", "golden nan", "no graph"],
 )
@@ -263,7 +271,7 @@ async def test_a_model_that_cannot_take_a_live_request_is_refused(service: Runni
         replace(request, user={**request.user, "gender": ["F"]} if request.user else {}) for request in tiny.GOLDEN
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiny, "SCHEMA", other)
+        use_schema(other, patched)
         patched.setattr(tiny, "GOLDEN", golden)
         version = write(service, schema=other)
 
@@ -350,7 +358,7 @@ async def test_a_grown_vocabulary_is_a_new_fingerprint_and_loads(service: Runnin
             field["vocabulary"] = (*field["vocabulary"], "watch")
     grown = Schema.model_validate(told)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiny, "SCHEMA", grown)
+        use_schema(grown, patched)
         version = write(service, schema=grown)
 
     answer = await load(service, version)

@@ -1,7 +1,10 @@
 """What runs the graphs: the two backends agree, and a graph gets nothing but its arrays."""
 
 import importlib.metadata
+import io
 from collections.abc import Iterator
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +13,95 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from models.artifact import folder
 from models.artifact.errors import ArtifactError
+from models.artifact.folder import Artifact
 from models.features.arrays import Arrays, concat
 from models.features.encoder import Encoder
+from models.features.history import Event
 from models.features.request import Request
-from service.runtime.backend import BackendError
+from service.runtime import backends
+from service.runtime.backend import Backend, BackendError
 from service.runtime.onnx_cpu import OnnxBackend
 from tests.service import tiny
 from tests.service.conftest import Start
 
-FED = [i.name for i in tiny.SCHEMA.inputs]
+FED = [i.name for i in tiny.SIGNATURES["model.onnx"].inputs]
+SIZES = [(1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 100)]
 
 
-def arrays(num_users: int, num_candidates: int) -> Arrays:
-    request = Request(
-        user={"user_id": "u2"}, context={}, ts=5.0, behaviours=(), items={"item_id": ["a2"] * num_candidates},
-        num_items=num_candidates,
-    )  # fmt: skip
-    return concat([Encoder(tiny.SCHEMA).encode(request)] * num_users)
+def encoded(num_users: int, num_candidates: int) -> Arrays:
+    """The encoder's arrays of requests that differ in their users, clicks and candidates."""
+    return concat(
+        [
+            Encoder(tiny.SCHEMA).encode(
+                Request(
+                    user={"user_id": f"u{user + 1}"},
+                    context={},
+                    ts=5.0,
+                    behaviours=tuple(Event(item=f"a{n}", ts=float(n), features={}) for n in range(user + 1)),
+                    items={"item_id": [f"a{n % 5}" for n in range(num_candidates)]},
+                    num_items=num_candidates,
+                )
+            )
+            for user in range(num_users)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return folder.read(tiny.write(tmp_path_factory.mktemp("artifact"), seed=1))
 
 
 @pytest.fixture
-def onnx_backend(tmp_path: Path) -> Iterator[OnnxBackend]:
-    (tmp_path / "model.onnx").write_bytes(tiny.to_onnx(1))
-    backend = OnnxBackend(tmp_path / "model.onnx", fed=FED)
-    yield backend
-    backend.close()
+def item_graph(artifact: Artifact) -> Iterator[OnnxBackend]:
+    with closing(backends.load_item_graph(artifact)) as graph:
+        yield graph
 
 
-@pytest.mark.parametrize(("num_users", "num_candidates"), [(1, 1), (1, 2), (1, 100), (1, 1000), (2, 1), (2, 100)])
-def test_onnx_scores_every_size(onnx_backend: OnnxBackend, num_users: int, num_candidates: int) -> None:
-    whole = arrays(num_users, num_candidates)
+@pytest.fixture
+def onnx_backend(artifact: Artifact) -> Iterator[Backend]:
+    with closing(backends.load(artifact, "onnx")) as backend:
+        yield backend
 
-    logits = onnx_backend.run(whole)
+
+@pytest.mark.parametrize(("num_users", "num_candidates"), SIZES)
+def test_onnx_scores_every_size(
+    onnx_backend: Backend, item_graph: OnnxBackend, num_users: int, num_candidates: int
+) -> None:
+    arrays = encoded(num_users, num_candidates)
+
+    logits = backends.score(onnx_backend, item_graph, tiny.LAYOUT.pack(arrays))
 
     assert logits.dtype == np.float32
-    assert np.allclose(logits, tiny.score(whole, seed=1), atol=1e-6)
+    assert np.allclose(logits, tiny.score(arrays, seed=1), atol=1e-6)
 
 
-def test_arrays_that_do_not_fit_the_graph_are_a_backend_error(onnx_backend: OnnxBackend) -> None:
-    wrong = {**arrays(1, 2), "item.price": np.zeros((2, 2), dtype=np.float32)}
+@pytest.mark.parametrize(("num_users", "num_candidates"), SIZES)
+def test_one_run_of_a_backend_that_joins_scores_as_a_run_for_each_request(
+    onnx_backend: Backend, item_graph: OnnxBackend, tmp_path: Path, num_users: int, num_candidates: int
+) -> None:
+    pytest.importorskip("torch")
+    from service.runtime.torchscript import TorchScriptBackend
+
+    (tmp_path / "model.ts").write_bytes(to_torchscript(1))
+    packed = tiny.LAYOUT.pack(encoded(num_users, num_candidates))
+    with closing(TorchScriptBackend(tmp_path / "model.ts", inputs=BATCHED)) as joining:
+        joined = backends.score(joining, item_graph, packed)
+
+    assert joining.joins
+    assert np.allclose(joined, backends.score(onnx_backend, item_graph, packed), atol=1e-6)
+
+
+def test_arrays_that_do_not_fit_the_graph_are_a_backend_error(onnx_backend: Backend, item_graph: OnnxBackend) -> None:
+    packed = tiny.LAYOUT.pack(encoded(1, 2))
+    wrong = {**packed, "request_ids": packed["request_ids"][:, :1, None]}
 
     with pytest.raises(BackendError):
-        onnx_backend.run(wrong)
+        backends.score(onnx_backend, item_graph, wrong)
+    with pytest.raises(BackendError):
+        backends.score(onnx_backend, item_graph, {**packed, "item_ids": packed["item_ids"][0]})
 
 
 def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,57 +121,55 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, monkeypatch: 
         OnnxBackend(tmp_path / "model.onnx", fed=FED)
 
 
-def test_a_graph_must_take_what_the_schema_gives_and_give_logits(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(tiny.to_onnx(1))
-    renamed = onnx.load_from_string(tiny.to_onnx(1).replace(b"logit", b"lagit"))
+def test_a_graph_must_take_what_its_manifest_names_and_give_logits(tmp_path: Path) -> None:
+    graph = tiny.request_graph(1)
+    (tmp_path / "model.onnx").write_bytes(graph)
+    renamed = onnx.load_from_string(graph.replace(b"logit", b"lagit"))
     (tmp_path / "other.onnx").write_bytes(renamed.SerializeToString())
 
-    with pytest.raises(ArtifactError, match=r"takes item\.price, which its schema does not describe"):
-        OnnxBackend(tmp_path / "model.onnx", fed=[name for name in FED if name != "item.price"])
+    with pytest.raises(ArtifactError, match="takes history_ids, which its manifest does not name"):
+        OnnxBackend(tmp_path / "model.onnx", fed=[name for name in FED if name != "history_ids"])
     with pytest.raises(ArtifactError, match="no output called logit"):
         OnnxBackend(tmp_path / "other.onnx", fed=FED)
 
 
 def test_two_onnx_runtimes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.onnx").write_bytes(tiny.to_onnx(1))
+    (tmp_path / "model.onnx").write_bytes(tiny.request_graph(1))
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.31")
 
     with pytest.raises(ArtifactError, match="onnxruntime and onnxruntime-gpu are both installed"):
         OnnxBackend(tmp_path / "model.onnx", fed=FED)
 
 
-def to_torchscript(seed: int) -> bytes:
-    """The tiny model once more, in torch: inputs by position, in the manifest's order."""
-    import io
+BATCHED = [i.name for i in tiny.SIGNATURES["model.ts"].inputs]
 
+
+@cache
+def to_torchscript(seed: int) -> bytes:
+    """The tiny model's request half once more, in torch: inputs by position, in the manifest's order."""
     import torch
 
-    names = [name for name in FED if name not in tiny.UNREAD]
-    numbers = {name: torch.from_numpy(table) for name, table in tiny.tables(seed).items()}
+    tables = {g.name: torch.from_numpy(tiny.table(g, seed)) for g in (tiny.LAYOUT.request, tiny.LAYOUT.history)}
     positions = torch.from_numpy(tiny.POSITIONS)
 
     class Tiny(torch.nn.Module):
-        def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            given = dict(zip(names, values, strict=True))
-            user, item = torch.zeros(1), 0.5 * given["item.price"]
-            for name, table in numbers.items():
-                found = table[given[name]]
-                if name.startswith("hist."):
-                    found = found * (positions if found.dim() == 2 else positions[:, None])
-                found = found.flatten(1).sum(1) if found.dim() > 1 else found
-                user, item = (user, item + found) if name.startswith("item.") else (user + found, item)
-            logit = item + user[given["user_index"]]
-            return logit, logit.sigmoid()
+        def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor]:
+            inputs = dict(zip(BATCHED, values, strict=True))
+            request = tables["request"][inputs["request_ids"]].sum(1)
+            clicks = (tables["history"][inputs["history_ids"]] * inputs["history_weights"]).sum(2)
+            user_part = request + (clicks * positions).sum(1)
+            return (inputs["items"][:, 0] + user_part[inputs["user_index"]],)
 
-    example = arrays(2, 3)
+    packed = tiny.LAYOUT.pack(encoded(2, 3))
+    packed["items"] = np.zeros((6, 1), dtype=np.float32)
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(Tiny(), tuple(torch.from_numpy(example[name]) for name in names)), buffer)
+    torch.jit.save(torch.jit.trace(Tiny(), tuple(torch.from_numpy(packed[name]) for name in BATCHED)), buffer)
     return buffer.getvalue()
 
 
 async def test_torchscript_answers_over_http_as_onnx_does(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    tiny.write(tmp_path, files={"model.onnx": tiny.to_onnx(1), "model.ts": to_torchscript(1)})
+    tiny.write(tmp_path, files={**tiny.graphs(1), "model.ts": to_torchscript(1)})
     arms = [{"name": kind, "model": "tiny", "share": 50, "backend": kind} for kind in ("onnx", "torchscript")]
     overrides = {"new-1": "onnx", "new-2": "torchscript"}  # both unknown to the model, and so alike
     request: dict[str, Any] = {
