@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 2**10  # of a request's first line and headers, beside what is read with their beginning
 HEAD_S = 10.0  # for all of them to come
 BODY_S = 10.0  # for a client to send a body
+LINGER_S = 5.0  # for a client that is still sending to read why it should not
 
 _PATH = ROUTE.encode()
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n"
@@ -133,6 +134,23 @@ class PredictCall:
         metrics.request_seconds(ROUTE, arm).observe(time.perf_counter() - self._started)
 
 
+class LingeringTransport:
+    """The transport of one request: if its body is still coming when it is closed, the connection lingers.
+
+    Closing with bytes unread resets the connection, and the client that is still sending never reads its answer.
+    """
+
+    def __init__(self, protocol: "PredictProtocol") -> None:
+        self._protocol = protocol
+        self.write, self.is_closing = protocol.transport.write, protocol.transport.is_closing
+
+    def close(self) -> None:
+        if self._protocol.cycle.more_body:
+            self._protocol.linger()
+        else:
+            self._protocol.transport.close()
+
+
 class PredictProtocol(HttpToolsProtocol):
     """A connection that takes POST /predict by itself and leaves everything else to the ASGI app.
 
@@ -153,6 +171,7 @@ class PredictProtocol(HttpToolsProtocol):
     max_body_bytes: int
 
     _in_head = False
+    _linger_timer: TimerHandle | None = None  # once the answer is out and what still comes is dropped
     _head_bytes = 0
     _head_timer: TimerHandle | None = None
     _default_headers: list[tuple[bytes, bytes]] | None = None
@@ -168,10 +187,14 @@ class PredictProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._end_head()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         if isinstance(self.cycle, PredictCall):
             self.cycle.abandon()
 
     def data_received(self, data: bytes) -> None:
+        if self._linger_timer is not None:
+            return
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -197,6 +220,7 @@ class PredictProtocol(HttpToolsProtocol):
             return
         self.scope["state"][ARRIVED_AT] = arrived_at
         super().on_headers_complete()
+        self.cycle.transport = LingeringTransport(self)  # type: ignore[assignment] # as far as a cycle uses it
         if time.monotonic() >= self._close_at:
             self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
@@ -214,6 +238,12 @@ class PredictProtocol(HttpToolsProtocol):
                 call.start()
         else:
             super().on_message_complete()
+
+    def linger(self) -> None:
+        """The answer was the last; what the client sends is dropped until it closes or has had its time."""
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self.transport.write_eof()
+        self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(BadHTTP(msg))

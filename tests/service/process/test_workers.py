@@ -195,7 +195,7 @@ def test_an_artifact_that_is_bad_ends_all_with_one_sentence(tmp_path: Path, redi
 def test_a_stop_finishes_what_is_under_way_in_every_worker(tmp_path: Path, artifacts: Path, redis_url: str) -> None:
     body = json.dumps(REQUEST).encode()
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
-    with started(tmp_path, artifacts, drain_s=0.3, redis_url=redis_url) as running:
+    with started(tmp_path, artifacts, drain_s=0.3, timeout_ms=30_000, redis_url=redis_url) as running:
         running.opened()
         pids = [running.pid(slot) for slot in range(2)]
         half_sent = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(16)]

@@ -28,8 +28,8 @@ async def is_gone(url: str) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie a process to its parent")
 async def test_a_killed_parent_leaves_no_server_behind(session_redis: RedisServer, eventually: Eventually):
     script = (
-        "from service import redis_server\n"
-        "with redis_server.start() as server:\n"
+        "from service.store import local_server\n"
+        "with local_server.start() as server:\n"
         "    print(server.url, flush=True)\n"
         "    input()"
     )
@@ -38,7 +38,7 @@ async def test_a_killed_parent_leaves_no_server_behind(session_redis: RedisServe
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     ) as parent:
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
