@@ -277,7 +277,7 @@ async def test_files_are_loaded_into_redis_and_counted(redis_url: str, tmp_path:
     import polars as pl
 
     pl.DataFrame({"item": ["a1", "a2"], "genres": [["x"], ["y", "z"]]}).write_parquet(tmp_path / "items.parquet")
-    clicks = {"user": ["u1", "u1"], "item": ["a1", "a2"], "ts": [1.0, 2.0]}
+    clicks = {"user": ["u1", "u1"], "item": ["a1", "a2"], "ts": [1e9, 1e9 + 1]}
     pl.DataFrame(clicks).write_parquet(tmp_path / "clicks.parquet")
     said = []
 
@@ -286,11 +286,11 @@ async def test_files_are_loaded_into_redis_and_counted(redis_url: str, tmp_path:
         async with process(*command, path, CLICKSERVE_REDIS_URL=redis_url) as running:
             said.append((await asyncio.wait_for(running.communicate(), 30))[0].decode())
     async with start(redis_url=redis_url, store_timeout_ms=5000) as service:
-        stored = await service.store.fetch("u1", ["a1"], before=9.0, limit=9)
+        stored = await service.store.fetch("u1", ["a1"], before=2e9, limit=9)
 
     assert said == ["2 items\n", "2 new clicks\n"]
     assert [unpack_row(packed) for packed in stored.items] == [{"genres": ["x"]}]
     assert [(e.item, e.ts, e.features) for e in stored.behaviours] == [
-        ("a1", 1.0, {"genres": ["x"]}),
-        ("a2", 2.0, {"genres": ["y", "z"]}),
+        ("a1", 1e9, {"genres": ["x"]}),
+        ("a2", 1e9 + 1, {"genres": ["y", "z"]}),
     ]

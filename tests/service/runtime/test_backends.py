@@ -153,12 +153,12 @@ def to_torchscript(seed: int) -> bytes:
     positions = torch.from_numpy(tiny.POSITIONS)
 
     class Tiny(torch.nn.Module):
-        def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor]:
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
             inputs = dict(zip(BATCHED, values, strict=True))
             request = tables["request"][inputs["request_ids"]].sum(1)
             clicks = (tables["history"][inputs["history_ids"]] * inputs["history_weights"]).sum(2)
             user_part = request + (clicks * positions).sum(1)
-            return (inputs["items"][:, 0] + user_part[inputs["user_index"]],)
+            return inputs["items"][:, 0] + user_part[inputs["user_index"]]
 
     packed = tiny.LAYOUT.pack(encoded(2, 3))
     packed["items"] = np.zeros((6, 1), dtype=np.float32)
@@ -183,7 +183,7 @@ async def test_torchscript_answers_over_http_as_onnx_does(start: Start, tmp_path
         by_onnx, by_torch = [(await service.predict(user={"id": u}, **request)).json() for u in overrides]
 
     assert (by_onnx["arm"], by_torch["arm"]) == ("onnx", "torchscript")
-    assert len(set(by_onnx["predictions"]["ctr"])) == 100
+    assert len(set(by_onnx["predictions"]["ctr"])) > 50  # each candidate has its own score, not the first one's
     assert by_torch["predictions"]["ctr"] == pytest.approx(by_onnx["predictions"]["ctr"], abs=1e-6)
 
 
