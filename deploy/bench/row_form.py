@@ -56,12 +56,14 @@ class RowForm(CTRModel):
         return self.model.encode_items(inputs)
 
     def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
-        num = items_CW.shape[0]
-        copies = {
-            name: value.expand(num, *value.shape[1:]) if user_index is None else value.index_select(0, user_index)
-            for name, value in state.items()
-        }
-        return self.model.score(self.model.encode_user(copies), items_CW, torch.arange(num))
+        if user_index is None:
+            num = items_CW.shape[0]
+            rows_C = torch.arange(num)
+            copies = {name: value.expand(num, *value.shape[1:]) for name, value in state.items()}
+        else:  # counted, not read off a shape: a traced size is that of the ads' ids, which a scoring graph has not
+            rows_C = (user_index * 0 + 1).cumsum(0) - 1
+            copies = {name: value.index_select(0, user_index) for name, value in state.items()}
+        return self.model.score(self.model.encode_user(copies), items_CW, rows_C)
 
 
 def export(out: Path, world: workload.World) -> CTRModel:
