@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     text = report(cells, facts)
     print(text)
-    (options.out / "engine.md").write_text(text)
+    (options.out / "engine.md").write_text(f"# The request path against its peers\n\n{text}")
     document = {**facts, "plan": asdict(plan), "cells": [asdict(cell) for cell in cells]}
     (options.out / "engine.json").write_text(json.dumps(document, indent=1) + "\n")
     return 0

@@ -39,6 +39,11 @@ from models.layers.base import CTRModel, Inputs, UserState
 REQUEST_FORM, ROW_FORM = "request form", "row form"
 ASKED = {100: 10.0, 1000: 25.0}
 CONNECTIONS = 4
+HEADING = """# Request form over row form, through HTTP
+
+Scoring a request at once over scoring it row by row: MIAN, candidates per second, in turns.
+
+"""
 
 
 class RowForm(CTRModel):
@@ -152,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     text = markdown(measured)
     print(text)
-    (options.out / "row_form.md").write_text(text)
+    (options.out / "row_form.md").write_text(f"{HEADING}{text}")
     rows = {num: [{n: vars(b) for n, b in found.items()} for found in rounds] for num, rounds in measured.items()}
     (options.out / "row_form.json").write_text(json.dumps(rows, indent=1) + "\n")
     return 0
