@@ -13,7 +13,7 @@ Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | int
 Time = Annotated[float, Meta(ge=0, lt=YEAR_10000)]
 
 
-def spelled(value: str | int) -> str:
+def canonical_id(value: str | int) -> str:
     """An id as everything behind the routes knows it: 42 and "42" are one, as in `models.features.values.canonical`."""
     return value if type(value) is str else str(value)
 

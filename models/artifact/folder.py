@@ -260,6 +260,11 @@ def _check_graphs(file: Path, manifest: Manifest, schema: Schema) -> None:
                 raise ArtifactError(
                     f"{file}: at graphs.{name}: takes {listed}, the schema makes {expected}; export it again"
                 )
+        # Whoever sends tensors sends those of `inputs`, and the others are zeros: no mask would be no history.
+        sources = {"history_ids": "hist_mask", "history_mask": "hist_mask", "history_age": "hist_age"}
+        for packed, source in sources.items():
+            if packed in {i.name for i in graph.inputs} and source not in {i.name for i in manifest.inputs}:
+                raise ArtifactError(f"{file}: at inputs: graphs.{name} takes {packed}, and {source} is not listed")
 
 
 def _read_file(path: Path, name: str, sha256: str) -> bytes:

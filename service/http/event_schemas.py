@@ -8,7 +8,7 @@ import msgspec
 
 from service.errors import FieldError, InvalidValue, sentence
 from service.http.decoding import Decoder, first_error
-from service.ids import MAX_AHEAD_S, Id, Time, is_id, spelled
+from service.ids import MAX_AHEAD_S, Id, Time, canonical_id, is_id
 from service.ingest.events import Event
 from service.store.codec import pack_row
 
@@ -88,11 +88,11 @@ def _event(value: Any, latest: float) -> Event:
     pack_row(features)
     return Event(
         type=sent.type,
-        event_id=spelled(sent.event_id),
+        event_id=canonical_id(sent.event_id),
         ts=sent.ts,
-        user=None if sent.user is None else spelled(sent.user),
-        unit=spelled(unit),
-        item=spelled(sent.item),
+        user=None if sent.user is None else canonical_id(sent.user),
+        unit=canonical_id(unit),
+        item=canonical_id(sent.item),
         features=features,
     )
 
@@ -100,4 +100,4 @@ def _event(value: Any, latest: float) -> Event:
 def _event_id(value: Any) -> str | None:
     """As far as it can be found in an event that is none."""
     event_id = value.get("event_id") if isinstance(value, dict) else None
-    return spelled(event_id) if is_id(event_id) else None
+    return canonical_id(event_id) if is_id(event_id) else None

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from models.features.history import Event
 from service.errors import FieldError, InvalidValue, pointer, shown
-from service.ids import MAX_ID_LENGTH, Id, Time, is_id, spelled
+from service.ids import MAX_ID_LENGTH, Id, Time, canonical_id, is_id
 from service.scoring.explainer import Explained
 from service.scoring.request import Candidates, ScoringRequest
 from service.scoring.scorer import Scored
@@ -93,7 +93,7 @@ def scoring_request(request: PredictRequest, *, now: float, max_candidates: int)
     """The request without its HTTP form. Raises InvalidValue for candidates that are none, too many or ragged."""
     user = request.user or User()
     return ScoringRequest(
-        user=None if user.id is None else spelled(user.id),
+        user=None if user.id is None else canonical_id(user.id),
         user_features=user.features or {},
         context=request.context or {},
         ts=now if request.ts is None else request.ts,
@@ -150,7 +150,7 @@ def _candidates(sent: list[Candidate] | dict[str, list[Any]], limit: int) -> Can
 def _all_spelled(ids: list[str | int]) -> list[str]:
     if set(map(type, ids)) == _STRINGS:  # nearly always, and a call for each costs what all else here does
         return cast("list[str]", ids)
-    return list(map(spelled, ids))
+    return list(map(canonical_id, ids))
 
 
 _STRINGS = {str}
@@ -191,4 +191,4 @@ def _are_good_strings(ids: list[Any]) -> bool:
 
 
 def _event(behaviour: Behaviour) -> Event:
-    return Event(item=spelled(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})
+    return Event(item=canonical_id(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})

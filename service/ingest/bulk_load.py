@@ -138,7 +138,7 @@ def _read(path: Path) -> Any:
         raise LoadError(f"{path}: not a readable Parquet file: {str(err).splitlines()[0]}") from err
     if not frame.columns:
         raise LoadError(f"{path}: no columns")
-    frame = frame.with_columns(spelled for name in frame.columns if (spelled := _spelled(frame[name])) is not None)
+    frame = frame.with_columns(id_text for name in frame.columns if (id_text := _spelled(frame[name])) is not None)
     for name, dtype in frame.schema.items():
         inner = dtype.inner if isinstance(dtype, pl.List) else dtype
         is_time = name == "ts" and isinstance(dtype, pl.Datetime | pl.Date)
@@ -205,16 +205,16 @@ def _rows(path: Path, frame: Any, key: str) -> Iterator[tuple[str, Row]]:
 
 def _id(path: Path, row: dict[str, Any], column: str) -> str:
     try:
-        spelled = canonical(row[column])
+        id_text = canonical(row[column])
     except TypeError:
-        spelled = None
-    if spelled is None or not 0 < len(spelled) <= MAX_ID_LENGTH:
+        id_text = None
+    if id_text is None or not 0 < len(id_text) <= MAX_ID_LENGTH:
         text = repr(row[column])
-        text = text if len(text) <= MAX_ID_LENGTH else f"{len(spelled or text)} characters"
+        text = text if len(text) <= MAX_ID_LENGTH else f"{len(id_text or text)} characters"
         raise LoadError(
             f"{path}: row {row[_ROW]}: column {column}: expected an id of 1 to {MAX_ID_LENGTH} characters, got {text}"
         )
-    return spelled
+    return id_text
 
 
 def _features(path: Path, row: dict[str, Any], names: Iterable[str]) -> Row:

@@ -13,7 +13,7 @@ from models.artifact.explanation import LOGIT, worded
 from models.features.history import history
 from service.deadline import Deadline
 from service.errors import DeadlinePassed, ModelFailed, NotExplained, Overloaded, Refusal
-from service.ids import spelled
+from service.ids import canonical_id
 from service.runtime.backend import BackendError
 from service.scoring.request import ScoringRequest
 from service.scoring.scorer import PreparedInput, Scored, Scorer
@@ -84,7 +84,7 @@ class Explainer:
             document = worded(
                 explanation,
                 values,
-                request=spelled(prepared.request_id),
+                request=canonical_id(prepared.request_id),
                 candidates=request.candidates.ids,
                 behaviours=[click.item for click in clicks],
             )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from service.deadline import Deadline
 from service.errors import Degraded, ModelFailed, Reason, Refusal, ShadowDropped, WouldBeLate
 from service.experiments.assignment import Experiment, Running
-from service.ids import spelled
+from service.ids import canonical_id
 from service.observability.metrics import OTHER_FIELD, Metrics
 from service.runtime.backend import Logits
 from service.runtime.scheduler import Run, RunOutcome, Scheduler, run_once
@@ -209,10 +209,7 @@ class Scorer:
         model is busy or broken; DeadlinePassed. But for the first it answers in steps, each named in `degraded`, as
         far as there are any. MalformedFeatures: the body has to tell what is wrong.
         """
-        experiment = self._running.now
-        if request_id is None:
-            request_id = f"{self._process}-{next(self._numbers):x}"
-        arm = experiment.assign(request.user if request.user is not None else spelled(request_id)).name
+        experiment, request_id, arm = self._assign(request, request_id)
         pending = PendingScore(
             request, request_id, deadline, on_outcome, experiment=experiment, arm=arm, model=self._models.get(arm)
         )
@@ -248,10 +245,7 @@ class Scorer:
         self, request: ScoringRequest, *, request_id: str | int | None, deadline: Deadline
     ) -> PreparedInput:
         """All that comes before the model, with the packed ids that an explanation reads. Raises as `start`."""
-        experiment = self._running.now
-        if request_id is None:
-            request_id = f"{self._process}-{next(self._numbers):x}"
-        arm = experiment.assign(request.user if request.user is not None else spelled(request_id)).name
+        experiment, request_id, arm = self._assign(request, request_id)
         model = self._models.get(arm)
         try:
             built = await self.build_input(model, request, deadline, with_ids=True)
@@ -282,6 +276,14 @@ class Scorer:
             return model.inputs.build(request, lookup, fetched)
 
     # --- first half ---
+
+    def _assign(self, request: ScoringRequest, request_id: str | int | None) -> tuple[Experiment, str | int, str]:
+        """The running experiment, the request's id (a new one where it has none), and the arm of its user or id."""
+        experiment = self._running.now
+        if request_id is None:
+            request_id = f"{self._process}-{next(self._numbers):x}"
+        unit = request.user if request.user is not None else canonical_id(request_id)
+        return experiment, request_id, experiment.assign(unit).name
 
     def _begin(self, pending: PendingScore) -> None:
         started = time.perf_counter()
@@ -536,7 +538,7 @@ class Scorer:
 
     def _start_shadows(self, pending: PendingScore) -> None:
         """Behind the answer, which does not wait for it."""
-        for arm in pending.experiment.shadows(spelled(pending.request_id)):
+        for arm in pending.experiment.shadows(canonical_id(pending.request_id)):
             if self._num_shadows >= MAX_SHADOWS or not self._scheduler.takes_shadow:
                 self._metrics.rejected(ShadowDropped.reason).inc()
                 continue

@@ -64,7 +64,7 @@ def written(root: Path) -> Path:
         calibration=Calibration(slope=2.0),
         metrics={"auc": 0.7},
         golden=Golden(requests=requests, arrays=arrays, logits=np.array([0.1, 0.2, 0.3, 0.4])),
-        inputs=["user.age", "item.ad", "user_index"],
+        inputs=["user.age", "item.ad", "hist_mask", "user_index"],
         graphs=GRAPHS,
         data_hash="d",
         files={MODEL: b"graph", ITEM: b"item graph"},
@@ -78,7 +78,7 @@ def test_what_was_written_reads_back(tmp_path):
 
     assert read.schema == SCHEMA
     assert read.calibration.slope == 2.0
-    assert [i.name for i in read.manifest.inputs] == ["user.age", "item.ad", "user_index"]
+    assert [i.name for i in read.manifest.inputs] == ["user.age", "item.ad", "hist_mask", "user_index"]
     assert read.manifest.graphs == GRAPHS
     assert read.manifest.item_width == 3
     assert read.golden.arrays["hist_mask"].dtype == np.bool_
@@ -195,6 +195,10 @@ def test_golden_rows_of_another_shape_are_one_clear_error(tmp_path, change, mess
         (
             lambda m: m["graphs"][ITEM]["outputs"][0].update(dims=["C", 4]),
             r"at graphs\.model\.onnx: takes .* the schema makes",
+        ),
+        (
+            lambda m: m.update(inputs=[i for i in m["inputs"] if i["name"] != "hist_mask"]),
+            r"at inputs: graphs\.model\.onnx takes history_mask, and hist_mask is not listed",
         ),
         (lambda m: m["graphs"][ITEM].update(outputs=[]), "at graphs.item.onnx: expected one output"),
         (lambda m: m["graphs"].update({"other.onnx": m["graphs"][ITEM]}), "does not list other.onnx"),

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.features.values import canonical
-from service.ids import spelled
+from service.ids import canonical_id
 from tests.service.conftest import Running, Start
 from tests.service.tiny import T
 
@@ -174,7 +174,7 @@ async def test_a_number_and_its_spelling_are_one_user_and_one_item(
 
 @given(number=st.integers())
 def test_an_id_is_spelled_as_the_schema_spells_it(number: int) -> None:
-    assert spelled(number) == spelled(str(number)) == canonical(number)
+    assert canonical_id(number) == canonical_id(str(number)) == canonical(number)
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/models", "/experiments", "/"])

@@ -21,7 +21,7 @@ def experiment(**changes: object) -> Experiment:
     return parse({"experiment": "test", "salt": "s", "arms": arms, "shadow": shadow, **changes}, source="test")
 
 
-def begun(version: int = 1) -> ControlDocument:
+def first_document(version: int = 1) -> ControlDocument:
     return control.begin(experiment(), MODELS, version=version)
 
 
@@ -69,7 +69,9 @@ def test_what_runs_an_arm_is_each_hosts_own() -> None:
 
 def test_an_experiment_runs_as_its_document_says() -> None:
     document = changed(
-        begun(), set_shares(shares={"one": 60, "two": 40}), set_shares(kill=["dark", "two"], shadow={"dark": 3})
+        first_document(),
+        set_shares(shares={"one": 60, "two": 40}),
+        set_shares(kill=["dark", "two"], shadow={"dark": 3}),
     )
 
     now, past = control.running(document, experiment())
@@ -82,7 +84,7 @@ def test_an_experiment_runs_as_its_document_says() -> None:
 
 def test_the_past_is_of_one_day_and_only_of_shares_and_kills() -> None:
     old = PastShares(until=time.time() - LOOK_BACK_S - 1, shares={"one": 1, "two": 99}, killed=[])
-    document = msgspec.structs.replace(begun(), past=[old])
+    document = msgspec.structs.replace(first_document(), past=[old])
 
     after_load = changed(document, control.set_version("one", "v2"))
     after_kill = changed(document, set_shares(kill=["one"]))
@@ -92,7 +94,7 @@ def test_the_past_is_of_one_day_and_only_of_shares_and_kills() -> None:
 
 
 def test_a_document_without_a_version_of_every_arm_is_refused() -> None:
-    document = begun()
+    document = first_document()
     broken = msgspec.structs.replace(document, state=msgspec.structs.replace(document.state, models={"one": ["v1"]}))
 
     with pytest.raises(ExperimentError, match="models has no version of two, dark"):
@@ -104,7 +106,7 @@ def versions(document: ControlDocument) -> list[str]:
 
 
 def test_a_load_keeps_the_versions_before_and_a_rollback_gives_up_the_one_that_served() -> None:
-    loaded = changed(begun(), control.set_version("one", "v2"), control.set_version("one", "v3"))
+    loaded = changed(first_document(), control.set_version("one", "v2"), control.set_version("one", "v3"))
     back = changed(loaded, control.roll_back("one", "v2"))
     forward = changed(back, control.set_version("one", "v3"))
     again = changed(forward, control.set_version("one", "v1"))
@@ -113,19 +115,19 @@ def test_a_load_keeps_the_versions_before_and_a_rollback_gives_up_the_one_that_s
     assert versions(back) == ["v2", "v1"]
     assert versions(forward) == ["v3", "v2", "v1"]
     assert versions(again) == ["v1", "v3", "v2"]
-    assert len(versions(changed(begun(), *(control.set_version("one", f"w{n}") for n in range(50))))) == 11
+    assert len(versions(changed(first_document(), *(control.set_version("one", f"w{n}") for n in range(50))))) == 11
 
 
 @pytest.mark.parametrize("version", ["v3", "v1", "none"])
 def test_a_rollback_to_another_version_than_the_one_before_is_refused(version: str) -> None:
-    loaded = changed(begun(), control.set_version("one", "v2"), control.set_version("one", "v3"))
+    loaded = changed(first_document(), control.set_version("one", "v2"), control.set_version("one", "v3"))
 
     with pytest.raises(Refusal, match=f"the version before is not {version} but v2 by now"):
         changed(loaded, control.roll_back("one", version))
 
 
 def test_a_change_of_nothing_is_none() -> None:
-    document = begun()
+    document = first_document()
 
     assert control.change(document, set_shares(shares={"one": 50}), changed_by="alice") is None
     assert control.change(document, set_shares(unkill=["two"]), changed_by="alice") is None
@@ -133,9 +135,9 @@ def test_a_change_of_nothing_is_none() -> None:
 
 
 def test_of_two_documents_one_at_least_supersedes_the_other_unless_they_are_the_same() -> None:
-    first = begun()
+    first = first_document()
     later = changed(first, set_shares(kill=["two"]))
-    other_first = begun()
+    other_first = first_document()
 
     assert control.supersedes(later, first)
     assert not control.supersedes(first, later)
@@ -144,9 +146,9 @@ def test_of_two_documents_one_at_least_supersedes_the_other_unless_they_are_the_
 
 
 def test_a_store_that_lost_its_latest_version_does_not_take_back_what_was_decided_but_a_later_decision_counts() -> None:
-    first = begun()
+    first = first_document()
     killed = changed(first, set_shares(kill=["two"]))
-    begun_anew = msgspec.structs.replace(begun(), changed_at=killed.changed_at + 1)
+    begun_anew = msgspec.structs.replace(first_document(), changed_at=killed.changed_at + 1)
 
     assert not control.supersedes(first, killed)
     assert control.supersedes(begun_anew, killed)
@@ -154,7 +156,7 @@ def test_a_store_that_lost_its_latest_version_does_not_take_back_what_was_decide
 
 @given(ahead=st.floats(-1e6, 1e6))
 def test_later_versions_are_never_earlier_however_far_a_clock_is_ahead(ahead: float) -> None:
-    document = msgspec.structs.replace(begun(), changed_at=time.time() + ahead)
+    document = msgspec.structs.replace(first_document(), changed_at=time.time() + ahead)
 
     after = changed(document, set_shares(kill=["two"]))
 
@@ -164,7 +166,7 @@ def test_later_versions_are_never_earlier_however_far_a_clock_is_ahead(ahead: fl
 
 
 def test_a_decision_is_renumbered_only_where_it_must_be() -> None:
-    document = begun(version=5)
+    document = first_document(version=5)
 
     assert control.renumbered(document, above=4) is document
     above = control.renumbered(document, above=7)
