@@ -78,7 +78,7 @@ def test_what_was_written_reads_back(tmp_path):
 
     assert read.schema == SCHEMA
     assert read.calibration.slope == 2.0
-    assert [i.name for i in read.manifest.inputs] == ["user.age", "item.ad", "hist_mask", "user_index"]
+    assert [i.name for i in read.manifest.inputs] == ["user.age", "hist_mask", "item.ad", "user_index"]
     assert read.manifest.graphs == GRAPHS
     assert read.manifest.item_width == 3
     assert read.golden.arrays["hist_mask"].dtype == np.bool_
