@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,22 +57,24 @@ def serving(config: Path, **environment: str) -> Iterator[str]:
     command = [sys.executable, "-m", "service", "serve", "--config", str(config), "--port", "0"]
     # A test is in no hurry: on a busy machine the service must not answer without the store.
     patient = {"CLICKSERVE_STORE_TIMEOUT_MS": "5000", "CLICKSERVE_TIMEOUT_MS": "20000", "CLICKSERVE_DRAIN_S": "0"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **patient, **environment}, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        said = ""
-        for line in process.stderr:
-            said += line
-            if '"event":"serving"' in line:
-                break
-        else:
-            pytest.fail(f"the service did not start: {said}")
-        yield f"http://127.0.0.1:{json.loads(line)['port']}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    log = config.with_suffix(".log")
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **patient, **environment}, stderr=out) as process,
+    ):
+        try:
+            serving = '"event":"serving"'
+            while serving not in (said := log.read_text()):
+                assert process.poll() is None, f"the service did not start: {said}"
+                time.sleep(0.05)
+            line = next(line for line in said.splitlines() if serving in line)
+            yield f"http://127.0.0.1:{json.loads(line)['port']}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
 
 
 def test_http_answers_have_the_offline_auc_of_the_same_rows(trained: Path, redis_url: str, session_redis: RedisServer):

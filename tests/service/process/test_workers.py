@@ -241,11 +241,16 @@ def test_a_reload_goes_on_answering_and_a_worker_that_hangs_is_replaced(
 
         running.process.send_signal(signal.SIGHUP)
         statuses, resets = set(), 0
-        while not running.logged("reloaded"):
+
+        def reloaded() -> bool:
+            nonlocal resets
             try:
                 statuses.add(running.predict().status_code)
             except httpx.TransportError:  # the kernel resets what a closing socket had not accepted yet
                 resets += 1
+            return bool(running.logged("reloaded"))
+
+        until(reloaded)
         after = [running.pid(slot) for slot in range(2)]
         os.kill(after[0], signal.SIGSTOP)
         died = running.wait_for("worker died")
