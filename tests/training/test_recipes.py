@@ -12,6 +12,7 @@ ITEM = [FieldSpec(name=name, kind="categorical", group="item") for name in ("mov
 WORDS = [FieldSpec(name=f"c{n}", kind="categorical", group="item") for n in range(6)]
 USER = [FieldSpec(name="user_id", kind="categorical", group="user")]
 CONTEXT = [FieldSpec(name="hour", kind="time", part="hour", group="context")]
+CLOCK = [FieldSpec(name=part, kind="time", part=part, group="context") for part in ("weekday", "month")]
 CLICKS = [FieldSpec(name=name, kind="sequence", group="behaviour", of=name) for name in ("movie", "genre")]
 COLUMNS: Columns = {f.name: ["a", "b", "c"] for f in (*ITEM, *WORDS, *USER)}
 WITH_HISTORY = {"mian", "feseq", "din", "dien", "dmr", "bst"}
@@ -19,7 +20,7 @@ READS: dict[str, list[FieldSpec]] = {
     "movielens-1m": [*USER, *CONTEXT, *ITEM, *CLICKS],
     "simulated": [*USER, *CONTEXT, *ITEM, *CLICKS],
     "eleme": [*USER, *CONTEXT, *ITEM, *CLICKS],
-    "amazon": [*USER, *ITEM[:2], *CLICKS],
+    "amazon": [*USER, *CLOCK, *ITEM[:2], *CLICKS],
     "frappe": [*USER, *CONTEXT, *ITEM],
     "criteo": WORDS,
     "avazu": [*CONTEXT, *WORDS],
