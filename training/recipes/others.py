@@ -1,18 +1,24 @@
-"""Runs on data sets whose fields a family's own recipe cannot take. None is measured here yet."""
+"""Runs on data sets that a family's own recipe does not fit; what has no figure here is not measured yet."""
 
 from training.config import Run, varied
 from training.recipes.frappe import finalmlp_frappe
-from training.recipes.movielens import dynint_movielens, mian_movielens
+from training.recipes.movielens import mian_movielens
 
 
 def mian_amazon() -> Run:
-    """MIAN on Amazon's reviews, which have no context, and so without its ICIM."""
-    return varied(mian_movielens(), icim=False)
+    """MIAN on Amazon's reviews, in a form that trains: on groceries test AUC 0.7227 +- 0.0038, logloss 0.629.
 
+    3 seeds of 4 to 6 epochs; mian_paper, and this from the paper's start (kernel_start=truncated_normal) have 0.5000.
+    Departs from the paper:
+    - dense kernels start Xavier-normal, not truncated normal with deviation 0.02;
+    - their L2 is 1e-5, not 1e-3;
+    - the tables have an L2 of 1e-5, of which the paper tells nothing;
+    - batches of 512 rows, not 128;
+    - the user has one field, the id, where the paper speaks of several.
 
-def dynint_amazon() -> Run:
-    """DynInt-DGP on Amazon's reviews, with kernels as wide as three fields in four subspaces allow."""
-    return varied(dynint_movielens(), kernel_size=8)
+    `python -m training compare --data data/groceries --models mian:mian_amazon --seeds 3 --out DIR`
+    """
+    return varied(mian_movielens(), kernel_start="xavier_normal")
 
 
 def finalmlp_criteo() -> Run:
