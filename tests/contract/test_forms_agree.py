@@ -24,6 +24,7 @@ MODELS = {
     ),
     "mian with crosses": lively("mian", SCHEMA, emb_dim=4, heads=2, cross_layers=2),
     "stec": lively("stec", SCHEMA, emb_dim=4),
+    "stec without a block": lively("stec", SCHEMA, emb_dim=4, blocks=0, bilinear_form="qk"),
     "stec user_first": lively("stec", SCHEMA, emb_dim=4, field_mask="user_first", hidden=(6,), batch_norm=True),
     "dynint with dgp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, kernel_size=5, gate_scope="request"),
     "dynint with dwp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, mode="dwp", gate_scope="request"),
