@@ -24,6 +24,7 @@ class Within:
 
 Count = Annotated[int, Within(low=1, below=1e9)]
 Share = Annotated[float, Within(low=0, below=1)]
+Mix = Annotated[float, Within(low=0, most=1)]
 Weight = Annotated[float, Within(low=0)]
 
 
