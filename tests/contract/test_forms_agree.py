@@ -74,6 +74,10 @@ MODELS = {
     "dien": lively("dien", SCHEMA, emb_dim=4, hidden=(8,)),
     "dmr": lively("dmr", SCHEMA, emb_dim=4, hidden=(8,)),
     "bst": lively("bst", SCHEMA, emb_dim=4, hidden=(8,), blocks=2),
+    "din with ages": lively("din", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "dien with ages": lively("dien", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "dmr with ages": lively("dmr", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "bst with ages": lively("bst", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -173,6 +177,7 @@ def test_padding_does_not_change_the_score(model):
     littered = {name: array.copy() for name, array in request.items()}
     littered["hist.movie"][~request["hist_mask"]] = 5
     littered["hist.genres"][~request["hist_mask"]] = 3
+    littered["hist_age"][~request["hist_mask"]] = 9
 
     assert_equal(logits_of(model, littered), logits_of(model, request))
 
