@@ -58,6 +58,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "loss": state.loss_sum / state.step,
             **{f"valid_{name}": value for name, value in figures.items()},
             "lr": optimizer.param_groups[0]["lr"],
+            **{f"model.{name}": value for name, value in judged.logged_scalars().items()},
             "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
             "valid_s": round(time.monotonic() - trained, 3),
         }
