@@ -42,8 +42,10 @@ class Run:
     dense_l2: float = 0.1
     init_z_from_w: bool = True
     """Whether FTRL starts from the weights as initialised, and so keeps most rows, or, as published, from zeros."""
+    plateau_monitor: Literal["auc", "logloss"] | None = None
+    """The validation figure whose plateau lowers the learning rate; None: `monitor`, which decides the end."""
     plateau_factor: float = 0.1
-    """The learning rate is multiplied by it after more than `plateau_patience` epochs without a better `monitor`."""
+    """The learning rate is multiplied by it after more than `plateau_patience` evaluations without a better one."""
     plateau_patience: int = 0
     min_lr: float = 1e-6
     clip_norm: float = 10.0
@@ -66,6 +68,7 @@ class Run:
                 name: (0 <= getattr(self, name) < math.inf, "at least 0")
                 for name in ("table_l1", "table_l2", "dense_l1", "dense_l2")
             },
+            "plateau_monitor": (self.plateau_monitor in (None, "auc", "logloss"), "auc, logloss or null"),
             "plateau_factor": (0 < self.plateau_factor <= 1, "above 0 and at most 1"),
             "plateau_patience": (self.plateau_patience >= 0, "at least 0"),
             "min_lr": (0 <= self.min_lr < math.inf, "at least 0"),

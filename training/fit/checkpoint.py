@@ -28,6 +28,9 @@ class State:
     best_epoch: int = 0
     bad_epochs: int = 0
     """Epochs in a row, up to now, without a better validation figure."""
+    plateau_best: float | None = None
+    plateau_bad: int = 0
+    """The same of the figure that lowers the learning rate, since it last fell."""
     log: list[dict[str, Any]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 

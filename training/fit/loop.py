@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
             "valid_s": round(time.monotonic() - trained, 3),
         }
-        _finish_epoch(judged, optimizer, run, state, figure=figures[run.monitor], line=line)
+        _finish_epoch(judged, optimizer, run, state, figures=figures, line=line)
         # The log first: killed in between, the epoch is done again and writes the same line.
         checkpoint.write_atomically(folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in state.log).encode())
         checkpoint.save(saved, model, optimizer, state, averaged=averaged)
@@ -145,21 +145,31 @@ def _finish_epoch(
     run: Run,
     state: State,
     *,
-    figure: float,
+    figures: Mapping[str, float],
     line: dict[str, Any],
 ) -> None:
     """Keep the weights when they are the best so far, else count towards a smaller step and the end."""
     state.epoch += 1
     state.step, state.loss_sum = 0, 0.0
     state.log.append(line)
-    sign = 1 if run.monitor == "auc" else -1
-    if state.best is None or sign * (figure - state.best) > MIN_GAIN:
-        state.best, state.best_epoch, state.bad_epochs = figure, state.epoch, 0
+    if _better(figures, run.monitor, state.best):
+        state.best, state.best_epoch, state.bad_epochs = figures[run.monitor], state.epoch, 0
         state.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+    else:
+        state.bad_epochs += 1
+    watched = run.plateau_monitor or run.monitor
+    if _better(figures, watched, state.plateau_best):
+        state.plateau_best, state.plateau_bad = figures[watched], 0
         return
-    state.bad_epochs += 1
-    if state.bad_epochs % (run.plateau_patience + 1) == 0:
+    state.plateau_bad += 1
+    if state.plateau_bad > run.plateau_patience:
+        state.plateau_bad = 0
         optimizers.slow_down(optimizer, run.plateau_factor, least=run.min_lr)
+
+
+def _better(figures: Mapping[str, float], monitor: str, best: float | None) -> bool:
+    sign = 1 if monitor == "auc" else -1
+    return best is None or sign * (figures[monitor] - best) > MIN_GAIN
 
 
 def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> str:

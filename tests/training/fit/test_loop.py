@@ -110,6 +110,28 @@ def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tm
     assert expected == 0.002
 
 
+@pytest.mark.parametrize("patience", [0, 1])
+def test_the_learning_rate_can_fall_on_a_plateau_of_the_log_loss_while_the_auc_decides_the_end(
+    data, tmp_path, patience
+):
+    settings = run(
+        max_epochs=10, patience=10, lr=0.1, plateau_monitor="logloss", plateau_patience=patience, plateau_factor=0.5
+    )
+
+    _, state = fit(data, settings, tmp_path / "run")
+
+    best, bad, expected = np.inf, 0, 0.1
+    for line in state.log:
+        assert line["lr"] == pytest.approx(expected)
+        improved = line["valid_logloss"] < best - loop.MIN_GAIN
+        best, bad = (line["valid_logloss"], 0) if improved else (best, bad + 1)
+        if bad > patience:
+            expected, bad = expected / 2, 0
+    assert expected < 0.1
+    aucs = [line["valid_auc"] for line in state.log]
+    assert state.best == pytest.approx(max(aucs), abs=1e-6)
+
+
 def test_a_learning_rate_below_the_floor_is_left_as_it_is(data, tmp_path):
     _, state = fit(data, run(max_epochs=6, patience=6, lr=1e-9, min_lr=1e-6), tmp_path / "run")
 
