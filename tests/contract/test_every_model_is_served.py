@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 
 def trained(name: str, data: Prepared, folder: Path) -> Trained:
-    recipe = recipes.default(name, "simulated")
+    recipe = recipes.choose(name, "simulated").name
     run = run_folder.begin(folder, data, name, recipe, BRIEF, resume=False)
     run_folder.train(folder, data, run)
     return run_folder.read(folder)
