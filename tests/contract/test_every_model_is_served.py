@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 
 def trained(name: str, data: Prepared, folder: Path) -> Trained:
-    recipe = recipes.default(name, "simulated")
+    recipe = recipes.choose(name, "simulated").name
     brief = (*BRIEF, "model.age_buckets=8") if name in READ_AGES else BRIEF
     run = run_folder.begin(folder, data, name, recipe, brief, resume=False)
     run_folder.train(folder, data, run)

@@ -1,7 +1,6 @@
-"""Runs on data sets that a family's own recipe does not fit; what has no figure here is not measured yet."""
+"""Runs on data sets without a file of their own."""
 
 from training.config import Run, varied
-from training.recipes.frappe import finalmlp_frappe
 from training.recipes.movielens import mian_movielens
 
 
@@ -19,13 +18,3 @@ def mian_amazon() -> Run:
     `python -m training compare --data data/groceries --models mian:mian_amazon --seeds 3 --out DIR`
     """
     return varied(mian_movielens(), kernel_start="xavier_normal")
-
-
-def finalmlp_criteo() -> Run:
-    """FinalMLP on Criteo, whose fields are not told apart by whose they are: both gates are learned vectors."""
-    return varied(finalmlp_frappe(), gate_1="learned", gate_2="learned")
-
-
-def finalmlp_avazu() -> Run:
-    """FinalMLP on Avazu, as on Criteo."""
-    return finalmlp_criteo()
