@@ -99,6 +99,7 @@ def bst_movielens() -> Run:
     return _movielens("bst")
 
 
+# Deviations from the paper of DynInt, which has no MovieLens: Adam for FTRL, L2 on the tables, no orthogonality penalty
 def dynint_movielens() -> Run:
     """DynInt-DGP on MovieLens-1M; it reads no history. Not measured here yet."""
     return Run(

@@ -3,6 +3,7 @@
 from training.config import Run
 
 
+# Deviations from the paper of DynInt: as dynint_movielens; 8 dimensions and 2 layers, to be quick
 def dynint_simulated() -> Run:
     """DynInt-DGP on a simulated log, a quick run. Not measured yet."""
     return Run(
