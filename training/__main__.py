@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from training.errors import UserError
+from training.errors import ConstantModelError, UserError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MODELS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 3 a useless model, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     options = argparse.Namespace()
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.command(options)
     except UserError as err:
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(err, ConstantModelError) else 2
     except OSError as err:  # a disk that is full, a folder that may not be written
         where = err.filename or getattr(options, "out", None)
         print(f"error: {f'{where}: ' if where else ''}{err.strerror or err}", file=sys.stderr)

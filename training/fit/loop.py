@@ -63,6 +63,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "step": state.step,
             "loss": state.loss_sum / (state.step - state.evaluated_step),
             **{f"valid_{name}": value for name, value in figures.items()},
+            "valid_spread": float(logits.std(dtype=np.float64)),
             "lr": optimizer.param_groups[0]["lr"],
             **{f"model.{name}": value for name, value in judged.logged_scalars().items()},
             "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
@@ -201,6 +202,6 @@ def _epochs(step: int, steps_of_epoch: int) -> int | float:
 def _sentence(line: dict[str, Any], run: Run, *, took_s: float) -> str:
     return (
         f"epoch {line['epoch']:>2}/{run.max_epochs}  step {line['step']}  loss {line['loss']:.4f}"
-        f"  valid AUC {line['valid_auc']:.4f}  logloss {line['valid_logloss']:.4f}  lr {line['lr']:g}  {took_s:.1f} s"
-        f"{'  best' if line['best'] else ''}"
+        f"  valid AUC {line['valid_auc']:.4f}  logloss {line['valid_logloss']:.4f}  spread {line['valid_spread']:.2g}"
+        f"  lr {line['lr']:g}  {took_s:.1f} s{'  best' if line['best'] else ''}"
     )

@@ -37,7 +37,7 @@ from training.data.batches import Prepared
 from training.errors import UserError
 from training.evaluation import metrics, run_report
 from training.fit import calibration as calibrate
-from training.fit import loop
+from training.fit import constant_check, loop
 from training.fit.checkpoint import write_atomically
 from training.progress import say
 
@@ -105,7 +105,8 @@ def check_new(path: Path) -> None:
 def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     """Train, calibrate, measure and draw; returns what metrics.json holds. A finished run is not trained again.
 
-    Raises UserError while another process trains it, and where memory does not suffice.
+    Raises UserError while another process trains it, and where memory does not suffice, and ConstantModelError for a
+    model that tells no rows apart: such a run is never finished.
     """
     with _alone(path), _enough_memory(run):
         return _train(path, data, run)
@@ -124,10 +125,13 @@ def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     parts = {part: data.rows(part) for part in ("train", "valid", "test")}
     done = loop.fit(model, parts["train"], parts["valid"], run, folder=path, report=say)
 
+    run_report.plot_curves({path.name: done.log}, path / "curves.png")
+    valid = parts["valid"]
+    valid_logits = loop.predict(model, valid, "valid")
+    aucs, out_of_patience = [line["valid_auc"] for line in done.log], done.bad_evals >= run.patience
+    constant_check.check(model, valid, valid_logits, run, aucs=aucs, out_of_patience=out_of_patience)
     weights = save_weights(model.state_dict())
     write_atomically(path / "weights.safetensors", weights)
-    valid_logits = loop.predict(model, parts["valid"], "valid")
-    valid = parts["valid"]
     calibration = calibrate.fit(valid_logits, valid.label, valid.weight, negative_rate=valid.negative_rate)
     write_atomically(path / "calibration.json", calibration.model_dump_json(indent=2).encode())
     logits = {"valid": valid_logits, "test": loop.predict(model, parts["test"], "test")}
@@ -147,7 +151,6 @@ def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{part: measure(data, part, logits[part], calibration) for part in logits},
     }
-    run_report.plot_curves({path.name: done.log}, path / "curves.png")
     run_report.plot_reliability(parts["test"], logits["test"], calibration, "test", path / "reliability.png")
     write_atomically(path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False).encode())
     (path / "checkpoint.pt").unlink(missing_ok=True)
