@@ -153,6 +153,14 @@ def _explain(options: argparse.Namespace) -> None:
     print(f"wrote {files[0]} and {len(files) - 1} heat maps beside it")
 
 
+def _spectrum(options: argparse.Namespace) -> None:
+    from training.explanation import spectrum
+    from training.fit import run_folder
+
+    files = spectrum.spectrum(run_folder.read(options.run), options.out)
+    print(f"wrote {' and '.join(map(str, files))}")
+
+
 def _write_predictions(
     file: Path, trained: "Trained", data: "Prepared", part: str, logits: "NDArray[np.float32]"
 ) -> None:
@@ -275,6 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="draw what a finished run's model attends to")
     _add_explain(explain)
 
+    _add_spectrum(commands.add_parser("spectrum", help="draw the singular values of a finished dynint's weights"))
+
     export = commands.add_parser("export", help="make the artifact that the service loads")
     export.set_defaults(command=_export)
     export.add_argument("run", type=Path, metavar="RUN")
@@ -313,6 +323,12 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_plot)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="finished or still in training")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
+
+
+def _add_spectrum(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_spectrum)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,8 @@ class SequenceModel(CTRModel):
         clicks_UTE = self.clicks(inputs)
         if self.ages is None:
             return clicks_UTE
-        return clicks_UTE + self.ages(history_age(inputs)) * history_mask(inputs).unsqueeze(-1)
+        ages_UTE: Tensor = self.ages(history_age(inputs))
+        return clicks_UTE + ages_UTE * history_mask(inputs).unsqueeze(-1)
 
     def target(self, items_CID: Tensor) -> Tensor:
         """The candidates [C, E], as a click on each would look."""

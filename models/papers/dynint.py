@@ -235,6 +235,10 @@ class Maps(nn.Module):
         """
         raise NotImplementedError
 
+    def shared_weights(self) -> Tensor:
+        """The weights [L, P, P] of all rows, before a row scales them."""
+        raise NotImplementedError
+
     def show(self, read: UserState) -> None:
         """Records what `explanations` promises."""
         raise NotImplementedError
@@ -256,6 +260,9 @@ class PIN(Maps):
 
     def forward(self, read: UserState) -> tuple[Tensor, ...]:
         return read["map"].unbind(dim=2)
+
+    def shared_weights(self) -> Tensor:
+        return self.kernel_LPP
 
     def show(self, read: UserState) -> None:  # noqa: ARG002  # its weights are the same for all
         record("effective_weight", self.kernel_LPP)
@@ -317,6 +324,9 @@ class DGP(Maps):
         terms_LXP = scaled_LCWK.flatten(1, 2) @ self.left_LKP
         return torch.unflatten(terms_LXP, 1, scaled_LCWK.shape[1:3]).unbind(dim=0)
 
+    def shared_weights(self) -> Tensor:
+        return self.left_LKP.transpose(1, 2) @ self.right_LKP
+
     def show(self, read: UserState) -> None:
         record("sigma", self._sigma(read["gate"]))
         weights_CLPP = (self.left_LKP.transpose(1, 2) * self._sigma(read["gate"]).unsqueeze(2)) @ self.right_LKP
@@ -367,6 +377,9 @@ class DWP(Maps):
         num_request = rows_1WSR.shape[-1]
         of_request_1WLP = apply_kernel(weights_LPP, rows_1WSR, slice(0, num_request))
         return (of_request_1WLP + apply_kernel(weights_LPP, rows_CWSG, slice(num_request, None))).unbind(dim=2)
+
+    def shared_weights(self) -> Tensor:
+        return self.kernel_LPP
 
     def show(self, read: UserState) -> None:
         u_CLKP, v_CLKP = self.factors(read["gate"])

@@ -31,7 +31,7 @@ PAPERS: Mapping[tuple[str, str], str] = {
     **{("dynint", dataset): "dynint_dgp_paper" for dataset in ("criteo", "avazu", "ipinyou")},
     ("feseq", "eleme"): "feseq_paper",
 }
-"""{(model, data set of its paper): the paper's recipe}; MIAN's on Amazon is mian_amazon, a form of it that trains there."""
+"""{(model, data set of its paper): the paper's recipe}; MIAN has mian_amazon on its, a form that trains there."""
 
 
 @dataclass(frozen=True, kw_only=True)
