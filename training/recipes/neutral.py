@@ -8,9 +8,7 @@ from training.config import Run
 
 FITTING: Mapping[str, Mapping[str, Any]] = {
     "dynint": {"kernel_size": 8},  # fits two fields in its four subspaces
-    "mian": {
-        "kernel_start": "xavier_normal"
-    },  # from its paper's start it learns nothing where half of the rows are clicks
+    "mian": {"kernel_start": "xavier_normal"},  # from its paper's start it may stay a constant
     "finalmlp": {"gate_1": "learned", "gate_2": "learned"},  # asks for no group of fields
 }
 """Where a model's defaults suppose more of the data than every data set has."""

@@ -89,10 +89,10 @@ def test_what_counts_as_constant(data, scale, follows_clicks, out_of_patience, c
 
 def test_tables_whose_gradients_are_below_the_eps_of_adam_are_said_to_stand_still(data):
     rows = Prepared.open(data).rows("valid")
-    model = zoo.build("fm", {"emb_dim": 4}, Prepared.open(data).schema)
+    model = zoo.build("dcnv2", {"emb_dim": 4}, Prepared.open(data).schema)
     for weights in model.parameters():
         weights.data.zero_()
-    run = Run(model="fm", batch_size=10, lr=0.1, max_epochs=1, patience=1)
+    run = Run(model="dcnv2", batch_size=10, lr=0.1, max_epochs=1, patience=1)
 
     with pytest.raises(ConstantModelError, match="of its embedding tables is 0.0e[+]00, below the eps of Adam"):
         constant_check.check(model, rows, np.zeros(len(rows), np.float32), run, aucs=[0.5], out_of_patience=False)
