@@ -27,7 +27,7 @@ SUFFIXES: Mapping[str, str] = {
 """{known data set: how the names of its recipes end}"""
 PAPERS: Mapping[tuple[str, str], str] = {
     **{("stec", dataset): "stec_paper" for dataset in ("frappe", "movielens-tag", "criteo", "avazu")},
-    **{("deepmr", dataset): "deepmr_paper" for dataset in ("frappe", "movielens-tag", "lastfm")},
+    **{("deepmr", dataset): "deepmr_paper" for dataset in ("frappe", "movielens-tag")},
     **{("dynint", dataset): "dynint_dgp_paper" for dataset in ("criteo", "avazu", "ipinyou")},
     ("feseq", "eleme"): "feseq_paper",
 }
