@@ -28,7 +28,8 @@ SUFFIXES: Mapping[str, str] = {
 PAPERS: Mapping[tuple[str, str], str] = {
     **{("stec", dataset): "stec_paper" for dataset in ("frappe", "movielens-tag", "criteo", "avazu")},
     **{("deepmr", dataset): "deepmr_paper" for dataset in ("frappe", "movielens-tag")},
-    **{("dynint", dataset): "dynint_dgp_paper" for dataset in ("criteo", "avazu", "ipinyou")},
+    **{("dynint", dataset): "dynint_dgp_paper" for dataset in ("criteo", "avazu")},
+    ("dynint", "ipinyou"): "dynint_ipinyou_paper",
     ("feseq", "eleme"): "feseq_paper",
 }
 """{(model, data set of its paper): the paper's recipe}; MIAN has mian_amazon on its, a form that trains there."""

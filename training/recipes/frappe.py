@@ -26,6 +26,13 @@ DEEPMR_FRAPPE = (
     "no activation on query, key and value: ReLU, as in the code",
     "two negatives drawn for each positive, 8:1:1: the 7:2:1 split of STEC, AFN and BARS",
 )
+DYNINT_FRAPPE = (
+    "FTRL: Adam, whose weights are averaged",
+    "16 dimensions and batches of 4096: 32 and 1024, searched on the validation part",
+    "no L2 on the tables but FTRL's: 2e-2 on the tables",
+    "the orthogonality penalty: none",
+    "the generated diagonal's activation unstated: 2 sigmoid (D3)",
+)
 
 
 @deviates(*STEC_FRAPPE)
@@ -155,12 +162,7 @@ def finalmlp_frappe() -> Run:
     )
 
 
-# Deviations from the paper of DynInt, which has no Frappe:
-# - FTRL: Adam, whose weights are averaged
-# - 16 dimensions and batches of 4096: 32 and 1024, searched on the validation part
-# - no L2 on the tables but FTRL's: 2e-2 on the tables
-# - the orthogonality penalty: none
-# - the generated diagonal's activation unstated: 2 sigmoid (D3)
+@deviates(*DYNINT_FRAPPE)
 def dynint_frappe() -> Run:
     """DynInt-DGP on Frappe, with Adam and averaged weights; the paper has no Frappe.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from training.config import Run, varied
 from training.recipes.deviations import deviates
-from training.recipes.frappe import DEEPMR_FRAPPE, STEC_FRAPPE, deepmr_frappe, dynint_frappe, stec_frappe
+from training.recipes.frappe import DEEPMR_FRAPPE, DYNINT_FRAPPE, STEC_FRAPPE, deepmr_frappe, dynint_frappe, stec_frappe
 from training.recipes.movielens import bst_movielens, feseq_movielens, mian_movielens
 
 STEC = (
@@ -33,6 +33,31 @@ DEEPMR_CODE = (
     "no activation on query, key and value: ReLU, as in the code (R11)",
     *DEEPMR,
 )
+DYNINT = (
+    "depth, subspaces and reduction searched: 4 and 16, xDeepInt's on Criteo, and 4",
+    "a rare level has no embedding: all rare levels of a field share one, the unknown value's",
+    "evaluated every 2000 steps: after every epoch",
+)
+FTRL = (
+    "FTRL's rate searched, its penalties unpublished: xDeepInt's, for the sum of the losses",
+    "tables start from zeros by the authors' dense rule: from their initial values, or most rows stay zero",
+)
+DGP = (
+    "the generated diagonal's activation unstated: 2 sigmoid, as that of DA's gates (D3)",
+    "the penalty's weight unpublished: 1e-5",
+    "the penalty summed over the rows, which it does not depend on: once a step, beside the mean loss (D8)",
+)
+DWP = (
+    "latent rank searched in 1 to 4, the penalty's weight unpublished: 2 and 1e-5",
+    "the penalty summed over the rows: their mean, beside the mean loss (D8)",
+    "u orthogonal to v in the text: u_p to u_q and v_p to v_q, as in the loss (D6)",
+)
+DWP_INV_SQRT = (
+    "1/K added to u and v: 1/sqrt(K), with which the weights start near 1, as the text says (D4)",
+    "the penalty of u and v with their offset: without it (D5)",
+)
+DA = "gating vector of unstated size: one gate for each element (D1)"
+ADAM = "FTRL: Adam at 1e-3, slower after each epoch without a better AUC"
 
 
 def mian_paper() -> Run:
@@ -143,15 +168,7 @@ def stec_prod() -> Run:
     return varied(stec_frappe(), field_mask="user_first")
 
 
-# Deviations of every DynInt recipe with FTRL, as `PAPER'S: OURS, why`:
-# - evaluated every 2000 steps: after every epoch, as all runs here
-# - learning rate, depth, subspaces and reduction searched: 2e-2, 4, 16 and 4, xDeepInt's on Criteo and ours
-# - FTRL's penalties unpublished: xDeepInt's, for the sum of the losses
-# - tables start from zeros, as the authors' dense rule has it: from their initial values, or most rows stay zero
-# - a rare level has no embedding: all rare levels of a field share one, the unknown value's
-
-
-# Deviations: those above; the paper's layers without gates.
+@deviates(*DYNINT, *FTRL)
 def pin_paper() -> Run:
     """PIN, the layers of xDeepInt, which are DynInt's without gates, as it is trained on Criteo.
 
@@ -160,26 +177,19 @@ def pin_paper() -> Run:
     return _criteo(mode="pin")
 
 
-# Deviations: those above
-# - "gating vector" of unstated size: one gate for each element (D1)
+@deviates(*DYNINT, *FTRL, DA)
 def dynint_da_paper() -> Run:
     """DynInt-DA as its paper trains on Criteo. Published AUC 0.8125, logloss 0.4398. Not measured here yet."""
     return _criteo(mode="da")
 
 
-# Deviations: those above
-# - the generated diagonal's activation unstated: 2 sigmoid, as that of DA's gates (D3)
-# - the penalty's weight unpublished: 1e-5
-# - the penalty summed over the rows of a batch, which it does not depend on: once a step, beside the mean loss (D8)
+@deviates(*DYNINT, *FTRL, *DGP)
 def dynint_dgp_paper() -> Run:
     """DynInt-DGP as its paper trains on Criteo. Published AUC 0.8127, logloss 0.4397. Not measured here yet."""
     return _criteo(mode="dgp", kernel_size=64, orth_lambda=1e-5)
 
 
-# Deviations: those above
-# - latent rank searched in 1 to 4, the penalty's weight unpublished: 2 and 1e-5
-# - the penalty summed over the rows of a batch: their mean, beside the mean loss (D8)
-# - u orthogonal to v in the text: u_p to u_q and v_p to v_q, as in the loss (D6)
+@deviates(*DYNINT, *FTRL, *DWP)
 def dynint_dwp_paper() -> Run:
     """DynInt-DWP as its paper prints it, on Criteo. Published AUC 0.8132, logloss 0.4393. Not measured here yet.
 
@@ -189,17 +199,19 @@ def dynint_dwp_paper() -> Run:
     return _criteo(mode="dwp", latent_rank=2, orth_lambda=1e-5, dwp_offset="inv", orth_on="after")
 
 
-# Deviations: those of dynint_dwp_paper
-# - 1/K beside u and v: 1/sqrt(K), with which the weights start near 1, as the text wants them (D4)
-# - the penalty of u and v with their offset: without it (D5)
+@deviates(*DYNINT, *FTRL, *DWP, *DWP_INV_SQRT)
 def dynint_dwp_inv_sqrt() -> Run:
     """dynint_dwp_paper with static weights that start at all of themselves. Not measured here yet."""
     return varied(dynint_dwp_paper(), dwp_offset="inv_sqrt", orth_on="before")
 
 
-# Deviations: those above
-# - the setting for iPinYou unpublished: the best of its tables' searches, DGP with 3 layers and 4 subspaces
-# - kernel size searched in 16 to 128: 64, which is all that 16 fields in 4 subspaces can use
+@deviates(
+    *DYNINT[1:],
+    *FTRL,
+    *DGP,
+    "the setting for iPinYou unpublished: the best of its tables, 3 layers and 4 subspaces, with a reduction of 4",
+    "kernel size searched in 16 to 128: 64, which is all that 16 fields in 4 subspaces can use",
+)
 def dynint_ipinyou_paper() -> Run:
     """DynInt-DGP as its paper trains on iPinYou. Published AUC 0.7813, logloss 0.005547. Not measured here yet.
 
@@ -208,33 +220,31 @@ def dynint_ipinyou_paper() -> Run:
     return varied(dynint_dgp_paper(), layers=3, subspaces=4)
 
 
-# Deviations: those of the recipe it varies
-# - FTRL: Adam at 1e-3, slower after each epoch without a better AUC
+@deviates(*DYNINT, ADAM)
 def pin_adam() -> Run:
     """pin_paper with Adam in place of FTRL. Not measured here yet."""
     return _with_adam(pin_paper())
 
 
-# Deviations: as pin_adam
+@deviates(*DYNINT, DA, ADAM)
 def dynint_da_adam() -> Run:
     """dynint_da_paper with Adam in place of FTRL. Not measured here yet."""
     return _with_adam(dynint_da_paper())
 
 
-# Deviations: as pin_adam
+@deviates(*DYNINT, *DGP, ADAM)
 def dynint_dgp_adam() -> Run:
     """dynint_dgp_paper with Adam in place of FTRL. Not measured here yet."""
     return _with_adam(dynint_dgp_paper())
 
 
-# Deviations: as pin_adam
+@deviates(*DYNINT, *DWP, *DWP_INV_SQRT, ADAM)
 def dynint_dwp_adam() -> Run:
     """dynint_dwp_inv_sqrt with Adam in place of FTRL. Not measured here yet."""
     return _with_adam(dynint_dwp_inv_sqrt())
 
 
-# Deviations: those of dynint_frappe
-# - gates read all fields: the request's alone, so that they are made once per request (D11)
+@deviates(*DYNINT_FRAPPE, "gates read all fields: the request's alone, so that they are made once per request (D11)")
 def dynint_dgp_prod() -> Run:
     """DynInt-DGP on Frappe with gates that read the request alone, whose weights are made once: our own form.
 
