@@ -67,16 +67,16 @@ class Side:
 
     def activation_bytes(self) -> int:
         """Of all storages that autograd keeps from the forward pass, each once, but for the parameters'."""
-        kept: dict[int, Tensor] = {}
+        saved: dict[int, Tensor] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        def save(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             terms = self.terms()
         owned = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        total = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in owned)
+        total = sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in owned)
         del terms
         return total
 
@@ -172,7 +172,7 @@ def measure(setting: str, mode: Mode, found: dict[str, Side], rounds: int) -> li
 
 
 def markdown(costs: Sequence[Cost]) -> str:
-    lines = ["| setting | mode | form | step, ms | times the paradigm's (quartiles) | parameters, MB | kept, MB |"]
+    lines = ["| setting | mode | form | step, ms | times the paradigm's (quartiles) | parameters, MB | saved, MB |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [
         f"| {c.setting} | {c.mode} | {c.form} | {c.median_ms:.1f} | {c.ratio} | {c.parameter_bytes / 1e6:.2f} |"

@@ -39,8 +39,8 @@ def test_parameters_are_those_of_the_maps_and_of_a_net_as_wide_as_what_it_gives(
 
     net = H * F * paradigms.WIDTH + H
     assert found[paradigms.PARADIGM].parameter_bytes() == 4 * L * (maps + net + (H + 1) * out)
-    kept = maps if mode == "dwp" else 0
-    assert found[paradigms.GENERATED].parameter_bytes() == 4 * L * (kept + net + (H + 1) * P * P)
+    static = maps if mode == "dwp" else 0
+    assert found[paradigms.GENERATED].parameter_bytes() == 4 * L * (static + net + (H + 1) * P * P)
 
 
 @pytest.mark.parametrize("mode", ["dgp", "dwp"])

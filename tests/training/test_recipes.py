@@ -137,10 +137,10 @@ def test_a_recipe_that_states_no_result_says_that_it_was_not_measured() -> None:
 def test_training_begins_with_the_recipe_the_reason_its_values_and_its_deviations(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = Prepared.open(data)
+    prepared = Prepared.open(data)
 
-    run_folder.begin(tmp_path / "neutral", begun, "stec", None, ["lr=0.01"], resume=False)
-    run_folder.begin(tmp_path / "paper", begun, "feseq", "feseq_paper", ["model.heads=1"], resume=False)
+    run_folder.begin(tmp_path / "neutral", prepared, "stec", None, ["lr=0.01"], resume=False)
+    run_folder.begin(tmp_path / "paper", prepared, "feseq", "feseq_paper", ["model.heads=1"], resume=False)
 
     first, values, second, _, *deviations = capsys.readouterr().err.splitlines()
     assert first == ("recipe stec_neutral (no recipe is made for stec on tiny: neutral settings; never measured here)")

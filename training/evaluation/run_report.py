@@ -82,13 +82,13 @@ def plot_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> 
     for number, (name, log) in enumerate(logs.items()):
         color = colormaps["tab10"](number % 10)
         steps = [line["step"] for line in log]
-        kept = max(n for n, line in enumerate(log) if line["best"])
+        best = max(n for n, line in enumerate(log) if line["best"])
         losses.plot(steps, [line["loss"] for line in log], ":", color=color, lw=1)
         for axes, figure_name in ((losses, "valid_logloss"), (aucs, "valid_auc")):
             values = [line[figure_name] for line in log]
             axes.plot(steps, values, "-", color=color, lw=1.2, marker=".", ms=3)
-            axes.plot(steps[kept], values[kept], "o", color=color, ms=6, mfc="none")
-        aucs.plot([], [], "-", color=color, label=f"{name}: {log[kept]['valid_auc']:.4f} at step {steps[kept]:,}")
+            axes.plot(steps[best], values[best], "o", color=color, ms=6, mfc="none")
+        aucs.plot([], [], "-", color=color, label=f"{name}: {log[best]['valid_auc']:.4f} at step {steps[best]:,}")
     losses.set_title("Log loss: validation, and training (dotted)", fontsize=10)
     aucs.set_title("Validation AUC (circle: the weights kept)", fontsize=10)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)

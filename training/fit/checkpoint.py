@@ -38,8 +38,8 @@ class State:
         return int(self.log[-1]["step"]) if self.log else 0
 
     @property
-    def kept(self) -> dict[str, Any]:
-        """The line of the evaluation whose weights are kept."""
+    def best_evaluation(self) -> dict[str, Any]:
+        """The log's line of the evaluation that `best_weights` are of."""
         return next(line for line in reversed(self.log) if line["best"])
 
 

@@ -70,7 +70,7 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "valid_s": round(time.monotonic() - trained, 3),
             "best": _better(figures, run.monitor, state.best),
         }
-        _take_note(judged, optimizer, run, state, figures=figures, line=line)
+        _record_evaluation(judged, optimizer, run, state, figures=figures, line=line)
         # The log first: killed in between, the evaluation is done again and writes the same line.
         checkpoint.write_atomically(folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in state.log).encode())
         checkpoint.save(saved, model, optimizer, state, averaged=averaged)
@@ -162,7 +162,7 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
     return click_loss.detach()
 
 
-def _take_note(
+def _record_evaluation(
     model: CTRModel,
     optimizer: torch.optim.Optimizer,
     run: Run,

@@ -26,7 +26,7 @@ def command(data, run, *more):
 
 
 @pytest.fixture(scope="module")
-def wholes(data, tmp_path_factory):
+def uninterrupted_runs(data, tmp_path_factory):
     runs = {every: tmp_path_factory.mktemp("runs") / every for every in EVERY}
     for every, run in runs.items():
         assert main(command(data, run, *EVERY[every])) == 0
@@ -34,21 +34,25 @@ def wholes(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(wholes):
-    return wholes["by epoch"]
+def uninterrupted(uninterrupted_runs):
+    return uninterrupted_runs["by epoch"]
 
 
-def assert_same_run(torn, whole):
+def assert_same_run(torn, uninterrupted):
     for name in ("weights.safetensors", "calibration.json", "config.json"):
-        assert (torn / name).read_bytes() == (whole / name).read_bytes()
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (torn, whole)]
-    torn_log, whole_log = ([{k: v for k, v in e.items() if not k.endswith("_s")} for e in log] for log in logs)
-    assert torn_log == whole_log
+        assert (torn / name).read_bytes() == (uninterrupted / name).read_bytes()
+    logs = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (torn, uninterrupted)
+    ]
+    torn_log, uninterrupted_log = ([{k: v for k, v in e.items() if not k.endswith("_s")} for e in log] for log in logs)
+    assert torn_log == uninterrupted_log
     assert not (torn / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("every", EVERY)
-def test_a_run_killed_twice_inside_an_epoch_ends_with_the_weights_of_one_left_alone(data, wholes, tmp_path, every):
+def test_a_run_killed_twice_inside_an_epoch_ends_with_the_weights_of_one_left_alone(
+    data, uninterrupted_runs, tmp_path, every
+):
     torn = command(data, tmp_path / "torn", *EVERY[every], "--resume")
     for after in (13, 41):
         killed = subprocess.run(
@@ -61,10 +65,10 @@ def test_a_run_killed_twice_inside_an_epoch_ends_with_the_weights_of_one_left_al
 
     assert main(torn) == 0
 
-    assert_same_run(tmp_path / "torn", wholes[every])
+    assert_same_run(tmp_path / "torn", uninterrupted_runs[every])
 
 
-def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, whole, tmp_path, monkeypatch):
+def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, uninterrupted, tmp_path, monkeypatch):
     rename, names = Path.replace, set()
 
     def interrupt_once_per_name(path, target):
@@ -80,7 +84,7 @@ def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, whole
     written = {"config.json", "schema.json", "checkpoint.pt", "log.jsonl", "weights.safetensors", "calibration.json"}
     assert names == written | {"metrics.json"}
     assert codes == [130] * 7 + [0]
-    assert_same_run(tmp_path / "torn", whole)
+    assert_same_run(tmp_path / "torn", uninterrupted)
 
 
 def test_a_full_disk_is_told_with_the_file(data, tmp_path, monkeypatch):

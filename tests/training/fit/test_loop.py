@@ -85,14 +85,14 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_without_patience(da
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     figures = [line[f"valid_{monitor}"] for line in log]
     best = max(figures) if monitor == "auc" else min(figures)
-    assert len(log) == state.kept["epoch"] + 2 < 30
-    assert figures[state.kept["epoch"] - 1] == pytest.approx(best, abs=1e-6)
+    assert len(log) == state.best_evaluation["epoch"] + 2 < 30
+    assert figures[state.best_evaluation["epoch"] - 1] == pytest.approx(best, abs=1e-6)
     valid = data.rows("valid")
     again = loop.predict(model, valid, "valid")
-    kept = (
+    figure = (
         metrics.auc(valid.label, again) if monitor == "auc" else metrics.logloss(valid.label, 1 / (1 + np.exp(-again)))
     )
-    assert kept == pytest.approx(figures[state.kept["epoch"] - 1], abs=1e-6)
+    assert figure == pytest.approx(figures[state.best_evaluation["epoch"] - 1], abs=1e-6)
 
 
 def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tmp_path):
@@ -117,12 +117,12 @@ def test_evaluations_by_steps_come_every_so_many_steps_and_after_the_last(data, 
     assert [line["step"] for line in log] == [5, 10, 15, 20, 24]  # 12 steps an epoch
     assert [line["epoch"] for line in log] == [0.417, 0.833, 1.25, 1.667, 2]
     assert state.step == 24
-    best, kept = -1.0, 0
+    best, best_step = -1.0, 0
     for line in log:
         assert line["best"] == (line["valid_auc"] > best + loop.MIN_GAIN)
         if line["best"]:
-            best, kept = line["valid_auc"], line["step"]
-    assert state.kept["step"] == kept
+            best, best_step = line["valid_auc"], line["step"]
+    assert state.best_evaluation["step"] == best_step
 
 
 def test_when_the_validation_part_is_looked_at_changes_no_step(data, tmp_path):
@@ -135,7 +135,7 @@ def test_when_the_validation_part_is_looked_at_changes_no_step(data, tmp_path):
     assert last[0] == last[1]
     losses = [sum(line["loss"] * steps for line, steps in _with_steps(log)) for log in (state.log, states.log)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    if state.kept["step"] == states.kept["step"]:
+    if state.best_evaluation["step"] == states.best_evaluation["step"]:
         assert torch.equal(weights(by_epoch), weights(by_steps))
 
 
@@ -146,7 +146,7 @@ def _with_steps(log):
 def test_patience_counts_evaluations(data, tmp_path):
     _, state = fit(data, run(max_epochs=30, lr=0.05, patience=2, eval_every_steps=5), tmp_path / "run")
 
-    assert state.step == state.kept["step"] + 10 < 30 * 12
+    assert state.step == state.best_evaluation["step"] + 10 < 30 * 12
 
 
 @pytest.mark.parametrize("patience", [0, 1])
