@@ -40,11 +40,15 @@ class Service:
         return [entry for line in lines if line.startswith("{") and (entry := json.loads(line))["event"] == event]
 
     def opened(self) -> Self:
-        serving = self.wait_for("serving")
-        self.port: int = serving["port"]
+        self._serving = self.wait_for("serving")
+        self.port: int = self._serving["port"]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.folder = Path(serving["folder"])
         return self
+
+    @property
+    def folder(self) -> Path:
+        """What several workers share; one alone has none."""
+        return Path(self._serving["folder"])
 
     def pid(self, slot: int) -> int:
         try:
