@@ -108,7 +108,7 @@ def test_prometheus_scrapes_the_port_the_service_listens_on():
 def test_the_tree_in_the_readme_has_every_file_at_its_path_once_and_no_other(package: str) -> None:
     existing = [
         file.relative_to(ROOT / package).as_posix()
-        for suffix in ("py", "lua", "md")
+        for suffix in ("py", "lua", "md", "csv")
         for file in (ROOT / package).rglob(f"*.{suffix}")
         if file.name != "__init__.py"
     ]
@@ -128,7 +128,7 @@ def tree_files(package: str) -> Counter[str]:
         if not line.startswith("   "):
             name = re.match(r"  (\w+/)", line)
             room = name[1] if name else ""
-        files.update(room + file for file in re.findall(r"\b\w+\.(?:py|lua|md)\b", line))
+        files.update(room + file for file in re.findall(r"\b\w+\.(?:py|lua|md|csv)\b", line))
     return files
 
 
