@@ -8,7 +8,8 @@ import time
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendCallable, ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import Refusal
 from service.http.middleware import ARRIVED_AT, RefusalLog
@@ -221,6 +222,8 @@ class PredictProtocol(HttpToolsProtocol):
         self.scope["state"][ARRIVED_AT] = arrived_at
         super().on_headers_complete()
         self.cycle.transport = LingeringTransport(self)  # type: ignore[assignment] # as far as a cycle uses it
+        if self.cycle.waiting_for_100_continue:
+            self.cycle.send = _send_instead_of_continue(self.cycle)  # type: ignore[assignment, method-assign]
         if time.monotonic() >= self._close_at:
             self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
@@ -282,6 +285,21 @@ class PredictProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _send_instead_of_continue(cycle: RequestResponseCycle) -> ASGISendCallable:
+    """`send` of a request that waits for `100 Continue`: an answer before that ends the connection.
+
+    The client then sends no body, and what it sends next would be read as one.
+    """
+    send = cycle.send
+
+    async def closing_send(message: ASGISendEvent) -> None:
+        if cycle.waiting_for_100_continue:
+            cycle.keep_alive = False
+        await send(message)
+
+    return closing_send
 
 
 def protocol_class(

@@ -40,6 +40,9 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         self.closed.set()
 
+    def write_eof(self) -> None:
+        self.closed.set()
+
     def is_closing(self) -> bool:
         return self.closed.is_set()
 
@@ -74,6 +77,7 @@ class Client:
     def __init__(self, *, max_age_s: float = 0, keep_alive_s: float = 60) -> None:
         self.scopes: list[Scope] = []
         self.asked = asyncio.Event()
+        self.app_reads_bodies = False
         self.endpoint, self.metrics = Endpoint(), Metrics()
         config = uvicorn.Config(self._app, interface="asgi3", log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
         endpoint: Any = self.endpoint
@@ -109,8 +113,10 @@ class Client:
         assert b"content-type: application/problem+json" in head
         return head.splitlines()[0], json.loads(body)
 
-    async def _app(self, scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
+        if self.app_reads_bodies:
+            await receive()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
         self.asked.set()
@@ -291,6 +297,22 @@ async def test_a_refusal_that_leaves_a_body_unread_ends_the_connection(client: C
 
     assert b"connection: close" in client.transport.written
     assert client.transport.is_closing()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_an_answer_in_place_of_100_continue_ends_the_connection_and_one_to_the_body_does_not(
+    client: Client, *, reads: bool
+) -> None:
+    client.app_reads_bodies = reads
+
+    client.says(b"POST /events HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+    await asyncio.sleep(0)
+    assert client.transport.written.startswith(b"HTTP/1.1 100 Continue" if reads else b"HTTP/1.1 200 OK")
+    client.says(b"{}")
+    await client.asked.wait()
+
+    assert (b"connection: close" in client.transport.written) == (not reads)
+    assert client.transport.is_closing() == (not reads)
 
 
 async def test_an_unforeseen_error_is_a_500_that_tells_nothing(
