@@ -18,6 +18,7 @@ from pydantic_settings import (
 PREFIX = "CLICKSERVE_"
 ADMIN = "admin"  # the name of whoever has `admin_token`
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+ORIGIN = r"^(\*|https?://[^\s/,*]+)$"
 
 
 class SettingsError(ValueError):
@@ -94,6 +95,9 @@ class Settings(BaseSettings):
         le=86_400,
         description="Seconds after which a kept connection ends, so that load evens out; 0 means never.",
     )
+    cors_origins: Annotated[tuple[Annotated[str, Field(pattern=ORIGIN)], ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may ask from a browser, or `*` for any; with none, no page may."
+    )
     fallback: Literal["none", "prior"] = Field(
         default="none",
         description="Answer where the model is late, overloaded or broken: a refusal, or 200 with its click rate.",
@@ -128,6 +132,12 @@ class Settings(BaseSettings):
         if not isinstance(content, dict):
             raise PydanticCustomError("no_experiment", "expected a file's name, or YAML as it would stand there")
         return content
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """From the environment they come as text: with commas between."""
+        return [origin.strip() for origin in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("admin_tokens", mode="before")
     @classmethod

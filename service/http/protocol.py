@@ -170,6 +170,7 @@ class PredictProtocol(HttpToolsProtocol):
     lag: "LoopLag"
     max_age_s: float
     max_body_bytes: int
+    unusual: frozenset[bytes]
 
     _in_head = False
     _linger_timer: TimerHandle | None = None  # once the answer is out and what still comes is dropped
@@ -268,7 +269,7 @@ class PredictProtocol(HttpToolsProtocol):
         if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused:
             return False
         for name, value in self.headers:
-            if name in _UNUSUAL:
+            if name in self.unusual:
                 return False
             if name == b"content-length" and int(value) > self.max_body_bytes:
                 return False
@@ -309,8 +310,9 @@ def protocol_class(
     *,
     max_age_s: float,
     max_body_bytes: int,
+    cors: bool = False,
 ) -> type[HttpToolsProtocol]:
-    """The class of connections for uvicorn's setting `http`."""
+    """The class of connections for uvicorn's setting `http`. With `cors` a page's requests go through the framework."""
     members = {
         "endpoint": endpoint,
         "metrics": metrics,
@@ -318,6 +320,7 @@ def protocol_class(
         "lag": LoopLag(),
         "max_age_s": max_age_s,
         "max_body_bytes": max_body_bytes,
+        "unusual": _UNUSUAL | {b"origin"} if cors else _UNUSUAL,
     }
     return type("Connection", (PredictProtocol,), members)
 

@@ -74,7 +74,7 @@ class Endpoint:
 class Client:
     """One connection, and the scopes of the requests that went through the app."""
 
-    def __init__(self, *, max_age_s: float = 0, keep_alive_s: float = 60) -> None:
+    def __init__(self, *, max_age_s: float = 0, keep_alive_s: float = 60, cors: bool = False) -> None:
         self.scopes: list[Scope] = []
         self.asked = asyncio.Event()
         self.app_reads_bodies = False
@@ -87,6 +87,7 @@ class Client:
             RefusalLog(),
             max_age_s=max_age_s,
             max_body_bytes=1000,
+            cors=cors,
         )
         self.state = ServerState()
         self.connection = kind(config=config, server_state=self.state, app_state={})
@@ -359,6 +360,18 @@ async def test_what_is_unusual_goes_through_the_app(client: Client, head: bytes)
 
     assert len(client.scopes) == 1
     assert not client.endpoint.bodies
+
+
+@pytest.mark.parametrize("cors", [False, True])
+async def test_a_pages_prediction_goes_through_the_app_where_pages_may_ask_and_else_as_any(*, cors: bool) -> None:
+    client = Client(cors=cors)
+
+    client.says(b"POST /predict HTTP/1.1\r\norigin: https://shop.example\r\ncontent-length: 2\r\n\r\n{}")
+    if cors:
+        await client.asked.wait()
+
+    assert (len(client.scopes), len(client.endpoint.bodies)) == ((1, 0) if cors else (0, 1))
+    client.connection.connection_lost(None)
 
 
 async def test_a_body_that_drips_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
