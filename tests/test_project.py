@@ -258,6 +258,8 @@ def numbers_in(text: str) -> set[int]:
 
 def test_the_page_of_papers_names_recipes_and_options_that_there_are_and_every_recipe_of_a_paper() -> None:
     from models import zoo
+    from training.comparison.compare import variants
+    from training.config import override
     from training.recipes import RECIPES
     from training.recipes.deviations import DEVIATIONS
 
@@ -269,6 +271,12 @@ def test_the_page_of_papers_names_recipes_and_options_that_there_are_and_every_r
     assert named <= RECIPES.keys()
     assert {name for name in DEVIATIONS if name.endswith("_paper")} - {"bst_paper"} <= named
     assert set(re.findall(r"\bmodel\.(\w+)", text)) <= options
+    for words in re.findall(r"`compare (--[^`]+)`", text):
+        command = ["compare", "--data", "DIR", "--out", "DIR", *shlex.split(words)]
+        parsed = module_parser("training").parse_args(command)
+        for variant in variants(parsed.models, parsed.variants):
+            assert variant.recipe, command
+            override(RECIPES[variant.recipe](), variant.settings)
 
 
 def test_the_page_of_papers_has_no_figure_of_its_own() -> None:
