@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.trained_models import trained_and_exported
 from training.data.batches import Prepared
+from training.export import example
 from training.fit.run_folder import Trained
 
 ARMS = ("onnx", "torchscript")
@@ -138,11 +139,26 @@ async def test_a_trained_model_answers_over_http_as_it_does_offline(
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_weight_of_a_trained_model_shows_in_its_logits(name: str, tmp_path_factory: pytest.TempPathFactory):
+    """What makes these models good for comparisons: a graph that lost a part would score otherwise."""
+    run, _ = trained_and_exported(tmp_path_factory, name)
+    inputs = {n: torch.from_numpy(array) for n, array in example(run.schema, 2, 100).items()}
+
+    with torch.inference_mode():
+        logits = run.model(inputs)
+        for parameter_name, parameter in run.model.named_parameters():
+            trained = parameter.clone()
+            parameter.zero_()
+            assert (run.model(inputs) - logits).abs().max() > 3 * LOGIT_TOLERANCE, parameter_name
+            parameter.copy_(trained)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_an_artifact_tells_of_the_run_that_it_was_made_of(name: str, tmp_path_factory: pytest.TempPathFactory):
     run, written = trained_and_exported(tmp_path_factory, name)
     requests = Prepared.open(run.data).golden_requests()
 
-    assert written.manifest.config == asdict(zoo.configure(name, run.run.model_config))
+    assert zoo.configure(name, written.manifest.config) == zoo.configure(name, run.run.model_config)
     assert (written.manifest.data_hash, written.manifest.metrics) == (run.data_hash, run.metrics)
     assert written.calibration == run.calibration
     assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, requests))
