@@ -24,7 +24,7 @@ from models.features.field import FieldSpec
 from models.features.packing import PackedLayout, slice_candidates
 from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
-from tests.models.small import COLUMNS, REQUEST_FIELDS, encoded, lively, raw_requests, with_history, without_history
+from tests.models.small import COLUMNS, REQUEST_FIELDS, lively, raw_requests, with_history
 from tests.trained_models import trained_and_exported
 from training import export
 from training.export import ExportError
@@ -39,6 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "heads": 4,
         "hidden": [4],
         "interaction": "crossnetv2",
+        "interact_layers_in": 1,
+        "interact_layers_item": 1,
         "pool": "target",
         "time_scale": "log2",
         "time_unit_s": 1,
@@ -217,11 +219,11 @@ def test_an_export_leaves_the_model_in_training_mode_and_tells_what_it_was_hande
 
 
 @pytest.fixture(scope="session")
-def flat():
-    """A schema, a model in training mode before it was exported, its graphs and golden arrays."""
-    schema = without_history()
-    model = lively("lr", schema).float()
-    return schema, model, export.to_graphs(model, schema), encoded(schema)
+def flat(tmp_path_factory):
+    """A schema, a model of it, its graphs and golden arrays."""
+    run, written = trained_and_exported(tmp_path_factory, "lr")
+    graphs = {file: (written.path / file).read_bytes() for file in written.manifest.graphs}
+    return written.schema, run.model, graphs, written.golden.arrays
 
 
 @pytest.mark.parametrize(("change", "difference"), [(0.5, "0.5"), (float("nan"), "nan"), (1e-3, "0.001")])
