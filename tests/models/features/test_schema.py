@@ -132,7 +132,7 @@ def test_a_schema_that_contradicts_itself_is_refused(fields, options, message):
         ({"kind": "time"}, "'part'"),
         ({"kind": "categorical", "of": "x"}, "'of'"),
         ({"kind": "categorical", "max_values": 3}, "'max_values' is for kind multi"),
-        ({"kind": "sequence", "of": "x"}, "go together"),
+        ({"kind": "sequence", "of": "x"}, "needs group behaviour"),
         ({"kind": "time", "part": "hour"}, "belongs to the context"),
         ({"kind": "categorical", "name": "a b"}, "pattern"),
     ],
