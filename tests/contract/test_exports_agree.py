@@ -21,7 +21,16 @@ from models.features.packing import PackedLayout, slice_candidates
 from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
 from tests.models.exports import SCHEMA, exported, graph, packed_with_items
-from tests.models.small import COLUMNS, REQUEST_FIELDS, encoded, lively, raw_requests, with_history, without_history
+from tests.models.small import (
+    COLUMNS,
+    REQUEST_FIELDS,
+    encoded,
+    lively,
+    raw_requests,
+    with_fields_of_clicks,
+    with_history,
+    without_history,
+)
 from training import export
 from training.export import ExportError
 
@@ -49,13 +58,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "din": {"emb_dim": 4, "hidden": [8]},
     "finalmlp": {"emb_dim": 4, "hidden_1": [8], "hidden_2": [6], "heads": 2, "gate_1": "user", "gate_2": "item"},
 }
+SCHEMAS = {"feseq": with_fields_of_clicks()}
 SIZES = [(1, 2), (2, 100)]
 MORE_SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]  # for the papers' models
 
 
 @pytest.fixture(scope="session", params=OPTIONS)
 def model_and_artifact(request, tmp_path_factory):
-    return exported(tmp_path_factory, request.param, OPTIONS[request.param])
+    return exported(tmp_path_factory, request.param, OPTIONS[request.param], SCHEMAS.get(request.param, SCHEMA))
 
 
 def eager(model: CTRModel, arrays: Arrays) -> np.ndarray:
@@ -76,7 +86,7 @@ def test_every_graph_answers_as_the_model_at_every_size(model_and_artifact):
     is_of_a_paper = manifest.model in {"mian", "stec", "dynint", "deepmr", "feseq"}
     for num_requests, num_candidates in MORE_SIZES if is_of_a_paper else SIZES:
         for history in (True, False):
-            arrays = export.example(SCHEMA, num_requests, num_candidates, history=history)
+            arrays = export.example(written.schema, num_requests, num_candidates, history=history)
             packed = packed_with_items(written, arrays)
             expected = eager(model, arrays)
             for file, run in graphs.items():
@@ -87,8 +97,8 @@ def test_every_graph_answers_as_the_model_at_every_size(model_and_artifact):
 @pytest.mark.parametrize("cuts", [[5], [1, 2, 11], [7, 8, 9, 10]])
 def test_rows_made_in_other_batches_and_fed_in_another_order_give_the_same_scores(model_and_artifact, cuts):
     model, written = model_and_artifact
-    arrays = export.example(SCHEMA, 1, 12)
-    packed, make = PackedLayout(SCHEMA).pack(arrays), graph(written, ITEM)
+    arrays = export.example(written.schema, 1, 12)
+    packed, make = PackedLayout(written.schema).pack(arrays), graph(written, ITEM)
     order = np.random.default_rng(0).permutation(12)
 
     kept = np.concatenate([make(slice_candidates(packed, part))["items"] for part in np.split(np.arange(12), cuts)])
@@ -100,7 +110,7 @@ def test_rows_made_in_other_batches_and_fed_in_another_order_give_the_same_score
 
 def test_the_batched_graph_joins_requests_that_the_other_scores_alone(model_and_artifact):
     _, written = model_and_artifact
-    requests = [export.example(SCHEMA, 1, n) for n in (3, 1, 6)]
+    requests = [export.example(written.schema, 1, n) for n in (3, 1, 6)]
     alone, joined = graph(written, MODEL), graph(written, BATCHED)
 
     together = joined(packed_with_items(written, concat(requests)))["logit"]
@@ -112,14 +122,14 @@ def test_the_golden_scores_are_the_models_own(model_and_artifact):
     model, written = model_and_artifact
 
     assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, raw_requests()))
-    np.testing.assert_allclose(written.golden.logits, eager(model, encoded(SCHEMA)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(written.golden.logits, eager(model, encoded(written.schema)), rtol=1e-6, atol=1e-6)
     packed = packed_with_items(written, written.golden.arrays)
     artifact.check_scores(written, graph(written, TORCHSCRIPT)(packed)["logit"])
 
 
 def test_the_manifest_describes_each_graph_as_it_is(model_and_artifact):
     _, written = model_and_artifact
-    manifest, layout = written.manifest, PackedLayout(SCHEMA)
+    manifest, layout = written.manifest, PackedLayout(written.schema)
     packed = {i.name: i for i in layout.inputs(["history_mask", "user_index", *layout.request.input_names])}
 
     for file, described in manifest.graphs.items():
@@ -135,7 +145,7 @@ def test_the_manifest_describes_each_graph_as_it_is(model_and_artifact):
     assert all(i.dims[0] == "U" for i in manifest.graphs[BATCHED].inputs if i.name not in {"items", "user_index"})
     assert ("history_mask" in reads[MODEL]) == (manifest.model not in {"stec", "dynint", "deepmr", "lr"})
     assert ("hist_mask" in {i.name for i in manifest.inputs}) == ("history_mask" in reads[MODEL])
-    assert packed["history_mask"].dims == ("U", SCHEMA.history_length)
+    assert packed["history_mask"].dims == ("U", written.schema.history_length)
 
 
 def test_no_graph_decides_anything_and_each_table_is_one_constant_where_it_is_read(model_and_artifact):
@@ -163,7 +173,7 @@ def test_the_artifact_is_complete_and_rebuilds_the_model(model_and_artifact):
     assert set(manifest.files) >= {MODEL, BATCHED, TORCHSCRIPT, ITEM, "weights.safetensors"}
     assert manifest.data_hash == "abc"
     assert written.calibration == Calibration(slope=0.9, intercept=-0.1)
-    np.testing.assert_array_equal(eager(rebuilt, encoded(SCHEMA)), eager(model, encoded(SCHEMA)))
+    np.testing.assert_array_equal(eager(rebuilt, encoded(written.schema)), eager(model, encoded(written.schema)))
 
 
 @pytest.fixture(scope="session")
