@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+NULL_VALUES = ("", "NULL", "\\N", "nan", "NaN", "None")
+"""Texts that stand for no value, space around them not counted, unless a data set names others."""
 
 Discretise = Literal["log_square", "ln_square_plus_one", "winners"]
 Transform = Literal["none", "log", "quantile"]
@@ -53,6 +58,16 @@ def canonical(value: Value) -> str | None:
             return None
         return str(int(value)) if float(value).is_integer() else repr(float(value))
     raise TypeError(f"expected a string or a number, got {type(value).__name__}")
+
+
+@lru_cache
+def null_numbers(null_values: tuple[str, ...]) -> frozenset[float]:
+    """The null values that are numbers, such as -1."""
+    numbers = set()
+    for text in null_values:
+        with suppress(ValueError):
+            numbers.add(float(text))
+    return frozenset(n for n in numbers if math.isfinite(n))
 
 
 def buckets(discretise: Discretise, numbers: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -60,9 +60,8 @@ def log_rows() -> list[dict[str, Any]]:
 
 def example() -> str:
     """The YAML file of the documentation."""
-    return next(
-        text for text in re.findall(r"```yaml\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL) if "coins" in text
-    )
+    examples: list[str] = re.findall(r"```yaml\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
+    return next(text for text in examples if "coins" in text)
 
 
 class Made(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import polars as pl
 
+from models.features.values import NULL_VALUES
 from training.datasets import csv_lines, spelling, table_files, text_lists, times
 from training.errors import UserError
 from training.log import ROW
@@ -45,7 +46,7 @@ class Reading:
     delimiter: str = ","
     quote: str | None = '"'
     separator: str = "|"
-    null_values: tuple[str, ...] = spelling.NULL_VALUES
+    null_values: tuple[str, ...] = NULL_VALUES
     timezone: str | None = None
     timestamp_format: str | None = None
 

@@ -11,9 +11,9 @@ from pydantic import Field as Setting
 
 from models.features.field import FieldSpec, event_fields, history_sources
 from models.features.schema import SchemaSpec
+from models.features.values import NULL_VALUES
 from training.datasets import times
 from training.datasets.checked_table import Reading, Use
-from training.datasets.spelling import NULL_VALUES
 from training.errors import UserError
 from training.log import RESERVED
 
@@ -161,7 +161,7 @@ class Description(_Marks):
             user_key=self._key("user", self.user),
             item_key=self._key("item", self.item),
             history_length=self.history_length,
-            fields=tuple(field.spec for field in self.fields),
+            fields=tuple(field.spec.model_copy(update={"null_values": self.null_values}) for field in self.fields),
         )
 
     @property
@@ -222,6 +222,8 @@ class Description(_Marks):
                 raise ValueError(f"field {field.name}: a sequence of {field.of} needs the field {missing} too")
         spec = self.spec
         for field in self.fields:
+            if "null_values" in field.model_fields_set:
+                raise ValueError(f"field {field.name}: null_values stands beside fields, for all of them")
             if field.name in RESERVED and field.name not in (spec.user_key, spec.item_key):
                 raise ValueError(f"field {field.name}: this name has a meaning of its own; use another with `column:`")
             if field.column_name == self.label and field.kind not in ("time", "sequence"):

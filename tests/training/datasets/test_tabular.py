@@ -24,7 +24,6 @@ from training.datasets.description import (
     HistoryForm,
     TableForm,
 )
-from training.datasets.spelling import NULL_VALUES
 from training.datasets.times import NUMBER_FORMS
 from training.errors import UserError
 
