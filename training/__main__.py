@@ -4,11 +4,11 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from training.errors import UserError
+from training.errors import ConstantModelError, UserError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MODELS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 3 a useless model, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     options = argparse.Namespace()
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.command(options)
     except UserError as err:
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(err, ConstantModelError) else 2
     except OSError as err:  # a disk that is full, a folder that may not be written
         where = err.filename or getattr(options, "out", None)
         print(f"error: {f'{where}: ' if where else ''}{err.strerror or err}", file=sys.stderr)
@@ -104,6 +104,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(run_report.table({options.part: run_folder.measure(data, options.part, logits, trained.calibration)}))
 
 
+def _plot(options: argparse.Namespace) -> None:
+    from training.evaluation import run_report
+    from training.fit import run_folder
+
+    run_report.plot_curves(run_folder.logs(options.runs), options.out)
+    print(f"wrote {options.out}: AUC and log loss of {len(options.runs)} runs against steps")
+
+
 def _export(options: argparse.Namespace) -> None:
     from training.fit import run_folder
     from training.run_export import export_run
@@ -143,6 +151,14 @@ def _explain(options: argparse.Namespace) -> None:
     num = options.requests or 3
     files = explain.explain(trained, data, options.part, options.out, rows=options.rows, num_requests=num)
     print(f"wrote {files[0]} and {len(files) - 1} heat maps beside it")
+
+
+def _spectrum(options: argparse.Namespace) -> None:
+    from training.explanation import spectrum
+    from training.fit import run_folder
+
+    files = spectrum.spectrum(run_folder.read(options.run), options.out)
+    print(f"wrote {' and '.join(map(str, files))}")
 
 
 def _write_predictions(
@@ -187,8 +203,20 @@ def _how_to_go_on(argv: Sequence[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    appendix: Callable[[], str] | None = None
+    """Made only when help is asked for, as it may take what is slow to load."""
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.appendix()}\n" if self.appendix else "")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _recipes() -> str:
+    from training import recipes
+
+    return recipes.listing()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,23 +241,20 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model on prepared data")
     train.set_defaults(command=_train)
+    train.appendix = _recipes
     train.add_argument("model", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
     train.add_argument("--data", type=Path, required=True, metavar="DIR", help="what prepare wrote")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder for the run")
-    train.add_argument("--recipe", metavar="NAME", help="default: the one for this model and data set")
+    train.add_argument("--recipe", metavar="NAME", help="one of those below")
     _add_settings(train, "change the recipe: lr=0.01, model.emb_dim=16, ...")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     _add_threads(train)
 
     evaluate = commands.add_parser("evaluate", help="measure a finished run again")
-    evaluate.set_defaults(command=_evaluate)
-    evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.add_argument("--data", type=Path, metavar="DIR", help="default: what it was trained on")
-    evaluate.add_argument("--part", choices=("test", "valid"), default="test")
-    evaluate.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="write every row's score, as Parquet or .csv"
-    )
-    _add_threads(evaluate)
+    _add_evaluate(evaluate)
+
+    plot = commands.add_parser("plot", help="draw the AUC and log loss of several runs against steps in one picture")
+    _add_plot(plot)
 
     compare = commands.add_parser("compare", help="train several models with several seeds, judge them in one table")
     compare.set_defaults(command=_compare)
@@ -258,6 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="draw what a finished run's model attends to")
     _add_explain(explain)
 
+    _add_spectrum(commands.add_parser("spectrum", help="draw the singular values of a finished dynint's weights"))
+
     export = commands.add_parser("export", help="make the artifact that the service loads")
     export.set_defaults(command=_export)
     export.add_argument("run", type=Path, metavar="RUN")
@@ -281,6 +308,27 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--rows", type=_rows, metavar="N,N,...", help="these rows of the part, by request")
     chosen.add_argument("--requests", type=_count, metavar="N", help="or so many requests; default: 3")
     _add_threads(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_evaluate)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="default: what it was trained on")
+    parser.add_argument("--part", choices=("test", "valid"), default="test")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every row's score, as Parquet or .csv")
+    _add_threads(parser)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_plot)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="finished or still in training")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
+
+
+def _add_spectrum(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_spectrum)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,9 @@ class Run:
     lr: float
     max_epochs: int
     patience: int
-    """Epochs in a row without a better `monitor` on the validation part before training stops."""
+    """Evaluations in a row without a better `monitor` on the validation part before training stops."""
+    eval_every_steps: int = 0
+    """Steps from one evaluation on the validation part to the next; 0: an evaluation at the end of each epoch."""
     monitor: Literal["auc", "logloss"] = "auc"
     optimizer: Literal["adam", "ftrl"] = "adam"
     adam_beta2: float = 0.999
@@ -42,15 +44,17 @@ class Run:
     dense_l2: float = 0.1
     init_z_from_w: bool = True
     """Whether FTRL starts from the weights as initialised, and so keeps most rows, or, as published, from zeros."""
+    plateau_monitor: Literal["auc", "logloss"] | None = None
+    """The validation figure whose plateau lowers the learning rate; None: `monitor`, which decides the end."""
     plateau_factor: float = 0.1
-    """The learning rate is multiplied by it after more than `plateau_patience` epochs without a better `monitor`."""
+    """The learning rate is multiplied by it after more than `plateau_patience` evaluations without a better one."""
     plateau_patience: int = 0
     min_lr: float = 1e-6
     clip_norm: float = 10.0
     """The gradient is scaled down to this norm where it is longer."""
     seed: int = 2026
     checkpoint_s: float = 30.0
-    """Seconds between checkpoints inside an epoch; one more is written at the end of each epoch."""
+    """Seconds between checkpoints; one more is written after each evaluation."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -58,6 +62,7 @@ class Run:
             "lr": (0 < self.lr <= MAX_LR, f"above 0 and at most {MAX_LR:g}"),
             "max_epochs": (self.max_epochs >= 1, "at least 1"),
             "patience": (self.patience >= 1, "at least 1"),
+            "eval_every_steps": (self.eval_every_steps >= 0, "at least 0"),
             "monitor": (self.monitor in ("auc", "logloss"), "auc or logloss"),
             "optimizer": (self.optimizer in ("adam", "ftrl"), "adam or ftrl"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
@@ -66,6 +71,7 @@ class Run:
                 name: (0 <= getattr(self, name) < math.inf, "at least 0")
                 for name in ("table_l1", "table_l2", "dense_l1", "dense_l2")
             },
+            "plateau_monitor": (self.plateau_monitor in (None, "auc", "logloss"), "auc, logloss or null"),
             "plateau_factor": (0 < self.plateau_factor <= 1, "above 0 and at most 1"),
             "plateau_patience": (self.plateau_patience >= 0, "at least 0"),
             "min_lr": (0 <= self.min_lr < math.inf, "at least 0"),
@@ -109,6 +115,17 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
     except ValueError as err:
         raise UserError(f"--set {' '.join(assignments)}: {err}") from err
     return run
+
+
+def assignments(run: Run) -> list[str]:
+    """Every setting of a run as `--set` takes it, the model's defaults too; FTRL's only where it is in use."""
+    settings = run.to_json()
+    left_out = {"model", "model_config"}
+    if run.optimizer != "ftrl":
+        left_out |= {"table_l1", "table_l2", "dense_l1", "dense_l2", "init_z_from_w"}
+    options = asdict(zoo.configure(run.model, run.model_config))
+    values = {k: v for k, v in settings.items() if k not in left_out} | {f"model.{k}": v for k, v in options.items()}
+    return [f"{name}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for name, value in values.items()]
 
 
 def varied(run: Run, **options: Any) -> Run:

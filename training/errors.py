@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Its message is one sentence for the person at the terminal: what was expected, what came, and where.
     """
+
+
+class ConstantModelError(UserError):
+    """A model that was trained and answers every row alike: of no use, though nothing was wrong with the command."""

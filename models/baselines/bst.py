@@ -16,7 +16,7 @@ from models.artifact.explanation import ATTENDED_EVENT, CANDIDATE, EVENT, Explan
 from models.baselines.sequence_model import SequenceConfig, SequenceModel
 from models.features.schema import Schema
 from models.layers.attention import SelfAttention, mask_bias, split_heads
-from models.layers.base import Inputs, UserState, history_mask
+from models.layers.base import Inputs, UserState, history_age, history_mask
 from models.layers.config import Count
 from models.layers.initialisation import start_linears, tiny_normal
 from models.layers.intermediates import record
@@ -33,6 +33,9 @@ class BSTConfig(SequenceConfig):
 class BST(SequenceModel):
     """A Transformer over [clicks; candidate] with learned positions, all of whose outputs the MLP reads.
 
+    A position is the place in the sequence or, with `age_buckets`, what it is in the paper: the time between the click
+    and the request, which for the candidate is none.
+
     The clicks attend to the candidate too, but in the first block what they find among themselves is shared by the
     request's candidates, see `MergedAttention`; the rest is each candidate's.
     """
@@ -46,22 +49,24 @@ class BST(SequenceModel):
                 f"a click is {width} wide ({len(self.paired)} sequence fields of {config.emb_dim}),"
                 f" which {config.heads} heads do not divide; change heads or emb_dim"
             )
-        # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
-        self.positions = nn.Parameter(torch.empty(length, width))
-        tiny_normal(self.positions.data)
+        if self.ages is None:
+            # Histories are left-padded, so position T - 1 is always the newest click; T is the candidate's.
+            self.positions = nn.Parameter(torch.empty(length, width))
+            tiny_normal(self.positions.data)
         self.heads = config.heads
         self.blocks = nn.ModuleList(Block(config, width) for _ in range(config.blocks))
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        x_UTE, mask_UT = self.clicks(inputs) + self.positions[:-1], history_mask(inputs)
+        positions = self.positions[:-1] if self.ages is None else self.ages(history_age(inputs))
+        x_UTE, mask_UT = self.clicks(inputs) + positions, history_mask(inputs)
         attention = self._block(0).attention
         return self.read_request(inputs) | {"clicks": x_UTE, "mask": mask_UT} | attention.read(x_UTE, mask_UT)
 
     def encode_items(self, inputs: Inputs) -> Tensor:
         """[C, 4 E + H]: the target in its place; its query, key and value in the first block; the MLP's first layer."""
         items_CID = self.fields.item(inputs)
-        x_CE = self.target(items_CID) + self.positions[-1]
+        x_CE = self.target(items_CID) + (self.positions[-1] if self.ages is None else self.ages.table[0])
         attention = self._block(0).attention
         parts = [layer(x_CE) for layer in (attention.query, attention.key, attention.value)]
         return torch.cat([x_CE, *parts, self.read_item(items_CID)], dim=-1)

@@ -34,6 +34,9 @@ class DIEN(SequenceModel):
 
     The auxiliary loss, eq. (6), has each interest tell the next click from one that was not made: here one that another
     request of the batch has in the same place, so that an item comes as often as it is clicked.
+
+    With `age_buckets` the first GRU reads each click's age with it; the clicks that the auxiliary loss tells apart have
+    none, as their ages alone would do.
     """
 
     config: DIENConfig
@@ -48,10 +51,10 @@ class DIEN(SequenceModel):
 
     def encode_user(self, inputs: Inputs) -> UserState:
         mask_UT = history_mask(inputs)
-        clicks_UTE = self.clicks(inputs)
-        interests_UTE = torch.stack(self.extraction(self.extraction.read(clicks_UTE), mask_UT), dim=1)
+        read_UTG = self.extraction.read(self.aged_clicks(inputs))
+        interests_UTE = torch.stack(self.extraction(read_UTG, mask_UT), dim=1)
         history = {
-            "clicks": clicks_UTE,
+            "clicks": self.clicks(inputs),
             "interests": interests_UTE,
             "keys": self.relevance(interests_UTE),
             "read": self.evolution.read(interests_UTE),

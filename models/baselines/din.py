@@ -33,7 +33,10 @@ class DINConfig(SequenceConfig):
 
 
 class DIN(SequenceModel):
-    """Each click weighted by how it meets the candidate: a_t = MLP([e_i; e_t; e_i - e_t; e_i * e_t]), sum_t a_t e_t."""
+    """Each click weighted by how it meets the candidate: a_t = MLP([e_i; e_t; e_i - e_t; e_i * e_t]), sum_t a_t e_t.
+
+    With `age_buckets` e_t has the click's age in it: without, the model knows neither age nor order.
+    """
 
     def __init__(self, config: DINConfig, schema: Schema) -> None:
         super().__init__(config, schema, interest_width=len(schema.group("behaviour")) * config.emb_dim, paper="DIN")
@@ -46,7 +49,7 @@ class DIN(SequenceModel):
         start_linears(self, nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
-        clicks_UTE = self.clicks(inputs)
+        clicks_UTE = self.aged_clicks(inputs)
         history = {"clicks": clicks_UTE, "read": self.attention.read(clicks_UTE), "mask": history_mask(inputs)}
         return self.read_request(inputs) | history
 

@@ -12,7 +12,7 @@ from models.baselines.sequence_model import SequenceConfig, SequenceModel, sampl
 from models.features.field import input_name
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax
-from models.layers.base import Inputs, UserState, history_mask
+from models.layers.base import Inputs, UserState, history_age, history_mask
 from models.layers.config import Count, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears, tiny_normal
@@ -37,7 +37,10 @@ class DMR(SequenceModel):
       as relevance the sum of its scores before the softmax.
 
     The auxiliary loss has the user vector of all clicks but the newest find that one among others, by the output
-    tables. The others are newest clicks of other requests in the batch, so an item comes as often as it is clicked.
+    tables; the terms of the others are added up. They are newest clicks of other requests in the batch, so an item
+    comes as often as it is clicked.
+
+    With `age_buckets` p_t is the place's vector plus the age's: there both attentions look for how recent a click is.
     """
 
     config: DMRConfig
@@ -63,7 +66,8 @@ class DMR(SequenceModel):
 
     def encode_user(self, inputs: Inputs) -> UserState:
         clicks_UTE, mask_UT = self.clicks(inputs), history_mask(inputs)
-        placed_UTX = torch.cat([torch.zeros_like(clicks_UTE) + self.positions, clicks_UTE], dim=-1)
+        ages_UTE = torch.zeros_like(clicks_UTE) if self.ages is None else self.ages(history_age(inputs))
+        placed_UTX = torch.cat([ages_UTE + self.positions, clicks_UTE], dim=-1)
         scores_UT = self.user_score(torch.tanh(self.user_read(placed_UTX))).squeeze(-1)
         history = {
             "scores": scores_UT,
@@ -109,7 +113,8 @@ class DMR(SequenceModel):
         others_KUE = newest_UE[drawn_KU]
         other_KU = known_U & mask_UT[drawn_KU, -1] & (others_KUE != newest_UE).any(dim=-1)
         scores_U, missed_KU = (before_UE * newest_UE).sum(dim=-1), (before_UE * others_KUE).sum(dim=-1)
-        return self.config.aux_weight * sampled_loss(scores_U, missed_KU, known_U, other_KU)
+        loss = sampled_loss(scores_U, missed_KU, known_U, other_KU, negatives=self.config.aux_negatives)
+        return self.config.aux_weight * loss
 
     def _user(self, scores_nT: Tensor, clicks_nTE: Tensor, mask_nT: Tensor) -> Tensor:
         """The user vector [n, E]."""

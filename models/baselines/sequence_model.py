@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.features.schema import Schema
-from models.layers.base import CTRModel, Inputs, UserState
+from models.layers.base import CTRModel, Inputs, UserState, history_age, history_mask
+from models.layers.click_age import AgeBuckets, AgeEmbedding
 from models.layers.config import Config, Count, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import tiny_normal
@@ -25,6 +26,7 @@ class SequenceConfig(Config):
     batch_norm: bool = False  # in the MLP
     dropout: Share = 0.0
     l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the tables
+    age_buckets: AgeBuckets = 0  # of a click's age, cut at 1, 2, 4, ... seconds; 0: ages are not read
 
 
 class SequenceModel(CTRModel):
@@ -41,6 +43,7 @@ class SequenceModel(CTRModel):
         items = [f.name for f in schema.group("item")]
         self.paired = [items.index(str(f.of)) for f in schema.group("behaviour")]
         self.event_width = len(self.paired) * config.emb_dim
+        self.ages = AgeEmbedding(config.age_buckets, self.event_width) if config.age_buckets else None
         request_width = self.fields.num_request * config.emb_dim
         self.mlp = MLP(
             request_width + len(items) * config.emb_dim + interest_width,
@@ -61,6 +64,17 @@ class SequenceModel(CTRModel):
         """The clicks [U, T, E], zero where there is none."""
         return self.fields.history(inputs).flatten(2)
 
+    def aged_clicks(self, inputs: Inputs) -> Tensor:
+        """The clicks, each plus the vector of its age where the config asks for ages; zero where there is none.
+
+        Added, not joined: a click stays as wide as the target that it is compared with, and no item row grows.
+        """
+        clicks_UTE = self.clicks(inputs)
+        if self.ages is None:
+            return clicks_UTE
+        ages_UTE: Tensor = self.ages(history_age(inputs))
+        return clicks_UTE + ages_UTE * history_mask(inputs).unsqueeze(-1)
+
     def target(self, items_CID: Tensor) -> Tensor:
         """The candidates [C, E], as a click on each would look."""
         return torch.cat([items_CID[:, index] for index in self.paired], dim=-1)
@@ -80,10 +94,16 @@ class SequenceModel(CTRModel):
         return self.fields.penalty(self.config.l2_emb)
 
 
-def sampled_loss(score_nX: Tensor, others_nX: Tensor, true_nX: Tensor, other_nX: Tensor) -> Tensor:
-    """-log sigma(score) - log(1 - sigma(score of another)), each a mean over where it is known: negative sampling."""
+def sampled_loss(
+    score_nX: Tensor, others_nX: Tensor, true_nX: Tensor, other_nX: Tensor, *, negatives: int = 1
+) -> Tensor:
+    """-log sigma(score) - sum over so many negatives of log(1 - sigma(score of another)): negative sampling.
+
+    Each term is its mean over where it is known, so that a negative that happens to be the click itself counts as drawn
+    again.
+    """
     hits, misses = F.softplus(-score_nX) * true_nX, F.softplus(others_nX) * other_nX
-    return hits.sum() / true_nX.sum().clamp(min=1) + misses.sum() / other_nX.sum().clamp(min=1)
+    return hits.sum() / true_nX.sum().clamp(min=1) + negatives * misses.sum() / other_nX.sum().clamp(min=1)
 
 
 def _check_schema(schema: Schema, paper: str) -> None:

@@ -58,6 +58,10 @@ class CTRModel(nn.Module):
         """
         return inputs["user_index"].new_zeros((), dtype=torch.get_default_dtype())
 
+    def logged_scalars(self) -> dict[str, float]:
+        """Numbers of the model's own by name, which the training log shows after each epoch; none by default."""
+        return {}
+
     def explanations(self) -> tuple[Explanation, ...]:
         """What the model records of itself (see `layers.intermediates`), in reading order; nothing by default."""
         return ()

@@ -8,17 +8,23 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Within:
-    """low <= number, and number < below where `below` is given."""
+    """low <= number, number < below, and number <= most, where these are given."""
 
     low: float
     below: float = math.inf
+    most: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.most and number < self.below
 
     def __str__(self) -> str:
-        return f"at least {self.low:g}" + (f" and below {self.below:g}" if self.below < math.inf else "")
+        ends = {"below": self.below, "at most": self.most}
+        return " and ".join([f"at least {self.low:g}", *(f"{w} {end:g}" for w, end in ends.items() if end < math.inf)])
 
 
 Count = Annotated[int, Within(low=1, below=1e9)]
 Share = Annotated[float, Within(low=0, below=1)]
+Mix = Annotated[float, Within(low=0, most=1)]
 Weight = Annotated[float, Within(low=0)]
 
 
@@ -43,7 +49,7 @@ def _mismatch(value: object, hint: Any) -> str | None:
         wrong = _mismatch(value, base)
         if wrong is not None:
             return f"{wrong}, {limit}"
-        return None if limit.low <= value < limit.below else f"{_WORDS[base]}, {limit}"
+        return None if value in limit else f"{_WORDS[base]}, {limit}"
     if origin is Literal:
         return None if isinstance(value, str) and value in args else f"one of {', '.join(args)}"
     if origin is tuple:

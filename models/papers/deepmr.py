@@ -20,7 +20,7 @@ from models.artifact.explanation import BIAS, CANDIDATE, LOOKS, Axis, Explanatio
 from models.features.schema import Schema
 from models.layers.attention import masked_softmax, merge_heads, split_heads
 from models.layers.base import CTRModel, Inputs, UserState
-from models.layers.config import Config, Count, Share, Weight
+from models.layers.config import Config, Count, Mix, Share, Weight
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.initialisation import start_linears
 from models.layers.intermediates import is_recording, record
@@ -33,8 +33,9 @@ class DeepMRConfig(Config):
 
     emb_dim: Count = 16  # R3: one width everywhere
     branches: Literal["both", "dnn", "sa"] = "both"
-    beta: Share = 0.6  # O = beta O_SA + (1 - beta) O_DNN
+    beta: Mix | None = None  # O = beta O_SA + (1 - beta) O_DNN; by default 0.6, or 0.5 where it is learned
     beta_learned: bool = False  # R10: then it starts there, unconstrained
+    emb_scale: bool = True  # the code's: embeddings times sqrt(D) before the positions are added
     dnn_layers: Count = 3  # the first, which changes the width, included
     dnn_rezero: Literal["add", "mult", "none"] = "add"  # none: a plain MLP
     sa_blocks: Count = 1
@@ -46,6 +47,8 @@ class DeepMRConfig(Config):
     field_mask: Literal["none", "causal", "user_first"] = "none"  # R7: causal is the code's
     query_ln: bool = False  # the code's
     ffn_ln: bool = False  # R6: the code's
+    ffn_residual: bool = True  # the code's: its feed-forward layer adds what it reads
+    ffn_dropout: Literal["both", "first"] = "both"  # after which of the feed-forward layer's two; both is the code's
     sa_final_ln: bool = False  # R6: the code's, and with alpha_init 0 nothing before it learns
     sa_readout: Literal["sum", "mean"] = "sum"  # R2
     readout: Literal["sum", "linear"] = "sum"  # R14
@@ -56,6 +59,8 @@ class DeepMRConfig(Config):
         super().__post_init__()
         if self.emb_dim % self.heads:  # R9
             raise ValueError(f"option heads: {self.heads} do not divide emb_dim {self.emb_dim}")
+        if self.beta is None:
+            object.__setattr__(self, "beta", 0.5 if self.beta_learned else 0.6)
         if not self.use_rezero:
             object.__setattr__(self, "sa_rezero", "none")
             object.__setattr__(self, "dnn_rezero", "none")
@@ -92,6 +97,7 @@ class DeepMR(CTRModel):
         self.attention = FieldAttention(config, self.num_request, num_fields) if config.branches != "dnn" else None
         self.deep = Deep(config, num_fields) if config.branches != "sa" else None
         mixed = config.branches == "both"
+        assert config.beta is not None
         self.beta = nn.Parameter(torch.full((1,), float(config.beta))) if mixed and config.beta_learned else config.beta
         self.readout = nn.Linear(width, 1) if config.readout == "linear" else None
         start_linears(self, nn.init.xavier_uniform_)
@@ -136,6 +142,9 @@ class DeepMR(CTRModel):
         logit_C: Tensor = reduce(torch.add, outputs)
         return logit_C if self.readout is None else logit_C + self.readout.bias
 
+    def logged_scalars(self) -> dict[str, float]:
+        return {"beta": self.beta.item()} if isinstance(self.beta, nn.Parameter) else {}
+
     def explanations(self) -> tuple[Explanation, ...]:
         config, schema, shown = self.config, self.fields.schema, []
         if self.attention is not None:
@@ -178,8 +187,8 @@ class DeepMR(CTRModel):
         return layers | {f"mlp {n + 2}": alpha for n, alpha in enumerate(self.deep.alphas if self.deep else [])}
 
     def _place(self, fields_nGD: Tensor, positions_GD: Tensor) -> Tensor:
-        """sqrt(D) Emb + Pos; the factor is the code's."""
-        return fields_nGD * math.sqrt(self.config.emb_dim) + positions_GD
+        """Eq. (1), Emb + Pos; with `emb_scale` sqrt(D) Emb + Pos."""
+        return (fields_nGD * math.sqrt(self.config.emb_dim) if self.config.emb_scale else fields_nGD) + positions_GD
 
 
 class FieldAttention(nn.Module):
@@ -244,7 +253,8 @@ class FieldAttention(nn.Module):
     def _read_out(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
         """The fields' sum in that direction [n], given what the last block's feed-forward layer reads."""
         last = self._block(len(self.blocks) - 1)
-        if not isinstance(self.final_norm, nn.Identity):
+        # What comes after W_2 field by field, a layer norm or in training a dropout, keeps it a matrix.
+        if last.drops_output or not isinstance(self.final_norm, nn.Identity):
             out_nXD: Tensor = self.final_norm(last.feed(z_nXD))
             return out_nXD.sum(dim=1) @ direction_D
         return last.feed_summed(z_nXD, direction_D)
@@ -281,6 +291,8 @@ class Block(nn.Module):
         self.alphas = nn.ParameterList() if self.kind == "none" else _alphas(config, 1)
         self.query_norm = nn.LayerNorm(width) if config.query_ln else nn.Identity()
         self.ffn_norm = nn.LayerNorm(width) if config.ffn_ln else nn.Identity()
+        self.ffn_residual = config.ffn_residual
+        self.ffn_dropout = nn.Dropout(config.dropout if config.ffn_dropout == "both" else 0.0)
         self.dropout = nn.Dropout(config.dropout)
 
     def read(self, x_nXD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -301,10 +313,15 @@ class Block(nn.Module):
         return z_nXD, weights_nHXY
 
     def feed(self, z_nXD: Tensor) -> Tensor:
-        """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2 + z."""
+        """The feed-forward layer, W_2 LeakyReLU(W_1 z + b_1) + b_2, and z where there is a residual."""
         last = self.ffn[-1]
-        out_nXD: Tensor = last(self._inside(z_nXD)) + z_nXD
-        return out_nXD
+        out_nXD: Tensor = self.ffn_dropout(last(self._inside(z_nXD)))
+        return out_nXD + z_nXD if self.ffn_residual else out_nXD
+
+    @property
+    def drops_output(self) -> bool:
+        """Whether some of the feed-forward layer's outputs are dropped."""
+        return self.training and self.ffn_dropout.p > 0
 
     def feed_summed(self, z_nXD: Tensor, direction_D: Tensor) -> Tensor:
         """The same, summed over the fields and read in one direction [n]."""
@@ -314,7 +331,9 @@ class Block(nn.Module):
         kernel_1X = (direction_D @ last.weight).repeat(1, num_fields)
         bias_1 = (num_fields * (direction_D @ last.bias)).unsqueeze(0)
         read_n1 = F.linear(self._inside(z_nXD).flatten(1), kernel_1X, bias_1)
-        return (read_n1 + F.linear(z_nXD.flatten(1), direction_D.repeat(1, num_fields))).squeeze(-1)
+        if self.ffn_residual:
+            read_n1 = read_n1 + F.linear(z_nXD.flatten(1), direction_D.repeat(1, num_fields))
+        return read_n1.squeeze(-1)
 
     def _inside(self, z_nXD: Tensor) -> Tensor:
         """LeakyReLU(W_1 z + b_1)."""

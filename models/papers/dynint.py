@@ -40,12 +40,12 @@ class DynIntConfig(Config):
     gate_scope: Literal["all", "request"] = "all"  # D11: request is ours, so that gates are made once per request
     detach_gate_input: bool = True
     da_gate: Literal["element", "row"] = "element"  # D1
-    kernel_size: Count = 16  # K of dgp
+    kernel_size: Count = 16  # K of dgp; above the number of crossed rows it has more directions than rank (D9)
     dgp_sigma: Literal["sigmoid", "linear"] = "sigmoid"  # D3: sigmoid is doubled
     latent_rank: Count = 2  # K of dwp
-    dwp_offset: Literal["inv_sqrt", "inv"] = "inv_sqrt"  # D4: inv is the paper's, and starts at 1/K instead of 1
+    dwp_offset: Literal["inv_sqrt", "inv"] = "inv_sqrt"  # D4: inv is the printed one; G then starts at 1/K, not at 1
     orth_lambda: Weight = 0.0
-    orth_on: Literal["after", "before"] = "after"  # D5: dwp's u and v with or without their offset
+    orth_on: Literal["before", "after"] = "before"  # D5: dwp's u and v without their offset, or with it as printed
     orth_reduction: Literal["sum", "mean"] = "sum"  # over the pairs of vectors
     l2_emb: Weight = 0.0  # (weight / 2) * sum of squares of the tables
 
@@ -235,6 +235,10 @@ class Maps(nn.Module):
         """
         raise NotImplementedError
 
+    def shared_weights(self) -> Tensor:
+        """The weights [L, P, P] of all rows, before a row scales them."""
+        raise NotImplementedError
+
     def show(self, read: UserState) -> None:
         """Records what `explanations` promises."""
         raise NotImplementedError
@@ -256,6 +260,9 @@ class PIN(Maps):
 
     def forward(self, read: UserState) -> tuple[Tensor, ...]:
         return read["map"].unbind(dim=2)
+
+    def shared_weights(self) -> Tensor:
+        return self.kernel_LPP
 
     def show(self, read: UserState) -> None:  # noqa: ARG002  # its weights are the same for all
         record("effective_weight", self.kernel_LPP)
@@ -317,6 +324,9 @@ class DGP(Maps):
         terms_LXP = scaled_LCWK.flatten(1, 2) @ self.left_LKP
         return torch.unflatten(terms_LXP, 1, scaled_LCWK.shape[1:3]).unbind(dim=0)
 
+    def shared_weights(self) -> Tensor:
+        return self.left_LKP.transpose(1, 2) @ self.right_LKP
+
     def show(self, read: UserState) -> None:
         record("sigma", self._sigma(read["gate"]))
         weights_CLPP = (self.left_LKP.transpose(1, 2) * self._sigma(read["gate"]).unsqueeze(2)) @ self.right_LKP
@@ -333,7 +343,10 @@ class DGP(Maps):
         return sigma, _effective_weight((*axes, *_rows(fields, num_rows)))
 
     def overlap(self, *, mean: bool) -> Tensor:
-        """How far the columns of every U_l, and of every V_l, are from orthogonal: section 5.4."""
+        """How far the columns of every U_l, and of every V_l, are from orthogonal: section 5.4.
+
+        Of K columns of P numbers no more than P are orthogonal: with K > P each sum is at least (K^2 / P - K) / 2.
+        """
         return (_overlap(self.left_LKP, mean=mean) + _overlap(self.right_LKP, mean=mean)).sum()
 
 
@@ -364,6 +377,9 @@ class DWP(Maps):
         num_request = rows_1WSR.shape[-1]
         of_request_1WLP = apply_kernel(weights_LPP, rows_1WSR, slice(0, num_request))
         return (of_request_1WLP + apply_kernel(weights_LPP, rows_CWSG, slice(num_request, None))).unbind(dim=2)
+
+    def shared_weights(self) -> Tensor:
+        return self.kernel_LPP
 
     def show(self, read: UserState) -> None:
         u_CLKP, v_CLKP = self.factors(read["gate"])
@@ -516,9 +532,3 @@ def _check_schema(config: DynIntConfig, num_request: int, num_fields: int) -> No
         raise ValueError("DynInt multiplies fields; the schema has none outside the history")
     if config.mode != "pin" and config.gate_scope == "request" and not num_request:
         raise ValueError("gate_scope request reads user and context fields; the schema has none")
-    num_rows = num_fields * config.subspaces
-    if config.mode == "dgp" and config.kernel_size > num_rows:  # D9
-        raise ValueError(
-            f"kernel_size {config.kernel_size}: no more than {num_rows} columns can be orthogonal"
-            f" ({num_fields} fields in {config.subspaces} subspaces)"
-        )

@@ -1,6 +1,6 @@
 """MIAN: K. Zhang et al., "Multi-Interactive Attention Network for Fine-grained Feature Learning in CTR Prediction".
 
-WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M17 are the ambiguities of models.md section 2.3.
+WSDM 2021, arXiv 2012.06968. Equation numbers are the paper's; M1..M18 are the ambiguities of models.md section 2.3.
 """
 
 # U requests, C candidates, T history length, D width of a field, G width of the global attention
@@ -56,6 +56,7 @@ class MIANConfig(Config):
     gim_width: Count | None = None  # G; by default twice the item's width, rounded up to a multiple of 8
     ablate_drop_raw: bool = False  # M15: an ablated module takes its raw group along
     hidden: tuple[Count, ...] = (32, 8)
+    kernel_start: Literal["truncated_normal", "xavier_normal"] = "truncated_normal"  # M18
     cross_layers: CrossLayers = 0  # not the paper's: DCNv2's beside the head
     dropout: Share = 0.2
     l2_dense: Weight = 1e-3  # M14: weight * sum of squares of the dense kernels
@@ -117,7 +118,7 @@ class MIAN(CTRModel):
         self.membership_LN: Tensor  # 1 where an element is one of those that a group sums
         self.register_buffer("membership_LN", torch.eye(len(counts)).repeat_interleave(counts, dim=1), persistent=False)
         self.row_widths = {name: len(bias) for name, (_, bias) in self._item_layers().items()}
-        start_linears(self, truncated_normal)
+        start_linears(self, truncated_normal if config.kernel_start == "truncated_normal" else nn.init.xavier_normal_)
 
     def encode_user(self, inputs: Inputs) -> UserState:
         """The request's groups in the global attention, and what each element brings to any candidate."""
@@ -405,7 +406,7 @@ class AdditiveScorer(Scorer):
 
 
 class BilinearScorer(Scorer):
-    """e_i^T M x_n / sqrt(I) + b_n: candidate and click multiply, as they never do in the paper (M8)."""
+    """e_i^T M x_n / sqrt(I) + b_n: candidate and click multiply inside the score, where the paper adds them (M8)."""
 
     def __init__(self, num_biases: int, item: int, element: int) -> None:
         super().__init__()
@@ -549,8 +550,9 @@ class GlobalInteraction(nn.Module):
 class Crosses(nn.Module):
     """DCNv2's cross layers, whose logit is added to the head's: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l over all vectors.
 
-    MIAN weighs fields against each other and multiplies none. R. Wang et al., "DCN V2", WWW 2021. The request's columns
-    of W_0 meet it once, the candidate's once per version.
+    MIAN itself multiplies attention weights with vectors (alpha h, omega r) and clicks with clicks (Q K^T), but never a
+    vector of the candidate with one of the request. R. Wang et al., "DCN V2", WWW 2021. The request's columns of W_0
+    meet it once, the candidate's once per version.
     """
 
     def __init__(self, request: int, item: int, layers: int) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from models.artifact.explanation import BIAS, CANDIDATE, LOOKS, Explanation, num
 from models.features.schema import Schema
 from models.layers.attention import SelfAttention, merge_heads, split_heads
 from models.layers.base import CTRModel, Inputs, UserState
-from models.layers.config import Config, Count, Share, Weight
+from models.layers.config import Config, Count, Share, Weight, Within
 from models.layers.embeddings import FieldEmbeddings
 from models.layers.folding import of_weights
 from models.layers.initialisation import start_linears, tiny_normal
@@ -29,17 +29,19 @@ from models.layers.intermediates import is_recording, record
 from models.layers.mlp import MLP
 from models.layers.request_matmul import of_request
 
+Blocks = Annotated[int, Within(low=0, below=100)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class STECConfig(Config):
     """The paper's model with a linear head; options named S.. settle what the paper leaves open."""
 
     emb_dim: Count = 16
-    blocks: Count = 2
+    blocks: Blocks = 2  # none: what a block is worth; the bilinear layer alone is left
     heads: Count = 2
     pairs: Literal["upper", "upper_diag", "all"] = "upper"  # S3
     bilinear: Literal["implicit", "explicit"] = "implicit"  # explicit: the ablation STEC_BL
-    bilinear_form: Literal["merged", "qk", "blockdiag"] = "merged"  # S4
+    bilinear_form: Literal["merged", "qk", "blockdiag"] = "merged"  # S4: qk is eq. (4)-(6) with H heads
     interaction: Literal["vector", "scalar"] = "vector"  # S5
     block_norm: Literal["post", "pre", "none"] = "post"  # S6
     ffn: bool = True  # false with explicit: the ablation STEC_NF
@@ -83,6 +85,8 @@ class STEC(CTRModel):
         self.norms = nn.ModuleList(nn.BatchNorm1d(self.last.num_outputs) for _ in range(num_levels))
         fused = self.last.num_outputs * (num_levels if config.fusion == "concat" else 1)
         self.head = MLP(fused, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
+        # Else the left factor of a product at the first level is the field itself.
+        self.has_left = config.bilinear_form == "qk" or config.block_norm == "pre"
         self.request_first = config.field_mask == "user_first" and 0 < self.num_request < num_fields
         self.pairs = PairReader(self.last.first, self.last.second, self.num_request, num_fields)
         start_linears(self, nn.init.xavier_normal_)
@@ -97,10 +101,10 @@ class STEC(CTRModel):
         return torch.cat([part_CGD.flatten(1) for part_CGD in self._enter(self.fields.item(inputs)).values()], dim=1)
 
     def score(self, state: UserState, items_CW: Tensor, user_index: Tensor | None) -> Tensor:
-        names = ("x", "right.0", "value.0", *(["left.0"] if self._block(0).has_left else []))
+        names = ("x", "right.0", *(["value.0"] if self.config.blocks else []), *(["left.0"] if self.has_left else []))
         parts_CGD = torch.unflatten(items_CW, 1, (len(names), self.num_item, self.config.emb_dim)).unbind(1)
         item = dict(zip(names, parts_CGD, strict=True))
-        if self.config.bilinear == "implicit":
+        if "value.0" in item and self.config.bilinear == "implicit":
             by_head = (self.config.heads, self.num_item, self.config.emb_dim // self.config.heads)
             item["value.0"] = torch.unflatten(item["value.0"].flatten(1), 1, by_head)
         shared = {name: of_request(value, user_index, items_CW.shape[0]) for name, value in state.items()}
@@ -123,9 +127,12 @@ class STEC(CTRModel):
 
     def _enter(self, x_nXD: Tensor) -> UserState:
         """What these fields bring to the first block; both factors of products are the fields where they are alike."""
-        left_nXD, right_nXD, value = self._block(0).read(x_nXD)
-        level = {"x": x_nXD, "right.0": right_nXD, "value.0": value}
-        return level | {"left.0": left_nXD} if self._block(0).has_left else level
+        level = {"x": x_nXD}
+        if self.config.blocks:
+            left_nXD, level["right.0"], level["value.0"] = self._block(0).read(x_nXD)
+        else:
+            left_nXD, level["right.0"] = self.last(self.last_norm(x_nXD))
+        return level | {"left.0": left_nXD} if self.has_left else level
 
     def _levels(self, level: UserState, seen: UserState) -> UserState:
         """Of these fields both factors of each level's products, and values; `seen`: of those they attend to, too."""
@@ -140,7 +147,8 @@ class STEC(CTRModel):
             x_nXD, weights_nHXY = block(x_nXD, levels[f"left.{n}"], right_nYD, value)
             if weights_nHXY is not None and is_recording():
                 levels[f"weights.{n}"] = weights_nHXY
-        levels[f"left.{num}"], levels[f"right.{num}"] = self.last(self.last_norm(x_nXD))
+        if num > 0:  # else the fields have entered the bilinear layer already
+            levels[f"left.{num}"], levels[f"right.{num}"] = self.last(self.last_norm(x_nXD))
         return levels
 
     def _read_pairs(self, state: UserState, item: UserState, levels: UserState) -> Tensor:
@@ -198,7 +206,9 @@ class STEC(CTRModel):
         schema, config = self.fields.schema, self.config
         layers = (numbered("block", config.blocks), numbered("head", config.heads))
         fields = (of_fields(schema), of_fields(schema, name="attended_field"))
-        shown = [Explanation(name="field_attn", axes=(CANDIDATE, *layers, *fields), meaning=LOOKS)]
+        shown = []
+        if config.blocks:
+            shown.append(Explanation(name="field_attn", axes=(CANDIDATE, *layers, *fields), meaning=LOOKS))
         if not config.hidden:
             pairs = of_pairs(schema, self.last.first.tolist(), self.last.second.tolist())
             meaning = "What each pair of fields adds to the logit at each level: with `bias`, exactly all of it."
@@ -245,7 +255,6 @@ class Block(nn.Module):
         super().__init__()
         width = config.emb_dim
         self.heads, self.norm = config.heads, config.block_norm
-        self.has_left = config.bilinear_form == "qk" or config.block_norm == "pre"  # else it is the field itself
         self.bilinear = Bilinear(config, num_fields)
         if config.bilinear == "implicit":
             self.value = nn.Linear(width, width, bias=False)
@@ -294,8 +303,10 @@ class Block(nn.Module):
 class Bilinear(nn.Module):
     """b_ij = l_i * r_j, elementwise, whose sums over the heads' slices are the attention scores, eq. (7)-(9).
 
-    merged: l = x, r = W x, one W for the product of query and key. qk: l = W_q x, r = W_k x. blockdiag: merged with
-    W made of one block per head.
+    qk: l = W_q x, r = W_k x, of which each head reads its slice: eq. (4)-(6) with a W_q and a W_k for each head.
+    merged: l = x, r = W x, one W for the product of query and key. With one head its scores are those of qk with
+    W = W_q^T W_k; with more it is another function, as each head sees of l no more than its slice of the field.
+    blockdiag: merged with W made of one block per head.
     """
 
     first: Tensor

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from service.cancellation import cancel
 from service.errors import Refusal
 from service.experiments.assignment import Experiment, ExperimentError, Running
 from service.observability.metrics import Metrics
@@ -137,18 +138,16 @@ class ControlFollower:
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         """Polls while it is open. A load under way ends with it; a write of the local copy is waited for."""
-        tasks = [asyncio.create_task(self._poll_for_ever())]
+        polling = asyncio.create_task(self._poll_for_ever())
         try:
             yield
         finally:
+            await cancel(polling)  # first: it begins what follows
             if self._loading is not None:
-                tasks.append(self._loading)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                await cancel(self._loading)
             if self._writing is not None:
                 await asyncio.wait([self._writing], timeout=WRITE_S)
-                self._writing.cancel()
+                await cancel(self._writing)
 
     async def _poll_for_ever(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from models.artifact import folder as artifact
 from models.artifact.errors import ArtifactError
+from service.cancellation import cancel
 from service.experiments.assignment import Arm
 from service.registry.loader import ModelLoader
 from service.scoring.loaded_model import LoadedModel
@@ -140,9 +141,7 @@ class ModelRegistry:
     async def aclose(self) -> None:
         """For when no request is under way and the runner has ended."""
         late = list(self._retiring.items())
-        for task, _ in late:
-            task.cancel()
-        await asyncio.gather(*(task for task, _ in late), return_exceptions=True)
+        await cancel(*(task for task, _ in late))
         for model in {id(m): m for m in (*self._loaded(), *(m for t, m in late if t.cancelled()))}.values():
             model.close()
 

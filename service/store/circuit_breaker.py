@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from service.cancellation import cancel
+
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +43,7 @@ class CircuitBreaker:
 
     async def aclose(self) -> None:
         if self._probing is not None:
-            self._probing.cancel()
-            await asyncio.wait([self._probing])
+            await cancel(self._probing)
 
     async def _close_when_it_answers(self) -> None:
         while True:

@@ -17,6 +17,8 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
+from service.cancellation import cancel
+
 log = logging.getLogger(__name__)
 
 # Turns of the event loop after a reply's time in which it may be found to have come: a loop that stood still runs its
@@ -108,8 +110,7 @@ class MultiplexedConnection:
         if self._timer is not None:
             self._timer.cancel()
         if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.wait([self._connecting])
+            await cancel(self._connecting)
         wires = self._retired if self._wire is None else [*self._retired, self._wire]
         self._wire, self._retired = None, []
         for wire in wires:

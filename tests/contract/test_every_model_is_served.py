@@ -34,6 +34,7 @@ from training.simulator.simulate import simulate
 FIELDS = ("user_id", "gender", "hour", "device", "ad_id", "price", "tags")
 HISTORY_LENGTH = 3
 BRIEF = ("max_epochs=1", "batch_size=64", "lr=0.02")
+READ_AGES = {"din", "dien", "dmr", "bst"}  # if they are asked to
 ARMS = ("onnx", "torchscript")
 
 
@@ -52,8 +53,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 
 def trained(name: str, data: Prepared, folder: Path) -> Trained:
-    recipe = recipes.default(name, "simulated")
-    run = run_folder.begin(folder, data, name, recipe, BRIEF, resume=False)
+    recipe = recipes.choose(name, "simulated").name
+    brief = (*BRIEF, "model.age_buckets=8") if name in READ_AGES else BRIEF
+    run = run_folder.begin(folder, data, name, recipe, brief, resume=False)
     run_folder.train(folder, data, run)
     return run_folder.read(folder)
 

@@ -39,7 +39,7 @@ from training.export import ExportError
 OPTIONS: dict[str, dict[str, Any]] = {
     "mian": {"emb_dim": 4, "heads": 2, "cross_layers": 2},
     "stec": {"emb_dim": 4, "dropout": 0.3, "hidden": [8]},
-    "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first"},
+    "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first", "bilinear_form": "qk"},
     "dynint": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "orth_lambda": 0.1},
     "dynint by request": {"emb_dim": 4, "subspaces": 2, "kernel_size": 5, "gate_scope": "request"},
     "deepmr": {"emb_dim": 4, "dropout": 0.3},

@@ -24,6 +24,7 @@ MODELS = {
     ),
     "mian with crosses": lively("mian", SCHEMA, emb_dim=4, heads=2, cross_layers=2),
     "stec": lively("stec", SCHEMA, emb_dim=4),
+    "stec without a block": lively("stec", SCHEMA, emb_dim=4, blocks=0, bilinear_form="qk"),
     "stec user_first": lively("stec", SCHEMA, emb_dim=4, field_mask="user_first", hidden=(6,), batch_norm=True),
     "dynint with dgp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, kernel_size=5, gate_scope="request"),
     "dynint with dwp by request": lively("dynint", SCHEMA, emb_dim=4, subspaces=2, mode="dwp", gate_scope="request"),
@@ -73,6 +74,10 @@ MODELS = {
     "dien": lively("dien", SCHEMA, emb_dim=4, hidden=(8,)),
     "dmr": lively("dmr", SCHEMA, emb_dim=4, hidden=(8,)),
     "bst": lively("bst", SCHEMA, emb_dim=4, hidden=(8,), blocks=2),
+    "din with ages": lively("din", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "dien with ages": lively("dien", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "dmr with ages": lively("dmr", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
+    "bst with ages": lively("bst", SCHEMA, emb_dim=4, hidden=(8,), age_buckets=9),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -172,6 +177,7 @@ def test_padding_does_not_change_the_score(model):
     littered = {name: array.copy() for name, array in request.items()}
     littered["hist.movie"][~request["hist_mask"]] = 5
     littered["hist.genres"][~request["hist_mask"]] = 3
+    littered["hist_age"][~request["hist_mask"]] = 9
 
     assert_equal(logits_of(model, littered), logits_of(model, request))
 

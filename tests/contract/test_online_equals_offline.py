@@ -1,6 +1,5 @@
 """The project's proof in small: a model's answers over HTTP are its offline scores, on the same rows."""
 
-import json
 import os
 import re
 import subprocess
@@ -13,8 +12,14 @@ import polars as pl
 import pytest
 
 from service.store.local_server import RedisServer
+from tests.service.running_process import started
 
 ROOT = Path(__file__).parents[2]
+ARMS = [
+    {"name": "mian", "model": "mian", "share": 50, "backend": "onnx"},
+    {"name": "stec", "model": "stec", "share": 50, "backend": "torchscript"},
+]
+EXPERIMENT = {"experiment": "small", "salt": "s", "arms": ARMS}
 
 
 def run(*arguments: str | Path, **environment: str) -> str:
@@ -43,35 +48,15 @@ def trained(tmp_path_factory) -> Path:
         run("-m", "training", "train", model, "--data", folder / "data", "--out", own, "--set", "max_epochs=1")
         run("-m", "training", "export", own, "--out", folder / "artifacts")
         run("-m", "training", "evaluate", own, "--predictions", folder / f"{model}.parquet")
-    (folder / "service.yaml").write_text(
-        "experiment:\n  experiment: small\n  salt: s\n  arms:\n"
-        "    - {name: mian, model: mian, share: 50, backend: onnx}\n"
-        "    - {name: stec, model: stec, share: 50, backend: torchscript}\n"
-    )
     return folder
 
 
 @contextmanager
-def serving(config: Path, **environment: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "service", "serve", "--config", str(config), "--port", "0"]
+def serving(trained: Path, redis_url: str) -> Iterator[str]:
     # A test is in no hurry: on a busy machine the service must not answer without the store.
-    patient = {"CLICKSERVE_STORE_TIMEOUT_MS": "5000", "CLICKSERVE_TIMEOUT_MS": "20000", "CLICKSERVE_DRAIN_S": "0"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **patient, **environment}, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        said = ""
-        for line in process.stderr:
-            said += line
-            if '"event":"serving"' in line:
-                break
-        else:
-            pytest.fail(f"the service did not start: {said}")
-        yield f"http://127.0.0.1:{json.loads(line)['port']}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    patient = {"workers": 1, "store_timeout_ms": 5000, "timeout_ms": 20_000}
+    with started(trained, trained / "artifacts", experiment=EXPERIMENT, redis_url=redis_url, **patient) as service:
+        yield service.opened().url
 
 
 def test_http_answers_have_the_offline_auc_of_the_same_rows(trained: Path, redis_url: str, session_redis: RedisServer):
@@ -82,9 +67,7 @@ def test_http_answers_have_the_offline_auc_of_the_same_rows(trained: Path, redis
     files = [f"--offline={arm}={trained / arm}.parquet" for arm in ("mian", "stec")]
     answers = trained / "answers.parquet"
 
-    with serving(
-        trained / "service.yaml", CLICKSERVE_REDIS_URL=redis_url, CLICKSERVE_ARTIFACTS_DIR=str(trained / "artifacts")
-    ) as url:
+    with serving(trained, redis_url) as url:
         # Exits 1 where an AUC differs by more than 1e-6, or an answer was degraded.
         table = run("deploy/demo/replay.py", "--data", trained / "data", "--url", url, *files, "--out", answers)
 
@@ -100,9 +83,7 @@ def test_the_replay_tells_when_the_service_knows_another_past(trained: Path, red
     files = [f"--offline={arm}={trained / arm}.parquet" for arm in ("mian", "stec")]
     command = [sys.executable, "deploy/demo/replay.py", f"--data={trained / 'data'}", *files]
 
-    with serving(
-        trained / "service.yaml", CLICKSERVE_REDIS_URL=redis_url, CLICKSERVE_ARTIFACTS_DIR=str(trained / "artifacts")
-    ) as url:  # nothing was loaded into the store
+    with serving(trained, redis_url) as url:  # nothing was loaded into the store
         done = subprocess.run([*command, f"--url={url}"], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1, done.stdout + done.stderr

@@ -36,10 +36,10 @@ def batch(name: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], dict
     return model, inputs, model.encode_user(inputs)
 
 
-def binary(scores: list[float], missed: list[float]) -> float:
-    """Of the products with clicks that were made, and with others."""
-    found = -float(np.mean([log(sigmoid(np.array(s))) for s in scores])) if scores else 0.0
-    return found - (float(np.mean([log(1 - sigmoid(np.array(s))) for s in missed])) if missed else 0.0)
+def binary(scores: list[float], missed: list[float], *, negatives: int = 1) -> float:
+    """Of the products with clicks that were made, and with others, so many to each."""
+    found = -float(np.mean([log(sigmoid(np.array(s))) for s in scores]))
+    return found - negatives * float(np.mean([log(1 - sigmoid(np.array(s))) for s in missed]))
 
 
 @pytest.mark.usefixtures("drawn")
@@ -62,7 +62,7 @@ def test_dien_tells_the_next_click_from_one_of_another_request() -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_dmr_finds_the_newest_click_by_those_before_it() -> None:
+def test_dmr_finds_the_newest_click_by_those_before_it_and_adds_up_the_negatives() -> None:
     model, inputs, state = batch("dmr", aux_weight=0.1, aux_negatives=2)
 
     loss = model.auxiliary_loss(state, inputs).item()
@@ -78,7 +78,7 @@ def test_dmr_finds_the_newest_click_by_those_before_it() -> None:
     scores = [(user[u] @ newest[u]).item() for u in range(3)]
     missed = [(user[u] @ newest[o]).item() for u, o in enumerate(DRAWN) if {u, o} != {0, 1}]  # which clicked the same
     assert len(missed) == 2
-    assert loss == pytest.approx(0.1 * binary(scores, missed * 2), rel=1e-12)
+    assert loss == pytest.approx(0.1 * binary(scores, missed, negatives=2), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["dien", "dmr"])

@@ -58,7 +58,7 @@ def test_the_door_offers_the_models_there_are():
 
 def test_a_trained_run_holds_all_that_the_contract_promises(run, data):
     names = {"config.json", "schema.json", "weights.safetensors", "calibration.json", "metrics.json", "log.jsonl"}
-    assert {p.name for p in run.iterdir()} == names | {"epochs.png", "reliability.png"}
+    assert {p.name for p in run.iterdir()} == names | {"curves.png", "reliability.png"}
 
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["parameters"] >= sum(
@@ -73,6 +73,25 @@ def test_a_trained_run_holds_all_that_the_contract_promises(run, data):
     assert (run / "schema.json").read_bytes() == (data / "schema.json").read_bytes()
     settings = json.loads((run / "config.json").read_text())["run"]
     assert (settings["max_epochs"], settings["model_config"]["emb_dim"]) == (2, 8)
+
+
+def test_runs_are_drawn_in_one_picture_finished_or_not(run, tmp_path, capsys):
+    other = tmp_path / "other" / run.name
+    other.mkdir(parents=True)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (other / "log.jsonl").write_text("".join(json.dumps({**line, "valid_auc": 0.5}) + "\n" for line in log))
+
+    assert main(["plot", str(run), str(other), "--out", str(tmp_path / "both.svg")]) == 0
+
+    picture = (tmp_path / "both.svg").read_text()
+    assert f"other/{run.name}: 0.5000 at step" in picture
+    assert f"{run.parent.name}/{run.name}: {max(line['valid_auc'] for line in log):.4f} at step" in picture
+    assert "against steps" in capsys.readouterr().out
+    assert "is named twice" in refused(capsys, "plot", run, run, "--out", tmp_path / "x.png")
+    assert "holds no run" in refused(capsys, "plot", tmp_path, "--out", tmp_path / "x.png")
+    assert "x.poem: Format 'poem' is not supported" in refused(capsys, "plot", run, "--out", tmp_path / "x.poem")
+    (other / "log.jsonl").write_text('{"epoch": 1}\n')
+    assert "log.jsonl: damaged, or of a run before" in refused(capsys, "plot", other, "--out", tmp_path / "x.png")
 
 
 def test_evaluating_gives_the_metrics_of_training_again(run, capsys):

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
+from models import zoo
 from training import recipes
-from training.config import Run, difference, override
+from training.config import Run, assignments, difference, override
 from training.errors import UserError
 
 
@@ -86,12 +88,14 @@ def test_the_difference_of_two_runs_is_named():
     assert difference(run(), run(model_config={"ffn": False})) == "model.ffn was the default, now False"
 
 
-def test_a_data_set_has_a_recipe_for_each_model_of_its_own_or_the_general_one():
-    assert recipes.default("stec", "frappe") == "stec_frappe"
-    assert recipes.default("stec", "movielens-1m") == "stec_movielens"
-    assert recipes.default("mian", "frappe") == "mian_movielens"
-    assert recipes.default("lr", "my own csv") == "lr_movielens"
-    assert recipes.default("fm", "movielens-1m") == "fm_frappe"
+def test_the_settings_of_a_run_are_listed_as_they_are_set():
+    changed = run(lr=0.25, plateau_monitor="logloss", model_config={"hidden": (40, 20), "ffn": False})
+
+    listed = assignments(changed)
+
+    assert {"lr=0.25", "model.hidden=[40,20]", "model.ffn=false"} <= set(listed)
+    assert override(run(), listed) == replace(changed, model_config=override(run(), listed).model_config)
+    assert zoo.configure("stec", override(run(), listed).model_config) == zoo.configure("stec", changed.model_config)
 
 
 def test_a_recipe_of_another_model_is_refused():

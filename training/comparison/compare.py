@@ -182,7 +182,7 @@ def _planned(out: Path, data: Prepared, variant: Variant, seed: int, settings: S
     if any(assignment.partition("=")[0] == "seed" for assignment in everything):
         raise UserError(f"--seeds counts the seeds, from {FIRST_SEED} on; seed cannot be set for a model")
     everything = (*everything, f"seed={seed}")
-    recipe = recipes.recipe(variant.recipe or recipes.default(variant.model, data.name), variant.model)
+    recipe = recipes.recipe(variant.recipe or recipes.choose(variant.model, data.name).name, variant.model)
     try:
         run = override(recipe, everything)
     except UserError as err:

@@ -6,9 +6,10 @@ The folder holds one of
                            Python spells it
     train.csv              user_id, item_id, time with TAB between, and item_meta.csv with item_id, i_category, ...
     interactions.parquet   user, item, timestamp
-Times are Unix seconds of whole days. A past purchase is in the history where its day is strictly earlier, so that most
-of what was bought together is in nobody's history. The category is the last one that the meta file gives (as in DIN);
-without a meta file there is none.
+Times are Unix seconds, of whole days in the published files. A past purchase is in the history where its day is
+strictly earlier, so that most of what was bought together is in nobody's history. The context is the weekday and the
+month of the review, in UTC, and its hour where some time is not midnight; of the user only the id is known. The
+category is the last one that the meta file gives (as in DIN); without a meta file there is none.
 
 Each purchase gets `negatives` items that its user never bought, with its own time and so its history. Two protocols:
     last    each user's last purchase is tested, the one before it validates, the rest trains (DIN's, which has no
@@ -24,7 +25,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from models.features.field import FieldSpec
+from models.features.field import FieldSpec, Part
 from models.features.schema import SchemaSpec
 from training.datasets import delimited, text_lines
 from training.datasets.delimited import Form
@@ -33,6 +34,7 @@ from training.errors import UserError
 from training.log import Log, split_by_time
 
 Protocol = Literal["last", "time"]
+DAY_S = 86_400
 LATEST_S = 1e11  # the year 5138: anything above is milliseconds
 NUMBER = Form(r"[0-9]{1,18}", "a number")
 QUOTED = r"""(?:'(?P<single>(?:[^'\\]|\\.)*)'|"(?P<double>(?:[^"\\]|\\.)*)")"""
@@ -77,14 +79,15 @@ def load(source: Path, options: AmazonOptions = AmazonOptions()) -> Log:
     return Log(
         name="amazon",
         source=source,
-        spec=_spec(options, with_category=categories is not None),
+        spec=_spec(options, with_category=categories is not None, with_hour=(bought["ts"] % DAY_S != 0).any()),
         rows=rows.lazy(),
         files=files,
         notes=tuple(notes),
     )
 
 
-def _spec(options: AmazonOptions, *, with_category: bool) -> SchemaSpec:
+def _spec(options: AmazonOptions, *, with_category: bool, with_hour: bool) -> SchemaSpec:
+    clock: tuple[Part, ...] = ("hour", "weekday", "month") if with_hour else ("weekday", "month")
     item = ("item_id", "category") if with_category else ("item_id",)
     return SchemaSpec(
         user_key="user_id",
@@ -92,6 +95,7 @@ def _spec(options: AmazonOptions, *, with_category: bool) -> SchemaSpec:
         history_length=options.history_length,
         fields=(
             FieldSpec(name="user_id", kind="categorical", group="user"),
+            *(FieldSpec(name=part, kind="time", group="context", part=part) for part in clock),
             *(FieldSpec(name=name, kind="categorical", group="item") for name in item),
             *(FieldSpec(name=name, kind="sequence", group="behaviour", of=name) for name in item),
         ),

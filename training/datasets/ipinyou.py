@@ -1,23 +1,30 @@
-"""iPinYou real-time bidding (2013), as make-ipinyou-data writes it: impressions with clicks, split by days.
+"""iPinYou real-time bidding (2013), as make-ipinyou-data writes it: impressions with clicks, by days or at random.
 
 Two forms, told apart by what is in the folder:
 
     train.log.txt, test.log.txt                    TAB, with a header: one folder per advertiser, or `all`
     train.fm.txt, test.fm.txt, featindex.fm.txt    `label id:1 ...`, one id for each of 16 fields; `name:value<TAB>id`
 
-The test days are the official ones, as given; validation is the last `valid` share of the training rows, by time.
-DynInt's paper mixes the days and splits them at random, 70/10/20: its figures are not comparable with these.
+By days, the test part is the official one and validation the end of the training rows. DynInt's paper mixes the days,
+splits at random 70/10/20 and drops levels seen less than 20 times: `split=random min_count=20`. The two splits' figures
+are not comparable: at random, rows of the same days and users stand on both sides. The random part of a row depends on
+its number alone, the test rows counted on from the training rows, and so is the same for both forms.
+
 The 16 fields are DynInt's: weekday and hour stand in the file (Beijing time) and are context like the other words of a
 bid request; user agent, IP, region and city are the user's; creative and advertiser the ad's. Two are made coarse
 before they are a word, by the rules of make-ipinyou-data, and a request has to bring them so: the user agent as
 `system_browser`, the slot's floor price as one of 0, 1-10, 11-50, 51-100, 101+. The libfm form has no clock: a row's
 number stands in for its time.
 
-    min_count  rarer levels are unknown: 100 as DynInt has it on iPinYou
+    split      days, or random
+    min_count  rarer levels are unknown: 100 as the code of xDeepInt has it on iPinYou, 20 in DynInt's paper
+    valid      the validation part's share: of the training days' rows, or of all rows where the split is random
+    seed       of the random split
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -26,7 +33,7 @@ from models.features.schema import SchemaSpec
 from training.datasets import delimited, text_lines
 from training.datasets.delimited import LABEL, Form
 from training.errors import UserError
-from training.log import Log
+from training.log import Log, split_by_number
 
 FIELDS: dict[str, Group] = {
     "weekday": "context", "hour": "context", "useragent": "user", "IP": "user", "region": "user", "city": "user",
@@ -44,18 +51,23 @@ FORMS = {
     **{name: Form("[^\t]*", "a word") for name in FIELDS},
     "slotprice": Form(r"[0-9]{1,9}", "a whole number"),
 }
+RANDOM_TEST = 0.2  # the share of the test part where the split is random
 BEIJING_S = 8 * 3600  # ahead of UTC, and without summer time
 
 
 @dataclass(frozen=True, kw_only=True)
 class IpinyouOptions:
+    split: Literal["days", "random"] = "days"
     min_count: int = 100
     valid: float = 0.1
+    seed: int = 2026
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_count <= 10**9 or not 0 < self.valid < 1:
+        most = 1 - RANDOM_TEST if self.split == "random" else 1
+        if not 1 <= self.min_count <= 10**9 or not 0 <= self.seed < 2**32 or not 0 < self.valid < most:
             raise UserError(
-                f"min_count is from 1 to 10^9 and valid between 0 and 1, got {self.min_count} and {self.valid}"
+                f"min_count is from 1 to 10^9, seed from 0 to 2^32 - 1 and valid between 0 and {most:g},"
+                f" got {self.min_count}, {self.seed} and {self.valid}"
             )
 
 
@@ -63,23 +75,30 @@ def load(source: Path, options: IpinyouOptions = IpinyouOptions()) -> Log:
     """The folder of one campaign, in either form."""
     form = "log" if (source / "train.log.txt").is_file() else "fm"
     paths = {part: source / f"{part}.{form}.txt" for part in ("train", "test")}
+    files = tuple(paths.values())
     if form == "log":
-        parts = [_log(path).with_columns(part=pl.lit(part)) for part, path in paths.items()]
-        files = tuple(paths.values())
+        train, test = (_log(path) for path in files)
     else:
         index = source / "featindex.fm.txt"
         if not paths["train"].is_file():
             raise UserError(f"{source}: expected train.log.txt and test.log.txt, or train.fm.txt, found neither")
-        files = (*paths.values(), index)
         words = _words(index)
-        parts = [_libfm(path, words).with_columns(part=pl.lit(part)) for part, path in paths.items()]
-        num_train = parts[0].select(pl.len()).collect(engine="streaming").item()
-        parts[1] = parts[1].with_columns(pl.col("ts") + num_train)
-    cut = _cut(parts[0], options.valid)
-    in_train = pl.col("part") == "train"
-    rows = pl.concat(parts).with_columns(
-        pl.when(in_train & (pl.col("ts") >= cut)).then(pl.lit("valid")).otherwise("part").alias("part"),
-        *(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item")),
+        train, test = (_libfm(path, words) for path in files)
+        files = (*files, index)
+    if form == "fm" or options.split == "random":
+        num_train = train.select(pl.len()).collect(engine="streaming").item()
+        test = test.with_columns(pl.col("row") + num_train)
+    if form == "fm":
+        train, test = (rows.with_columns(ts=pl.col("row").cast(pl.Float64)) for rows in (train, test))
+    if options.split == "random":
+        part = split_by_number(pl.col("row"), seed=options.seed, valid=options.valid, test=RANDOM_TEST)
+        train, test = train.with_columns(part), test.with_columns(part)
+    else:
+        is_valid = pl.col("ts") >= _cut(train, options.valid)
+        train = train.with_columns(part=pl.when(is_valid).then(pl.lit("valid")).otherwise(pl.lit("train")))
+        test = test.with_columns(part=pl.lit("test"))
+    rows = pl.concat([train, test]).select(
+        "ts", "label", *FIELDS, "part", *(pl.lit(None, dtype=pl.String).alias(key) for key in ("user", "item"))
     )
     fields = [
         FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count)
@@ -99,12 +118,13 @@ def _log(file: Path) -> pl.LazyFrame:
     rows = delimited.read(file, FORMS, separator="\t")
     delimited.check_times(file, rows, "timestamp", moment)
     return rows.select(
+        pl.col("row").cast(pl.Int64),
         (time + pl.col("timestamp").str.slice(14).cast(pl.Float64) / 1000).alias("ts"),
         pl.col("click").cast(pl.Int8).alias("label"),
         *(pl.col(name) for name in FIELDS if name not in ("useragent", "slotprice")),
         pl.concat_str(_first_of(SYSTEMS), _first_of(BROWSERS), separator="_").alias("useragent"),
         _price().alias("slotprice"),
-    ).select("ts", "label", *FIELDS)
+    ).select("row", "ts", "label", *FIELDS)
 
 
 def _first_of(words: tuple[str, ...]) -> pl.Expr:
@@ -137,7 +157,7 @@ def _libfm(file: Path, words: dict[str, dict[str, str]]) -> pl.LazyFrame:
     known = pl.all_horizontal(pl.col(name).is_not_null() for name in FIELDS)
     text_lines.check(file, named, known, f"ids of {', '.join(FIELDS)}, in this order, as featindex.fm.txt has them")
     label = pl.col("line").str.slice(0, 1).cast(pl.Int8).alias("label")
-    return named.select((pl.col("row") - 1).cast(pl.Float64).alias("ts"), label, *FIELDS)
+    return named.select(pl.col("row").cast(pl.Int64) - 1, label, *FIELDS)
 
 
 def _words(file: Path) -> dict[str, dict[str, str]]:

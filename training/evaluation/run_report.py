@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from models.artifact.calibration import Calibration
 from training.data.batches import Rows
+from training.errors import UserError
 from training.evaluation import metrics
 from training.evaluation.thinning import unthinned
 
@@ -73,26 +75,33 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return text
 
 
-def plot_epochs(log: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
-    """Loss and validation AUC by epoch, the kept epoch marked."""
-    epochs = [line["epoch"] for line in log]
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [line["loss"] for line in log], "o-", color=MUTED, ms=3, label="training")
-    left.plot(epochs, [line["valid_logloss"] for line in log], "o-", color=CALIBRATED, ms=3, label="validation")
-    left.set_title("Logloss", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    right.plot(epochs, [line["valid_auc"] for line in log], "o-", color=CALIBRATED, ms=3)
-    kept = log[best_epoch - 1]
-    right.set_title(f"Validation AUC (kept: epoch {best_epoch}, {kept['valid_auc']:.4f})", fontsize=10)
-    for axes in (left, right):
-        axes.axvline(best_epoch, color=MUTED, lw=0.8, ls=":")
-        axes.set_xlabel("epoch", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def plot_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Log loss and AUC of each run's log against its steps, the kept weights marked; the training loss is dotted."""
+    figure = Figure(figsize=(8, 3.2 + 0.16 * max(0, len(logs) - 1)), dpi=120, layout="constrained")
+    losses, aucs = figure.subplots(1, 2)
+    for number, (name, log) in enumerate(logs.items()):
+        color = colormaps["tab10"](number % 10)
+        steps = [line["step"] for line in log]
+        best = max(n for n, line in enumerate(log) if line["best"])
+        losses.plot(steps, [line["loss"] for line in log], ":", color=color, lw=1)
+        for axes, figure_name in ((losses, "valid_logloss"), (aucs, "valid_auc")):
+            values = [line[figure_name] for line in log]
+            axes.plot(steps, values, "-", color=color, lw=1.2, marker=".", ms=3)
+            axes.plot(steps[best], values[best], "o", color=color, ms=6, mfc="none")
+        aucs.plot([], [], "-", color=color, label=f"{name}: {log[best]['valid_auc']:.4f} at step {steps[best]:,}")
+    losses.set_title("Log loss: validation, and training (dotted)", fontsize=10)
+    aucs.set_title("Validation AUC (circle: the weights kept)", fontsize=10)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    for axes in (losses, aucs):
+        axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.margins(y=0.2)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file)
+    try:
+        figure.savefig(file)
+    except ValueError as err:  # an ending that is no format of a picture
+        raise UserError(f"{file}: {err}") from err
 
 
 def plot_reliability(rows: Rows, logits: NDArray[np.float32], calibration: Calibration, part: str, file: Path) -> None:

@@ -17,19 +17,30 @@ from training.errors import UserError
 class State:
     """Where a run stands between two steps."""
 
-    epoch: int = 0
-    """Epochs finished: trained, validated, logged."""
     step: int = 0
-    """Steps done in the epoch after those."""
+    """Optimiser steps done, over all epochs."""
     loss_sum: float = 0.0
-    """Sum of those steps' losses."""
+    """Sum of the losses of the steps since the last evaluation."""
     train_s: float = 0.0
     best: float | None = None
-    best_epoch: int = 0
-    bad_epochs: int = 0
-    """Epochs in a row, up to now, without a better validation figure."""
+    bad_evals: int = 0
+    """Evaluations in a row, up to now, without a better validation figure."""
+    plateau_best: float | None = None
+    plateau_bad_evals: int = 0
+    """The same of the figure that lowers the learning rate, since it last fell."""
     log: list[dict[str, Any]] = field(default_factory=list)
+    """One line per evaluation."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def evaluated_step(self) -> int:
+        """The step of the last evaluation; 0 before the first."""
+        return int(self.log[-1]["step"]) if self.log else 0
+
+    @property
+    def best_evaluation(self) -> dict[str, Any]:
+        """The log's line of the evaluation that `best_weights` are of."""
+        return next(line for line in reversed(self.log) if line["best"])
 
 
 def save(

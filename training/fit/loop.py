@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,25 +29,29 @@ MIN_GAIN = 1e-6  # a smaller gain on the validation part counts as none (FuxiCTR
 
 
 def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, report: Callable[[str], None]) -> State:
-    """Train until the validation part stops improving; leaves the best epoch's weights, or averages, in `model`.
+    """Train until the validation part stops improving; leaves the best evaluation's weights, or averages, in `model`.
 
-    Goes on from `folder`'s checkpoint where there is one: killed at any moment and started again, the run ends with the
-    same weights, bit by bit, on the same number of threads. Each epoch adds a line to `folder`/log.jsonl.
+    An evaluation follows each epoch, or every `run.eval_every_steps` steps and the last one. Goes on from `folder`'s
+    checkpoint where there is one: killed at any moment and started again, the run ends with the same weights, bit by
+    bit, on the same number of threads. Each evaluation adds a line to `folder`/log.jsonl.
     Raises UserError when the loss is no longer a number.
     """
     if not 0 < valid.label.mean() < 1:
         raise UserError(f"the valid part's {len(valid)} rows need both clicks and non-clicks, to tell when to stop")
-    batch_size = len(train) / num_batches(len(train), run.batch_size)
-    optimizer, averaged = optimizers.build(model, run, batch_size=batch_size), optimizers.averaged(model, run)
+    steps_of_epoch = num_batches(len(train), run.batch_size)
+    optimizer = optimizers.build(model, run, batch_size=len(train) / steps_of_epoch)
+    averaged = optimizers.averaged(model, run)
     judged = model if averaged is None else cast("CTRModel", averaged.module)
     state, saved = State(), folder / "checkpoint.pt"
     if saved.exists():
         state = checkpoint.load(saved, model, optimizer, averaged=averaged)
-        report(f"resuming in epoch {state.epoch + 1} after {state.step} steps")
+        report(f"resuming in epoch {state.step // steps_of_epoch + 1} after {state.step} steps")
 
-    while state.epoch < run.max_epochs and state.bad_epochs < run.patience:
+    last, interval = run.max_epochs * steps_of_epoch, run.eval_every_steps or steps_of_epoch
+    while state.evaluated_step < last and state.bad_evals < run.patience:
         began = time.monotonic()
-        _train_epoch(model, averaged, optimizer, train, run, state=state, saved=saved)
+        until = min(state.evaluated_step + interval, last)
+        _train(model, averaged, optimizer, train, run, state=state, saved=saved, until=until)
         trained = time.monotonic()
         logits = predict(judged, valid, "valid")
         figures = {
@@ -54,18 +59,22 @@ def fit(model: CTRModel, train: Rows, valid: Rows, run: Run, *, folder: Path, re
             "logloss": metrics.logloss(valid.label, expit(logits.astype(np.float64)), valid.weight),
         }
         line = {
-            "epoch": state.epoch + 1,
-            "loss": state.loss_sum / state.step,
+            "epoch": _epochs(state.step, steps_of_epoch),
+            "step": state.step,
+            "loss": state.loss_sum / (state.step - state.evaluated_step),
             **{f"valid_{name}": value for name, value in figures.items()},
+            "valid_spread": float(logits.std(dtype=np.float64)),
             "lr": optimizer.param_groups[0]["lr"],
+            **{f"model.{name}": value for name, value in judged.logged_scalars().items()},
             "train_s": round(state.train_s - sum(e["train_s"] for e in state.log), 3),
             "valid_s": round(time.monotonic() - trained, 3),
+            "best": _better(figures, run.monitor, state.best),
         }
-        _finish_epoch(judged, optimizer, run, state, figure=figures[run.monitor], line=line)
-        # The log first: killed in between, the epoch is done again and writes the same line.
+        _record_evaluation(judged, optimizer, run, state, figures=figures, line=line)
+        # The log first: killed in between, the evaluation is done again and writes the same line.
         checkpoint.write_atomically(folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in state.log).encode())
         checkpoint.save(saved, model, optimizer, state, averaged=averaged)
-        report(_sentence(line, run, best=state.best_epoch == state.epoch, took_s=time.monotonic() - began))
+        report(_sentence(line, run, took_s=time.monotonic() - began))
 
     model.load_state_dict(state.best_weights)
     return state
@@ -86,7 +95,7 @@ def predict(model: CTRModel, rows: Rows, part: str) -> NDArray[np.float32]:
     return logits
 
 
-def _train_epoch(
+def _train(
     model: CTRModel,
     averaged: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
@@ -95,16 +104,19 @@ def _train_epoch(
     *,
     state: State,
     saved: Path,
+    until: int,
 ) -> None:
-    """The rest of the current epoch, a checkpoint every `run.checkpoint_s`."""
+    """The steps up to the next evaluation, a checkpoint every `run.checkpoint_s`."""
     model.train()
-    steps = num_batches(len(train), run.batch_size)
-    title = f"epoch {state.epoch + 1}/{run.max_epochs}"
+    steps_of_epoch = num_batches(len(train), run.batch_size)
+    first, rows_of_step = state.evaluated_step, len(train) / steps_of_epoch
+    where = f"epoch {_epochs(until, steps_of_epoch)}/{run.max_epochs}"
     loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64)
     started = checkpointed = time.monotonic()
     already_s = state.train_s
-    with bar(title, len(train), done=len(train) * state.step // steps) as advance:
-        for batch in shuffled(train, run.batch_size, seed=run.seed, epoch=state.epoch, skip=state.step):
+    num, done = (round((step - first) * rows_of_step) for step in (until, state.step))
+    with bar(where, num, done=done) as advance:
+        for batch in _batches(train, run, state.step, until):
             loss_sum.add_(_step(model, optimizer, batch, run, state))
             if averaged is not None:
                 averaged.update_parameters(model)
@@ -115,8 +127,19 @@ def _train_epoch(
                 state.loss_sum = loss_sum.item()
                 checkpoint.save(saved, model, optimizer, state, averaged=averaged)
                 checkpointed = time.monotonic()
-            advance(len(batch.label_B), lambda: f"loss {loss_sum.item() / state.step:.4f}")
+            advance(len(batch.label_B), lambda: f"loss {loss_sum.item() / (state.step - first):.4f}")
     state.loss_sum = loss_sum.item()
+
+
+def _batches(train: Rows, run: Run, step: int, until: int) -> Iterator[Batch]:
+    """The batches of the steps after `step`, as far as `until`, through as many epochs as these are of."""
+    steps_of_epoch = num_batches(len(train), run.batch_size)
+    while step < until:
+        epoch, skip = divmod(step, steps_of_epoch)
+        batches = shuffled(train, run.batch_size, seed=run.seed, epoch=epoch, skip=skip)
+        for batch in islice(batches, until - step):
+            yield batch
+            step += 1
 
 
 def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: Run, state: State) -> torch.Tensor:
@@ -132,38 +155,53 @@ def _step(model: CTRModel, optimizer: torch.optim.Optimizer, batch: Batch, run: 
     # The one value read per step, and before it: a weight that is not a number never comes back.
     if not torch.isfinite(loss.detach() + norm):
         raise UserError(
-            f"the loss is {loss.item():g} (gradient norm {norm.item():g}) in epoch {state.epoch + 1},"
-            f" step {state.step + 1}; try a smaller learning rate, such as --set lr={run.lr / 10:g}"
+            f"the loss is {loss.item():g} (gradient norm {norm.item():g}) in step {state.step + 1};"
+            f" try a smaller learning rate, such as --set lr={run.lr / 10:g}"
         )
     optimizer.step()
     return click_loss.detach()
 
 
-def _finish_epoch(
+def _record_evaluation(
     model: CTRModel,
     optimizer: torch.optim.Optimizer,
     run: Run,
     state: State,
     *,
-    figure: float,
+    figures: Mapping[str, float],
     line: dict[str, Any],
 ) -> None:
     """Keep the weights when they are the best so far, else count towards a smaller step and the end."""
-    state.epoch += 1
-    state.step, state.loss_sum = 0, 0.0
+    state.loss_sum = 0.0
     state.log.append(line)
-    sign = 1 if run.monitor == "auc" else -1
-    if state.best is None or sign * (figure - state.best) > MIN_GAIN:
-        state.best, state.best_epoch, state.bad_epochs = figure, state.epoch, 0
+    if line["best"]:
+        state.best, state.bad_evals = figures[run.monitor], 0
         state.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+    else:
+        state.bad_evals += 1
+    watched = run.plateau_monitor or run.monitor
+    if _better(figures, watched, state.plateau_best):
+        state.plateau_best, state.plateau_bad_evals = figures[watched], 0
         return
-    state.bad_epochs += 1
-    if state.bad_epochs % (run.plateau_patience + 1) == 0:
+    state.plateau_bad_evals += 1
+    if state.plateau_bad_evals > run.plateau_patience:
+        state.plateau_bad_evals = 0
         optimizers.slow_down(optimizer, run.plateau_factor, least=run.min_lr)
 
 
-def _sentence(line: dict[str, Any], run: Run, *, best: bool, took_s: float) -> str:
+def _better(figures: Mapping[str, float], monitor: str, best: float | None) -> bool:
+    sign = 1 if monitor == "auc" else -1
+    return best is None or sign * (figures[monitor] - best) > MIN_GAIN
+
+
+def _epochs(step: int, steps_of_epoch: int) -> int | float:
+    """How many epochs so many steps are: a whole number at the end of one."""
+    return round(step / steps_of_epoch, 3) if step % steps_of_epoch else step // steps_of_epoch
+
+
+def _sentence(line: dict[str, Any], run: Run, *, took_s: float) -> str:
     return (
-        f"epoch {line['epoch']:>2}/{run.max_epochs}  loss {line['loss']:.4f}  valid AUC {line['valid_auc']:.4f}"
-        f"  logloss {line['valid_logloss']:.4f}  lr {line['lr']:g}  {took_s:.1f} s{'  best' if best else ''}"
+        f"epoch {line['epoch']:>2}/{run.max_epochs}  step {line['step']}  loss {line['loss']:.4f}"
+        f"  valid AUC {line['valid_auc']:.4f}  logloss {line['valid_logloss']:.4f}  spread {line['valid_spread']:.2g}"
+        f"  lr {line['lr']:g}  {took_s:.1f} s{'  best' if line['best'] else ''}"
     )

@@ -2,11 +2,11 @@
 
 RUN/config.json           the resolved run, and the data it saw
 RUN/schema.json           a copy of the data's
-RUN/weights.safetensors   the best epoch's weights
+RUN/weights.safetensors   the best evaluation's weights
 RUN/calibration.json      fitted on the validation part
 RUN/metrics.json          written last: a run that has it is finished
-RUN/log.jsonl             one line per epoch
-RUN/epochs.png, RUN/reliability.png
+RUN/log.jsonl             one line per evaluation
+RUN/curves.png, RUN/reliability.png
 RUN/checkpoint.pt         while it is trained
 """
 
@@ -37,7 +37,7 @@ from training.data.batches import Prepared
 from training.errors import UserError
 from training.evaluation import metrics, run_report
 from training.fit import calibration as calibrate
-from training.fit import loop
+from training.fit import constant_check, loop
 from training.fit.checkpoint import write_atomically
 from training.progress import say
 
@@ -62,11 +62,13 @@ def begin(path: Path, data: Prepared, model: str, recipe: str | None, settings: 
     Without a recipe or settings a resumed run keeps its own. Raises UserError for a folder that holds something else,
     and, before there is one, for a model that does not fit the data.
     """
-    requested = override(recipes.recipe(recipe or recipes.default(model, data.name), model), settings)
+    choice = recipes.Choice(name=recipe, reason="asked for") if recipe else recipes.choose(model, data.name)
+    requested = override(recipes.recipe(choice.name, model), settings)
     file = path / "config.json"
     if not file.exists():
         check_new(path)
         check_fits(requested, data)
+        say(recipes.announcement(choice, requested))
         path.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {
             "run": requested.to_json(),
@@ -103,7 +105,8 @@ def check_new(path: Path) -> None:
 def train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     """Train, calibrate, measure and draw; returns what metrics.json holds. A finished run is not trained again.
 
-    Raises UserError while another process trains it, and where memory does not suffice.
+    Raises UserError while another process trains it, and where memory does not suffice, and ConstantModelError for a
+    model that tells no rows apart: such a run is never finished.
     """
     with _alone(path), _enough_memory(run):
         return _train(path, data, run)
@@ -122,10 +125,13 @@ def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
     parts = {part: data.rows(part) for part in ("train", "valid", "test")}
     done = loop.fit(model, parts["train"], parts["valid"], run, folder=path, report=say)
 
+    run_report.plot_curves({path.name: done.log}, path / "curves.png")
+    valid = parts["valid"]
+    valid_logits = loop.predict(model, valid, "valid")
+    aucs, out_of_patience = [line["valid_auc"] for line in done.log], done.bad_evals >= run.patience
+    constant_check.check(model, valid, valid_logits, run, aucs=aucs, out_of_patience=out_of_patience)
     weights = save_weights(model.state_dict())
     write_atomically(path / "weights.safetensors", weights)
-    valid_logits = loop.predict(model, parts["valid"], "valid")
-    valid = parts["valid"]
     calibration = calibrate.fit(valid_logits, valid.label, valid.weight, negative_rate=valid.negative_rate)
     write_atomically(path / "calibration.json", calibration.model_dump_json(indent=2).encode())
     logits = {"valid": valid_logits, "test": loop.predict(model, parts["test"], "test")}
@@ -136,14 +142,15 @@ def _train(path: Path, data: Prepared, run: Run) -> dict[str, Any]:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "seed": run.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": done.epoch,
-        "best_epoch": done.best_epoch,
+        "epochs": done.log[-1]["epoch"],
+        "best_epoch": done.best_evaluation["epoch"],
+        "steps": done.step,
+        "best_step": done.best_evaluation["step"],
         "train_seconds": round(done.train_s, 2),
-        "samples_per_s": round(done.epoch * len(parts["train"]) / done.train_s, 1),
+        "samples_per_s": round(done.log[-1]["epoch"] * len(parts["train"]) / done.train_s, 1),
         "threads": torch.get_num_threads(),
         **{part: measure(data, part, logits[part], calibration) for part in logits},
     }
-    run_report.plot_epochs(done.log, done.best_epoch, path / "epochs.png")
     run_report.plot_reliability(parts["test"], logits["test"], calibration, "test", path / "reliability.png")
     write_atomically(path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False).encode())
     (path / "checkpoint.pt").unlink(missing_ok=True)
@@ -176,6 +183,18 @@ def read(path: Path) -> Trained:
         calibration=calibration,
         metrics=figures,
     )
+
+
+def logs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The logs of runs, finished or not, under the shortest ends of their paths that tell them apart.
+
+    Raises UserError where one has no evaluation yet, or one is named twice.
+    """
+    ends = [path.resolve().parts for path in paths]
+    if len(set(ends)) < len(ends):
+        raise UserError(f"{max(paths, key=paths.count)} is named twice")
+    length = next(n for n in range(1, max(map(len, ends)) + 1) if len({end[-n:] for end in ends}) == len(ends))
+    return {"/".join(end[-length:]): _log(path) for end, path in zip(ends, paths, strict=True)}
 
 
 def score(trained: Trained, data: Prepared, part: str) -> NDArray[np.float32]:
@@ -251,6 +270,22 @@ def _schema(path: Path) -> Schema:
         return Schema.from_json((path / "schema.json").read_bytes())
     except (OSError, ValueError) as err:
         raise UserError(f"{path / 'schema.json'}: missing or damaged ({err})") from err
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    file = path / "log.jsonl"
+    if not file.exists():
+        has = "no run" if not (path / "config.json").exists() else "a run without an evaluation yet"
+        raise UserError(f"{path} holds {has} (it has no log.jsonl)")
+    try:
+        lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for line in lines:
+            [float(line[name]) for name in ("step", "loss", "valid_auc", "valid_logloss", "best")]
+    except (OSError, ValueError, TypeError, KeyError) as err:
+        raise UserError(f"{file}: damaged, or of a run before evaluations had steps ({err!r})") from err
+    if not any(line["best"] for line in lines):
+        raise UserError(f"{file}: damaged, expected the line of an evaluation whose weights were kept")
+    return lines
 
 
 def json_of(file: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Complete runs, as functions; each docstring states the result to expect."""
+"""Complete runs, as functions; each docstring states the result to expect. And which of them a data set takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
-from training.config import Run
+from training.config import Run, assignments
 from training.errors import UserError
-from training.recipes import frappe, movielens, others, papers, simulated
+from training.recipes import frappe, movielens, neutral, others, papers, simulated
+from training.recipes.deviations import DEVIATIONS
 
 
 def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
@@ -14,22 +16,44 @@ def _of(module: ModuleType) -> dict[str, Callable[[], Run]]:
     return {n: f for n, f in functions.items() if not n.startswith("_")}
 
 
-RECIPES: dict[str, Callable[[], Run]] = _of(movielens) | _of(frappe) | _of(simulated) | _of(others) | _of(papers)
-# Whose recipes a data set takes: its own, or those of its kind (Frappe's are of flat rows, MovieLens's of histories).
-FAMILIES = {
+RECIPES: dict[str, Callable[[], Run]] = (
+    _of(movielens) | _of(frappe) | _of(simulated) | _of(others) | _of(papers) | neutral.recipes()
+)
+SUFFIXES: Mapping[str, str] = {
     "movielens-1m": "movielens",
-    "amazon": "movielens",
-    "eleme": "movielens",
-    **dict.fromkeys(("frappe", "movielens-tag", "lastfm", "criteo", "avazu", "ipinyou"), "frappe"),
-    "simulated": "simulated",
+    "movielens-tag": "movielens_tag",
+    **{name: name for name in ("frappe", "lastfm", "criteo", "avazu", "amazon", "eleme", "ipinyou", "simulated")},
 }
+"""{known data set: how the names of its recipes end}"""
+PAPERS: Mapping[tuple[str, str], str] = {
+    **{("stec", dataset): "stec_paper" for dataset in ("frappe", "movielens-tag", "criteo", "avazu")},
+    **{("deepmr", dataset): "deepmr_paper" for dataset in ("frappe", "movielens-tag")},
+    **{("dynint", dataset): "dynint_dgp_paper" for dataset in ("criteo", "avazu")},
+    ("dynint", "ipinyou"): "dynint_ipinyou_paper",
+    ("feseq", "eleme"): "feseq_paper",
+}
+"""{(model, data set of its paper): the paper's recipe}; MIAN has mian_amazon on its, a form that trains there."""
 
 
-def default(model: str, dataset: str) -> str:
-    """The recipe for a model on a data set: its own, its family's, that on MovieLens-1M, or else the model's first."""
-    known = [name for name in RECIPES if RECIPES[name]().model == model]
-    candidates = (f"{model}_{dataset}", f"{model}_{FAMILIES.get(dataset, 'movielens')}", f"{model}_movielens")
-    return next(name for name in (*candidates, *known) if name in known)
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A recipe's name, and why it is this one."""
+
+    name: str
+    reason: str
+
+
+def choose(model: str, dataset: str) -> Choice:
+    """The recipe for a model on a data set: made for the two, else the paper's on its own data, else neutral settings.
+
+    No data set takes another's recipe.
+    """
+    name = f"{model}_{SUFFIXES.get(dataset, '')}"
+    if name in RECIPES:
+        return Choice(name=name, reason=f"made for {model} on {dataset}")
+    if (model, dataset) in PAPERS:
+        return Choice(name=PAPERS[model, dataset], reason=f"{dataset} is a data set of {model}'s paper")
+    return Choice(name=f"{model}_neutral", reason=f"no recipe is made for {model} on {dataset}: neutral settings")
 
 
 def recipe(name: str, model: str) -> Run:
@@ -38,3 +62,25 @@ def recipe(name: str, model: str) -> Run:
     if name not in fitting:
         raise UserError(f"--recipe {name}: no such recipe for {model}; there are {', '.join(fitting)}")
     return RECIPES[name]()
+
+
+def is_measured(name: str) -> bool:
+    """Whether the recipe's docstring states a result that it had here."""
+    return "not measured" not in " ".join((RECIPES[name].__doc__ or "not measured").lower().split())
+
+
+def announcement(choice: Choice, run: Run) -> str:
+    """What `train` says before it starts: the recipe, why this one, every value, and its deviations from its paper."""
+    measured = "" if is_measured(choice.name) else "; never measured here"
+    lines = [f"recipe {choice.name} ({choice.reason}{measured})", f"settings: {' '.join(assignments(run))}"]
+    return "\n".join([*lines, *(f"not as in the paper: {line}" for line in DEVIATIONS.get(choice.name, ()))])
+
+
+def listing() -> str:
+    """Every recipe for `train --help`: its summary, whether it was measured here, its deviations from its paper."""
+    lines = ["recipes (--recipe NAME; without it: the one made for the data set, its paper's, or MODEL_neutral):"]
+    for name, function in RECIPES.items():
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  {name}{'' if is_measured(name) else ' [never measured here]'}: {summary}")
+        lines += [f"      not as in the paper: {line}" for line in DEVIATIONS.get(name, ())]
+    return "\n".join(lines)

@@ -29,7 +29,7 @@ def _of_few_values(field: Field) -> Field:
 
 def _fits(model: str, settings: Sequence[str], schema: Schema, dataset: str) -> bool:
     try:
-        run = override(recipes.recipe(recipes.default(model, dataset), model), settings)
+        run = override(recipes.recipe(recipes.choose(model, dataset).name, model), settings)
         zoo.build(run.model, run.model_config, schema)
     except (ValueError, UserError):
         return False

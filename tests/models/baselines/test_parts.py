@@ -39,6 +39,10 @@ FLAT: list[tuple[str, dict[str, Any]]] = [
 SEQUENCE: list[tuple[str, dict[str, Any]]] = [
     ("din", SMALL | {"attention_hidden": (5, 3)}),
     ("din", SMALL | {"attention_softmax": True, "attention_activation": "relu"}),
+    ("din", SMALL | {"age_buckets": 9}),
+    ("dien", SMALL | {"age_buckets": 9}),
+    ("dmr", SMALL | {"age_buckets": 9}),
+    ("bst", SMALL | {"age_buckets": 9, "heads": 2, "blocks": 2}),
     ("dien", SMALL),
     ("dmr", SMALL | {"attention_dim": 5}),
     ("bst", SMALL | {"heads": 2}),

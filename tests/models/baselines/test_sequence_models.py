@@ -12,20 +12,22 @@ from models.features.field import FieldSpec
 from models.features.schema import SchemaSpec
 from tests.models.flat import batch_norm, layer_norm, linear, mlp, sigmoid, softmax, weights
 from tests.models.small import COLUMNS, ITEM_FIELDS, REQUEST_FIELDS, lively, tensors, with_history, without_history
-from training.export import example
+from training.export import example, used_inputs
 
 SCHEMA = with_history(3)
 OPTIONS: dict[str, Any] = {"emb_dim": 4, "hidden": (6, 5)}
 HISTORIES = pytest.mark.parametrize("history", [True, False], ids=["history", "no history"])
+AGES = {"age_buckets": 4}
 MODELS = ["din", "dien", "dmr", "bst"]
 
 
 def scored(name: str, options: dict[str, Any], *, history: bool) -> tuple[Any, np.ndarray, list[Any]]:
-    """A model, its logits, and per row: request's fields, item's fields, target, clicks, mask."""
+    """A model, its logits, and per row: request's fields, item's fields, target, clicks, mask, vectors of ages."""
     model: Any = lively(name, SCHEMA, **OPTIONS | options)
     inputs = tensors(example(SCHEMA, 3, 8, history=history))
     if history:
         inputs["hist_mask"][:] = torch.tensor([[False, True, True], [False, False, True], [True, True, True]])
+        inputs["hist_age"][:] = torch.tensor([[0, 7, 1], [0, 0, 0], [1_800_000_000, 4, 3]])
     logits = model(inputs).detach().numpy()
     assert np.std(logits) > 1e-3
     fields = model.fields
@@ -33,10 +35,15 @@ def scored(name: str, options: dict[str, Any], *, history: bool) -> tuple[Any, n
     items = fields.item(inputs).detach().numpy()
     clicks = fields.history(inputs).flatten(2).detach().numpy()
     mask = inputs["hist_mask"].numpy()
+    ages = np.zeros_like(clicks)
+    if model.config.age_buckets:
+        # An age of n binary digits is at least n of the ends 1, 2, 4, ...
+        digits = [[int(age).bit_length() for age in of_user] for of_user in inputs["hist_age"]]
+        ages = weights(model)["ages.table"][np.minimum(digits, model.config.age_buckets - 1)]
     rows = []
     for c, u in enumerate(inputs["user_index"].tolist()):
         target = items[c, :2].flatten()  # movie and genres, which the sequences are of
-        rows.append((request[u], items[c].flatten(), target, clicks[u], mask[u]))
+        rows.append((request[u], items[c].flatten(), target, clicks[u], mask[u], ages[u]))
     return model, logits, rows
 
 
@@ -45,6 +52,7 @@ def scored(name: str, options: dict[str, Any], *, history: bool) -> tuple[Any, n
     "options",
     [
         {},
+        AGES,
         {"attention_softmax": True},
         {"attention_activation": "relu", "attention_hidden": (5,)},
         {"batch_norm": True, "dropout": 0.4},
@@ -70,8 +78,8 @@ def test_din_weights_each_click_by_how_it_meets_the_candidate(options, history):
         return x[0]
 
     expected = []
-    for request, item, target, clicks, mask in rows:
-        present = [clicks[t] for t in range(len(clicks)) if mask[t]]
+    for request, item, target, clicks, mask, ages in rows:
+        present = [clicks[t] + ages[t] for t in range(len(clicks)) if mask[t]]
         a = np.array([weight(target, e_t) for e_t in present])
         if c.attention_softmax and present:
             a = softmax(a)
@@ -81,7 +89,7 @@ def test_din_weights_each_click_by_how_it_meets_the_candidate(options, history):
 
 
 @HISTORIES
-@pytest.mark.parametrize("options", [{}, {"batch_norm": True, "dropout": 0.4}, {"hidden": ()}], ids=str)
+@pytest.mark.parametrize("options", [{}, AGES, {"batch_norm": True, "dropout": 0.4}, {"hidden": ()}], ids=str)
 def test_dien_is_a_gru_and_then_one_whose_update_gate_is_attention(options, history):
     model, logits, rows = scored("dien", options, history=history)
 
@@ -96,11 +104,11 @@ def test_dien_is_a_gru_and_then_one_whose_update_gate_is_attention(options, hist
         return (1 - u) * h + u * np.tanh(w[fresh] @ x + b[fresh] + r * (v[fresh] @ h))
 
     expected = []
-    for request, item, target, clicks, mask in rows:
+    for request, item, target, clicks, mask, ages in rows:
         h, interests = np.zeros_like(target), []
         for t in range(len(clicks)):
             if mask[t]:
-                h = step("extraction", h, clicks[t], 1.0)
+                h = step("extraction", h, clicks[t] + ages[t], 1.0)
                 interests.append(h)
         scores = np.array([interest @ p["relevance.weight"].T @ target for interest in interests])
         alpha = softmax(scores) if interests else scores
@@ -112,7 +120,7 @@ def test_dien_is_a_gru_and_then_one_whose_update_gate_is_attention(options, hist
 
 
 @HISTORIES
-@pytest.mark.parametrize("options", [{}, {"attention_dim": 2, "dropout": 0.4}, {"hidden": ()}], ids=str)
+@pytest.mark.parametrize("options", [{}, AGES, {"attention_dim": 2, "dropout": 0.4}, {"hidden": ()}], ids=str)
 def test_dmr_reads_both_relevances_and_what_its_attention_finds(options, history):
     model, logits, rows = scored("dmr", {"attention_dim": 5} | options, history=history)
 
@@ -121,9 +129,9 @@ def test_dmr_reads_both_relevances_and_what_its_attention_finds(options, history
     outputs = model.output_fields.item(inputs).flatten(1).detach().numpy()
 
     expected = []
-    for (request, item, target, clicks, mask), output in zip(rows, outputs, strict=True):
+    for (request, item, target, clicks, mask, ages), output in zip(rows, outputs, strict=True):
         present = np.flatnonzero(mask)
-        placed = [np.concatenate([p["positions"][t], clicks[t]]) for t in present]
+        placed = [np.concatenate([p["positions"][t] + ages[t], clicks[t]]) for t in present]
         user_scores = np.array([linear(p, "user_score", np.tanh(linear(p, "user_read", x)))[0] for x in placed])
         met = [np.tanh(linear(p, "item_read", x) + linear(p, "item_target", target)) for x in placed]
         item_scores = np.array([linear(p, "item_score", x)[0] for x in met])
@@ -139,7 +147,7 @@ def test_dmr_reads_both_relevances_and_what_its_attention_finds(options, history
 
 
 @HISTORIES
-@pytest.mark.parametrize("options", [{}, {"blocks": 2, "heads": 4}, {"ffn_mult": 1, "dropout": 0.4}], ids=str)
+@pytest.mark.parametrize("options", [{}, AGES, {"blocks": 2, "heads": 4}, {"ffn_mult": 1, "dropout": 0.4}], ids=str)
 def test_bst_is_a_transformer_over_the_clicks_and_the_candidate(options, history):
     model, logits, rows = scored("bst", {"heads": 2} | options, history=history)
 
@@ -163,9 +171,10 @@ def test_bst_is_a_transformer_over_the_clicks_and_the_candidate(options, history
         return layer_norm(p, f"{name}.norms.1", y + linear(p, f"{name}.ffn.2", inner))
 
     expected = []
-    for request, item, target, clicks, mask in rows:
-        present = [*np.flatnonzero(mask), len(clicks)]  # the candidate stands last
-        x = np.concatenate([clicks, target[None]])[present] + p["positions"][present]
+    for request, item, target, clicks, mask, ages in rows:
+        present = [*np.flatnonzero(mask), len(clicks)]  # the candidate stands last, and has just come
+        places = np.concatenate([ages, p["ages.table"][:1]]) if c.age_buckets else p["positions"]
+        x = (np.concatenate([clicks, target[None]]) + places)[present]
         for layer in range(c.blocks):
             x = block(f"blocks.{layer}", x)
         outputs = np.zeros((len(clicks) + 1, len(target)))
@@ -195,6 +204,14 @@ def test_the_order_of_clicks_matters_to_all_but_din(name):
     difference = (model(inputs) - model(backwards)).abs().max().item()
 
     assert (difference > 1e-6) == (name != "din")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ages_are_read_only_where_they_are_asked_for(name):
+    def reads(**options):
+        return "hist_age" in {i.name for i in used_inputs(lively(name, SCHEMA, **OPTIONS | options), SCHEMA)}
+
+    assert (reads(), reads(**AGES)) == (False, True)
 
 
 @pytest.mark.parametrize("name", MODELS)

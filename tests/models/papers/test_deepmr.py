@@ -32,7 +32,13 @@ SWITCHES: list[dict[str, Any]] = [
     {"branches": "dnn"},
     {"branches": "sa"},
     {"beta": 0.2},
+    {"beta": 1.0},
     {"beta_learned": True},
+    {"emb_scale": False},
+    {"ffn_residual": False},
+    {"emb_scale": False, "ffn_residual": False, "field_mask": "user_first", "readout": "linear"},
+    {"ffn_residual": False, "sa_final_ln": True, "sa_rezero": "add", "sa_blocks": 2},
+    {"dropout": 0.5},
     {"heads": 3},
     {"dnn_layers": 1},
     {"dnn_layers": 5},
@@ -76,7 +82,7 @@ def paper_logit(model: CTRModel, embedded: np.ndarray) -> float:
     """Section 6.2 of models.md for one row."""
     c: Any = model.config
     p = {name: value.numpy() for name, value in model.state_dict().items()}
-    x = np.sqrt(D) * embedded + p["positions"]
+    x = (np.sqrt(D) if c.emb_scale else 1) * embedded + p["positions"]
     if c.branches == "dnn":
         out = deep(c, p, x)
     elif c.branches == "sa":
@@ -130,7 +136,8 @@ def attention(c, p, x):
         for row in z:
             read = layer_norm(p, f"{block}.ffn_norm", row) if c.ffn_ln else row
             hidden = linear(p, f"{block}.ffn.0", read)
-            rows.append(linear(p, f"{block}.ffn.3", np.where(hidden > 0, hidden, 0.2 * hidden)) + read)
+            fed = linear(p, f"{block}.ffn.3", np.where(hidden > 0, hidden, 0.2 * hidden))
+            rows.append(fed + read if c.ffn_residual else fed)
         x = np.stack(rows)
     if c.sa_final_ln:
         x = np.stack([layer_norm(p, "attention.final_norm", row) for row in x])
@@ -149,6 +156,36 @@ def join(kind, alpha, s, hat):
     if kind == "add":
         return hat + alpha * s
     return hat + s if kind == "none" else hat * (1 + alpha * s)
+
+
+@pytest.mark.parametrize(("ffn_dropout", "drops_outputs"), [("both", True), ("first", False)])
+def test_the_feed_forward_layer_drops_after_both_of_its_layers_as_the_code_does(ffn_dropout, drops_outputs):
+    model: Any = lively("deepmr", SCHEMA, **OPTIONS, dropout=0.9, ffn_dropout=ffn_dropout)
+    block, direction = model.attention.blocks[0].train(), torch.ones(D, dtype=torch.float64)
+    z = torch.randn(12, F, D, dtype=torch.float64)
+
+    torch.manual_seed(0)
+    fed = block.feed(z)
+    torch.manual_seed(0)
+    summed = model.attention._read_out(z, direction)
+
+    assert ((fed == z).double().mean().item() > 0.8) == drops_outputs
+    torch.testing.assert_close(summed, fed.sum(dim=(1, 2)), rtol=0, atol=1e-10)
+
+
+def test_a_learned_beta_starts_at_one_half_and_a_fixed_one_at_what_the_code_has():
+    learned: Any = zoo.build("deepmr", OPTIONS | {"beta_learned": True}, SCHEMA)
+    started: Any = zoo.build("deepmr", OPTIONS | {"beta_learned": True, "beta": 0.8}, SCHEMA)
+    fixed: Any = zoo.build("deepmr", OPTIONS, SCHEMA)
+
+    assert learned.logged_scalars() == {"beta": 0.5}
+    assert started.logged_scalars() == {"beta": pytest.approx(0.8)}
+    assert (fixed.beta, fixed.logged_scalars()) == (0.6, {})
+
+
+def test_a_beta_above_one_is_refused():
+    with pytest.raises(ValueError, match="option beta: expected a number, at least 0 and at most 1, or nothing"):
+        DeepMRConfig(beta=1.1)
 
 
 def gradients_at_the_start(**options):

@@ -36,6 +36,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"mode": "da", "da_gate": "row"},
     {"mode": "da", "reduction": 1000},
     {"mode": "dgp", "dgp_sigma": "linear", "kernel_size": 1},
+    {"mode": "dgp", "kernel_size": P + 4},
     {"mode": "dwp", "latent_rank": 1},
     {"mode": "dwp", "latent_rank": 3, "dwp_offset": "inv"},
     {"mode": "pin", "layers": 4},
@@ -178,6 +179,20 @@ def test_dgps_penalty_is_how_parallel_the_columns_of_its_kernels_are(reduction):
     assert penalty == pytest.approx(0.1 * total, rel=1e-10)
 
 
+@pytest.mark.parametrize("offset", ["inv_sqrt", "inv"])
+def test_dwps_penalty_is_small_at_the_start_only_where_it_does_not_count_the_offset(offset):
+    overlaps = {}
+    for orth_on in ("before", "after"):
+        torch.manual_seed(0)
+        options = {"mode": "dwp", "latent_rank": 4, "dwp_offset": offset, "orth_on": orth_on, "orth_lambda": 1.0}
+        model: Any = zoo.build("dynint", OPTIONS | options, SCHEMA).train()
+        model(tensors(example(SCHEMA, 50, 50)))
+        overlaps[orth_on] = model.penalty().item() / (2 * 2 * 6)  # layers, u and v, pairs
+
+    assert overlaps["before"] < 0.45
+    assert overlaps["after"] > 0.8
+
+
 @pytest.mark.parametrize("orth_on", ["after", "before"])
 @pytest.mark.parametrize("gate_scope", ["all", "request"])
 def test_dwps_penalty_is_that_of_the_last_batch_trained_on(orth_on, gate_scope):
@@ -260,9 +275,20 @@ def test_request_scoped_gates_need_a_request_field():
         lively("dynint", SchemaSpec(fields=ITEM_FIELDS).fit(COLUMNS), **OPTIONS, gate_scope="request")
 
 
-def test_more_columns_than_can_be_orthogonal_are_refused():
-    with pytest.raises(ValueError, match=r"kernel_size 17: no more than 16 columns .* \(8 fields in 2 subspaces\)"):
-        lively("dynint", SCHEMA, **OPTIONS | {"kernel_size": 17})
+@pytest.mark.parametrize("kernel_size", [P, P + 1, 3 * P])
+def test_the_overlap_of_more_columns_than_rows_has_a_floor_that_repeated_bases_reach(kernel_size):
+    maps: Any = lively("dynint", SCHEMA, **OPTIONS | {"kernel_size": kernel_size}).maps
+    floor = (kernel_size**2 / P - kernel_size) / 2  # |cos| is at least cos^2, whose sum Welch's bound holds up
+
+    assert maps.overlap(mean=False).item() >= 2 * 2 * floor  # U and V of two layers
+
+    columns = torch.eye(P, dtype=torch.double)[torch.arange(kernel_size) % P]
+    for kernels in (maps.left_LKP, maps.right_LKP):
+        kernels.data.copy_(columns)
+    repeated = sum(i % P == j % P for i in range(kernel_size) for j in range(i))
+    assert maps.overlap(mean=False).item() == pytest.approx(2 * 2 * repeated)
+    if kernel_size % P == 0:
+        assert repeated == pytest.approx(floor)
 
 
 def test_subspaces_that_do_not_divide_the_width_are_refused():

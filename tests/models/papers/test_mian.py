@@ -310,3 +310,17 @@ def test_weights_start_truncated_normal_and_biases_zero():
     assert state["gim.projections.behaviour.weight"].std().item() == pytest.approx(
         0.0176, rel=0.05
     )  # 0.02, cut at 2 sigma
+
+
+def test_kernels_start_xavier_normal_where_asked_and_tables_as_in_the_paper():
+    from models.zoo import build
+
+    state = build("mian", {**OPTIONS, "emb_dim": 16, "kernel_start": "xavier_normal"}, SCHEMA).state_dict()
+
+    for name in ("gim.projections.behaviour.weight", "gim.head.first.weight", "transformer.ffn.0.weight"):
+        assert state[name].std().item() == pytest.approx((2 / sum(state[name].shape)) ** 0.5, rel=0.1), name
+    for name, value in state.items():
+        if name.startswith("fields."):
+            assert 0 < value.abs().max() <= 0.04, name
+        elif name.endswith("bias"):
+            assert not value.any(), name

@@ -9,7 +9,7 @@ import torch
 from models import zoo
 from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
-from models.papers.stec import STECConfig
+from models.papers.stec import Bilinear, STECConfig
 from tests.models.flat import fields_of
 from tests.models.halves import check_parts, score_alone
 from tests.models.small import (
@@ -34,7 +34,11 @@ SWITCHES: list[dict[str, Any]] = [
     {"heads": 1},
     {"pairs": "upper_diag"},
     {"pairs": "all"},
-    {"bilinear_form": "qk"},
+    {"blocks": 0},
+    {"blocks": 0, "bilinear_form": "qk", "hidden": (), "field_mask": "user_first"},
+    {"blocks": 0, "block_norm": "pre", "fusion": "last"},
+    {"bilinear_form": "qk", "hidden": ()},
+    {"bilinear_form": "qk", "heads": 3},
     {"bilinear_form": "blockdiag"},
     {"interaction": "scalar"},
     {"interaction": "scalar", "pairs": "all", "bilinear_form": "qk"},
@@ -154,11 +158,36 @@ def paper_logit(model: CTRModel, x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("pairs", "expected"), [("upper", 28), ("upper_diag", 36), ("all", 64)])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [0, 3])
 def test_n_blocks_make_n_plus_one_levels_of_interactions(pairs, expected, blocks):
     model = lively("stec", SCHEMA, **OPTIONS | {"pairs": pairs, "blocks": blocks})
 
     assert model.get_parameter("head.first.weight").shape == (5, (blocks + 1) * expected * D)
+
+
+def scores_of(form: str, heads: int, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """The attention scores of one block's products [n, H, F, F] with these W_k, or W, and W_q."""
+    bilinear = Bilinear(STECConfig(emb_dim=D, heads=heads, bilinear_form=form), F).double()  # type: ignore[arg-type]
+    for layer, weight in zip((bilinear.right[0], bilinear.left), weights, strict=False):
+        layer.weight.data = weight
+    return bilinear.scores(*bilinear(x))
+
+
+def test_merging_query_and_key_is_exact_with_one_head_and_another_function_with_more():
+    draw = torch.Generator().manual_seed(3)
+    query, key = (torch.randn(D, D, generator=draw, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(40, F, D, generator=draw, dtype=torch.float64)
+
+    exact, written = scores_of("merged", 1, x, query.T @ key), scores_of("qk", 1, x, key, query)
+    written_by_two = scores_of("qk", 2, x, key, query)
+    # The scores of the merged form are linear in W, so the nearest of all W is a least-squares fit.
+    units = torch.eye(D * D, dtype=torch.float64).unflatten(1, (D, D))
+    by_unit = torch.stack([scores_of("merged", 2, x, unit).flatten() for unit in units], dim=1)
+    nearest = by_unit @ torch.linalg.lstsq(by_unit, written_by_two.flatten().unsqueeze(1)).solution
+
+    torch.testing.assert_close(exact, written, rtol=0, atol=1e-10)
+    missed = (nearest.squeeze(1) - written_by_two.flatten()).norm() / written_by_two.norm()
+    assert missed.item() > 0.5
 
 
 def test_scalar_interactions_are_one_number_per_pair_and_head():

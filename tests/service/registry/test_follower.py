@@ -1,6 +1,7 @@
 """Two workers that follow one store: what each serves, and when. Their models are stand-ins that load at once."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -542,6 +543,28 @@ async def test_a_follower_follows_by_itself_and_outlives_what_nobody_foresaw(
 
     assert failures >= 3
     assert store.polls == polls
+
+
+async def test_a_poll_that_overhears_its_cancellation_keeps_no_follower_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker, _ = await pair()
+    polling = asyncio.Event()
+
+    async def overhears_one() -> None:
+        if polling.is_set():
+            await asyncio.sleep(3600)
+        polling.set()
+        with contextlib.suppress(asyncio.CancelledError):  # as asyncio.wait_for does where an answer has just come
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(worker.follower, "poll", overhears_one)
+    before = asyncio.all_tasks()
+
+    async with worker.follower.following():
+        await polling.wait()
+
+    assert asyncio.all_tasks() == before
 
 
 OPERATIONS = st.one_of(

@@ -18,7 +18,7 @@ from models.artifact.folder import make_current
 from service.store import local_server
 from tests.service import tiny
 from tests.service.conftest import Running, Start
-from tests.service.process.test_workers import started
+from tests.service.running_process import started
 
 pytestmark = pytest.mark.usefixtures("measured_once")
 

@@ -1,6 +1,7 @@
 """When a store that fails is asked again."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from service.store.circuit_breaker import CircuitBreaker
@@ -40,6 +41,26 @@ async def test_a_breaker_closed_for_good_probes_no_more():
 
     breaker = CircuitBreaker(probe, threshold=1, every_s=0)
     breaker.failed()
+
+    await breaker.aclose()
+
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_probe_that_overhears_its_cancellation_keeps_no_breaker_from_closing():
+    probing = asyncio.Event()
+
+    async def probe() -> None:
+        if probing.is_set():
+            await asyncio.sleep(3600)
+        probing.set()
+        with contextlib.suppress(asyncio.CancelledError):  # as asyncio.wait_for does where the answer has just come
+            await asyncio.sleep(3600)
+        raise StoreUnavailable("down")
+
+    breaker = CircuitBreaker(probe, threshold=1, every_s=0)
+    breaker.failed()
+    await probing.wait()
 
     await breaker.aclose()
 

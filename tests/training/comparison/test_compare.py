@@ -233,7 +233,7 @@ def test_cells_begun_with_other_settings_or_on_other_data_are_refused_before_any
     changed = refused(capsys, *command(data, compared, "--models", "bst,lr", "--seeds", 1, *QUICK, "lr=0.5"))
     moved = refused(capsys, *command(other, compared, "--models", "bst,lr", "--seeds", 1, *QUICK))
 
-    assert "lr-2026 was begun with other settings: lr was 0.01, now 0.5" in changed
+    assert "lr-2026 was begun with other settings: lr was 0.001, now 0.5" in changed
     assert f"other data: on {data} as it was then, not on {other}" in moved
     assert times(compared / "runs") == before
 

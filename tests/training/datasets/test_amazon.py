@@ -137,6 +137,16 @@ def test_a_category_file_that_lacks_items_is_noted(source):
     assert set(log.rows.collect().filter(pl.col("item") == "B000")["category"]) == {"Tea"}
 
 
+@pytest.mark.parametrize(("late_s", "clock"), [(0, ["weekday", "month"]), (3_600, ["hour", "weekday", "month"])])
+def test_the_context_is_the_reviews_clock_with_an_hour_where_times_are_not_all_midnight(tmp_path, late_s, clock):
+    table = pl.DataFrame({"user": [1, 1, 2, 2], "item": [1, 2, 3, 4], "timestamp": [0, DAY, 2 * DAY, 3 * DAY + late_s]})
+    table.write_parquet(tmp_path / "interactions.parquet")
+
+    fields = [field for field in amazon.load(tmp_path).spec.fields if field.group == "context"]
+
+    assert [field.name for field in fields] == [field.part for field in fields] == clock
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -240,6 +250,7 @@ def test_the_real_groceries_are_read_whole():
     assert (clicks.height, rows.height) == (121_892, 243_784)
     assert (clicks["user"].n_unique(), clicks["item"].n_unique(), rows["category"].n_unique()) == (14_681, 8_687, 56)
     assert rows["category"].null_count() == 0
+    assert [field.name for field in log.spec.fields if field.group == "context"] == ["weekday", "month"]
     assert log.notes == ()
     assert dict(clicks["part"].value_counts().rows()) == {"train": 92_530, "valid": 14_681, "test": 14_681}
     negatives = rows.filter(pl.col("label") == 0)

@@ -3,14 +3,17 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 from training.data.prepare import prepare
 from training.datasets import ipinyou
 from training.datasets.ipinyou import FIELDS, IpinyouOptions
 from training.errors import UserError
+from training.log import split_by_number
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "ipinyou_sample"
+SAMPLES = Path(__file__).parents[4] / "shared" / "data" / "ipinyou_sample"
 COLUMNS = (
     *("click", "weekday", "hour", "bidid", "timestamp", "logtype", "ipinyouid", "useragent", "IP", "region", "city"),
     *("adexchange", "domain", "url", "urlid", "slotid", "slotwidth", "slotheight", "slotvisibility", "slotformat"),
@@ -59,6 +62,10 @@ def write_libfm(folder, extra=""):
     return rows
 
 
+def shares(parts):
+    return {name: (parts == name).sum() / len(parts) for name in ("train", "valid", "test")}
+
+
 def test_a_log_is_split_by_its_days_and_its_words_made_coarse(tmp_path):
     write_log(tmp_path)
 
@@ -80,6 +87,44 @@ def test_the_libfm_form_says_the_same_but_for_the_clock(tmp_path):
 
     assert rows.select("label", "part", *FIELDS).equals(expected.select("label", "part", *FIELDS))
     assert rows["ts"].to_list() == list(range(130))
+
+
+def test_at_random_a_row_is_in_the_part_that_its_number_says_and_the_same_in_both_forms(tmp_path):
+    random = IpinyouOptions(split="random", seed=7)
+    write_log(tmp_path)
+    rows = ipinyou.load(tmp_path, random).rows.collect()
+    by_days = ipinyou.load(tmp_path).rows.collect()
+
+    write_libfm(tmp_path)
+    again = ipinyou.load(tmp_path, random).rows.collect()
+
+    numbers = pl.DataFrame({"row": range(130)}, schema={"row": pl.Int64})
+    parts = numbers.select(split_by_number(pl.col("row"), seed=7, valid=0.1, test=0.2))["part"]
+    assert rows["part"].to_list() == again["part"].to_list() == parts.to_list()
+    assert set(parts[:100]) == set(parts[100:]) == {"train", "valid", "test"}  # of the training days, of the test days
+    assert rows.drop("part").equals(by_days.drop("part"))
+
+
+def test_the_random_split_has_the_papers_shares_and_another_seed_draws_another():
+    numbers = pl.DataFrame({"row": range(20_000)}, schema={"row": pl.Int64})
+    options = IpinyouOptions(split="random")
+
+    drawn = [
+        numbers.select(split_by_number(pl.col("row"), seed=seed, valid=options.valid, test=ipinyou.RANDOM_TEST))["part"]
+        for seed in (options.seed, options.seed + 1)
+    ]
+
+    for parts in drawn:
+        assert shares(parts) == pytest.approx({"train": 0.7, "valid": 0.1, "test": 0.2}, abs=0.015)
+    assert 0.4 < np.mean(drawn[0].to_numpy() == drawn[1].to_numpy()) < 0.7  # 0.54 of two independent draws
+
+
+@pytest.mark.parametrize(
+    "options", [{"valid": 0.8, "split": "random"}, {"valid": 1}, {"seed": 2**32}, {"min_count": 0}]
+)
+def test_shares_that_leave_nothing_to_train_on_and_numbers_out_of_range_are_refused(options):
+    with pytest.raises(UserError, match=r"valid between 0 and (0\.8|1), got"):
+        IpinyouOptions(**options)
 
 
 def test_a_campaign_is_prepared_in_time_order_whatever_the_order_of_its_file(tmp_path):
@@ -128,10 +173,15 @@ def test_a_folder_of_neither_form_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of real data stand beside the project, not in it")
-def test_the_real_sample_is_read():
-    rows = ipinyou.load(SAMPLES, IpinyouOptions(min_count=1)).rows.collect()
+def test_the_real_sample_is_read_and_the_papers_setting_mixes_its_days():
+    log = ipinyou.load(SAMPLES, IpinyouOptions(split="random", min_count=20))
+    rows = log.rows.collect()
 
     assert rows.height == 47_923
     assert rows["label"].sum() == 305
     assert rows["useragent"].value_counts(sort=True).row(0) == ("android_safari", 46_852)
     assert set(rows["slotprice"]) <= {*PRICES.values(), "other"}
+    assert {field.min_count for field in log.spec.fields} == {20}
+    for of_test_days in (False, True):
+        parts = rows.filter((pl.col("ts") >= 26_773) == of_test_days)["part"]
+        assert shares(parts) == pytest.approx({"train": 0.7, "valid": 0.1, "test": 0.2}, abs=0.01)

@@ -72,13 +72,13 @@ def test_the_table_leaves_out_what_no_part_has_and_marks_what_one_lacks():
 
 
 def test_plots_are_pictures_with_something_on_them(rows, tmp_path):
-    log = [{"epoch": n, "loss": 0.6 / n, "valid_auc": 0.7, "valid_logloss": 0.5} for n in (1, 2, 3)]
+    log = [{"step": n, "loss": 0.6 / n, "valid_auc": 0.7, "valid_logloss": 0.5, "best": n < 3} for n in (1, 2, 3)]
     logits = np.random.default_rng(0).normal(size=len(rows)).astype(np.float32)
 
-    run_report.plot_epochs(log, 2, tmp_path / "epochs.png")
+    run_report.plot_curves({"one": log, "other": log[:2]}, tmp_path / "curves.png")
     run_report.plot_reliability(rows, logits, Calibration(slope=2.0), "test", tmp_path / "reliability.png")
 
-    for name in ("epochs.png", "reliability.png"):
+    for name in ("curves.png", "reliability.png"):
         picture = imread(tmp_path / name)
         assert picture.shape[0] > 300
         assert picture.std() > 0.05

@@ -18,6 +18,7 @@ from training.fit.checkpoint import State
 
 SETTINGS = ["max_epochs=3", "patience=9", "batch_size=50", "checkpoint_s=0", "ema_decay=0.9"]
 SETTINGS += ["model.dropout=0.2", "model.emb_dim=8"]
+EVERY = {"by epoch": [], "by steps": ["eval_every_steps=17", "plateau_monitor=logloss"]}  # 24 steps an epoch
 
 
 def command(data, run, *more):
@@ -25,37 +26,49 @@ def command(data, run, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(data, run)) == 0
-    return run
+def uninterrupted_runs(data, tmp_path_factory):
+    runs = {every: tmp_path_factory.mktemp("runs") / every for every in EVERY}
+    for every, run in runs.items():
+        assert main(command(data, run, *EVERY[every])) == 0
+    return runs
 
 
-def assert_same_run(torn, whole):
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_runs):
+    return uninterrupted_runs["by epoch"]
+
+
+def assert_same_run(torn, uninterrupted):
     for name in ("weights.safetensors", "calibration.json", "config.json"):
-        assert (torn / name).read_bytes() == (whole / name).read_bytes()
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (torn, whole)]
-    torn_log, whole_log = ([{k: v for k, v in e.items() if not k.endswith("_s")} for e in log] for log in logs)
-    assert torn_log == whole_log
+        assert (torn / name).read_bytes() == (uninterrupted / name).read_bytes()
+    logs = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (torn, uninterrupted)
+    ]
+    torn_log, uninterrupted_log = ([{k: v for k, v in e.items() if not k.endswith("_s")} for e in log] for log in logs)
+    assert torn_log == uninterrupted_log
     assert not (torn / "checkpoint.pt").exists()
 
 
-def test_a_run_killed_twice_inside_an_epoch_ends_with_the_weights_of_one_left_alone(data, whole, tmp_path):
+@pytest.mark.parametrize("every", EVERY)
+def test_a_run_killed_twice_inside_an_epoch_ends_with_the_weights_of_one_left_alone(
+    data, uninterrupted_runs, tmp_path, every
+):
+    torn = command(data, tmp_path / "torn", *EVERY[every], "--resume")
     for after in (13, 41):
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, str(after), *command(data, tmp_path / "torn", "--resume")],
+            [sys.executable, "-c", KILLED, str(after), *torn],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             check=False,
         )
         assert killed.returncode == -signal.SIGKILL
 
-    assert main(command(data, tmp_path / "torn", "--resume")) == 0
+    assert main(torn) == 0
 
-    assert_same_run(tmp_path / "torn", whole)
+    assert_same_run(tmp_path / "torn", uninterrupted_runs[every])
 
 
-def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, whole, tmp_path, monkeypatch):
+def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, uninterrupted, tmp_path, monkeypatch):
     rename, names = Path.replace, set()
 
     def interrupt_once_per_name(path, target):
@@ -71,7 +84,7 @@ def test_a_run_interrupted_at_every_file_it_writes_ends_the_same_too(data, whole
     written = {"config.json", "schema.json", "checkpoint.pt", "log.jsonl", "weights.safetensors", "calibration.json"}
     assert names == written | {"metrics.json"}
     assert codes == [130] * 7 + [0]
-    assert_same_run(tmp_path / "torn", whole)
+    assert_same_run(tmp_path / "torn", uninterrupted)
 
 
 def test_a_full_disk_is_told_with_the_file(data, tmp_path, monkeypatch):
@@ -93,7 +106,7 @@ def test_a_checkpoint_gives_back_model_optimiser_random_numbers_and_position(dat
     optimizer = torch.optim.Adam(model.parameters(), lr=0.125)
     torch.stack([p.sum() for p in model.parameters()]).sum().backward()
     optimizer.step()
-    state = State(epoch=1, step=2, loss_sum=0.5, best=0.7, best_epoch=1, log=[{"epoch": 1, "auc": 0.7}])
+    state = State(step=14, loss_sum=0.5, best=0.7, bad_evals=1, log=[{"step": 12, "auc": 0.7, "best": True}])
     checkpoint.save(tmp_path / "c.pt", model, optimizer, state)
     drawn = torch.rand(3)
 

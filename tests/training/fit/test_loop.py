@@ -85,14 +85,14 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_without_patience(da
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     figures = [line[f"valid_{monitor}"] for line in log]
     best = max(figures) if monitor == "auc" else min(figures)
-    assert len(log) == state.epoch == state.best_epoch + 2 < 30
-    assert figures[state.best_epoch - 1] == pytest.approx(best, abs=1e-6)
+    assert len(log) == state.best_evaluation["epoch"] + 2 < 30
+    assert figures[state.best_evaluation["epoch"] - 1] == pytest.approx(best, abs=1e-6)
     valid = data.rows("valid")
     again = loop.predict(model, valid, "valid")
-    kept = (
+    figure = (
         metrics.auc(valid.label, again) if monitor == "auc" else metrics.logloss(valid.label, 1 / (1 + np.exp(-again)))
     )
-    assert kept == pytest.approx(figures[state.best_epoch - 1], abs=1e-6)
+    assert figure == pytest.approx(figures[state.best_evaluation["epoch"] - 1], abs=1e-6)
 
 
 def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tmp_path):
@@ -110,11 +110,72 @@ def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tm
     assert expected == 0.002
 
 
+def test_evaluations_by_steps_come_every_so_many_steps_and_after_the_last(data, tmp_path):
+    _, state = fit(data, run(max_epochs=2, patience=99, eval_every_steps=5), tmp_path / "run")
+
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [5, 10, 15, 20, 24]  # 12 steps an epoch
+    assert [line["epoch"] for line in log] == [0.417, 0.833, 1.25, 1.667, 2]
+    assert state.step == 24
+    best, best_step = -1.0, 0
+    for line in log:
+        assert line["best"] == (line["valid_auc"] > best + loop.MIN_GAIN)
+        if line["best"]:
+            best, best_step = line["valid_auc"], line["step"]
+    assert state.best_evaluation["step"] == best_step
+
+
+def test_when_the_validation_part_is_looked_at_changes_no_step(data, tmp_path):
+    options = {"model_config": {"emb_dim": 8, "dropout": 0.3}, "plateau_factor": 1.0, "patience": 99, "max_epochs": 2}
+
+    by_epoch, state = fit(data, run(**options), tmp_path / "epochs")
+    by_steps, states = fit(data, run(**options, eval_every_steps=8), tmp_path / "steps")
+
+    last = [{k: log[-1][k] for k in ("step", "valid_auc", "valid_logloss")} for log in (state.log, states.log)]
+    assert last[0] == last[1]
+    losses = [sum(line["loss"] * steps for line, steps in _with_steps(log)) for log in (state.log, states.log)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    if state.best_evaluation["step"] == states.best_evaluation["step"]:
+        assert torch.equal(weights(by_epoch), weights(by_steps))
+
+
+def _with_steps(log):
+    return [(line, line["step"] - before) for line, before in zip(log, [0, *(e["step"] for e in log)], strict=False)]
+
+
+def test_patience_counts_evaluations(data, tmp_path):
+    _, state = fit(data, run(max_epochs=30, lr=0.05, patience=2, eval_every_steps=5), tmp_path / "run")
+
+    assert state.step == state.best_evaluation["step"] + 10 < 30 * 12
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_the_learning_rate_can_fall_on_a_plateau_of_the_log_loss_while_the_auc_decides_the_end(
+    data, tmp_path, patience
+):
+    settings = run(
+        max_epochs=10, patience=10, lr=0.1, plateau_monitor="logloss", plateau_patience=patience, plateau_factor=0.5
+    )
+
+    _, state = fit(data, settings, tmp_path / "run")
+
+    best, bad, expected = np.inf, 0, 0.1
+    for line in state.log:
+        assert line["lr"] == pytest.approx(expected)
+        improved = line["valid_logloss"] < best - loop.MIN_GAIN
+        best, bad = (line["valid_logloss"], 0) if improved else (best, bad + 1)
+        if bad > patience:
+            expected, bad = expected / 2, 0
+    assert expected < 0.1
+    aucs = [line["valid_auc"] for line in state.log]
+    assert state.best == pytest.approx(max(aucs), abs=1e-6)
+
+
 def test_a_learning_rate_below_the_floor_is_left_as_it_is(data, tmp_path):
     _, state = fit(data, run(max_epochs=6, patience=6, lr=1e-9, min_lr=1e-6), tmp_path / "run")
 
     assert {line["lr"] for line in state.log} == {1e-9}
-    assert state.bad_epochs
+    assert state.bad_evals
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(data, tmp_path):
@@ -123,7 +184,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(da
     rows.inputs["item.price"] = rows.inputs["item.price"].copy()
     rows.inputs["item.price"][7] = np.nan
 
-    with pytest.raises(UserError, match="the loss is nan .* in epoch 1, step 1; try a smaller learning rate"):
+    with pytest.raises(UserError, match="the loss is nan .* in step 1; try a smaller learning rate"):
         loop.fit(model, rows, data.rows("valid"), run(model="lr", batch_size=2000), folder=tmp_path, report=print)
 
     assert torch.isfinite(weights(model)).all()
@@ -157,6 +218,17 @@ def test_what_a_model_learns_beside_the_labels_moves_it_and_is_no_part_of_the_lo
     assert not torch.equal(plain, taught)
     assert taught_loss == pytest.approx(plain_loss, abs=1e-4)
     assert taught_loss < 1
+
+
+def test_a_models_own_scalars_are_logged_by_epoch(data, tmp_path):
+    options = {"emb_dim": 8, "beta_learned": True}
+
+    model, _ = fit(data, run(model="deepmr", model_config=options, max_epochs=2), tmp_path / "run")
+
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    betas = [line["model.beta"] for line in log]
+    assert 0.5 != betas[0] != betas[1] != 0.5
+    assert [line["model.beta"] for line in log if line["best"]][-1] == model.beta.item()
 
 
 def test_ftrl_takes_the_size_that_batches_really_have(data, tmp_path):
