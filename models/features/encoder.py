@@ -21,7 +21,7 @@ class Encoder:
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
-        self._lookups = {f.name: lookup_of(f.vocabulary or ()) for f in schema.fields if f.kind != "sequence"}
+        self._lookups = {f.name: lookup_of(f) for f in schema.fields if f.kind != "sequence"}
         self.layout = PackedLayout(schema)
         length = schema.history_length
         self.masks = np.arange(length) >= length - np.arange(length + 1)[:, None]  # by the number of past clicks

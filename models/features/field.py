@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic import Field as Setting
 
-from models.features.values import NULL_VALUES, Discretise, Transform
+from models.features.values import Discretise, Transform
 
 PAD = 0  # absent, or a position that holds nothing: the zero vector, never trained
 
@@ -49,9 +49,7 @@ class FieldSpec(BaseModel):
     clip: bool = Setting(default=True, description="numeric: whether numbers outside the training part's bulk are cut")
     of: str | None = Setting(default=None, description="sequence: the field whose values at each click it repeats")
     discretise: Discretise | None = Setting(default=None, description="categorical: numbers, by `buckets`")
-    null_values: tuple[str, ...] = Setting(
-        default=NULL_VALUES, description="what is absent, unless it is a known value"
-    )
+    null_values: tuple[str, ...] = Setting(default=(), description="text and numbers that stand for no value")
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:

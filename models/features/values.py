@@ -1,5 +1,6 @@
 """Raw values: their types, the one spelling of each, the buckets of numbers, and how often each was seen."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NULL_VALUES = ("", "NULL", "\\N", "nan", "NaN", "None")
-"""Texts that stand for no value, space around them not counted, unless a data set names others."""
+"""What tables write for an absent value, unless a data set names other spellings."""
 
 Discretise = Literal["log_square", "ln_square_plus_one", "winners"]
 Transform = Literal["none", "log", "quantile"]
@@ -61,13 +62,32 @@ def canonical(value: Value) -> str | None:
 
 
 @lru_cache
-def null_numbers(null_values: tuple[str, ...]) -> frozenset[float]:
-    """The null values that are numbers, such as -1."""
+def null_numbers(null_values: tuple[str, ...]) -> frozenset[int | float]:
+    """Those of the null spellings that are numbers as JSON writes them, such as -1."""
     numbers = set()
     for text in null_values:
-        with suppress(ValueError):
-            numbers.add(float(text))
-    return frozenset(n for n in numbers if math.isfinite(n))
+        with suppress(ValueError, OverflowError):
+            number = json.loads(text)
+            if type(number) in (int, float) and math.isfinite(number):
+                numbers.add(number)
+    return frozenset(numbers)
+
+
+@lru_cache
+def null_texts(null_values: tuple[str, ...]) -> frozenset[str]:
+    """The null spellings, with the one spelling of each number among them: 1.0 makes 1 absent, too."""
+    return frozenset(null_values) | {str(canonical(number)) for number in null_numbers(null_values)}
+
+
+def is_null_text(text: str, null_values: tuple[str, ...]) -> bool:
+    """Whether text stands for no value; space around it does not count."""
+    return text.strip() in null_texts(null_values)
+
+
+def without_nulls(numbers: NDArray[np.float64], null_values: tuple[str, ...]) -> NDArray[np.float64]:
+    """The numbers, with NaN in the place of null values."""
+    absent = [float(number) for number in null_numbers(null_values)]
+    return np.where(np.isin(numbers, absent), math.nan, numbers) if absent else numbers
 
 
 def buckets(discretise: Discretise, numbers: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,7 +33,7 @@ def click(number: int, *, user: str = "u1", item: str = "ad1", ts: float | None 
     return Click(event_id=f"e{number}", user=user, item=item, ts=float(number) if ts is None else ts, features=features)
 
 
-def own_click(number: int, *, features: Row | None = None, context: Row | None = None) -> Click:
+def event_click(number: int, *, features: Row | None = None, context: Row | None = None) -> Click:
     return Click(
         event_id=f"e{number}", user="u1", item="ad1", ts=float(number), features=features or {}, context=context or {}
     )
@@ -137,7 +137,7 @@ async def test_a_click_keeps_what_its_event_brought_apart_from_what_its_item_cal
     brought: Row = {"coins": 12.5, "gadgets": ["bow", 7], "vip": True, "level": None}
     await store.put_items({"ad1": {"coins": 999, "device": "any"}})
 
-    await store.append([own_click(1, features=brought), own_click(2, context={"device": "tv"}), click(3)])
+    await store.append([event_click(1, features=brought), event_click(2, context={"device": "tv"}), click(3)])
 
     events = await past(store)
     assert [event.event_value("coins") for event in events] == [12.5, None, None]
@@ -154,7 +154,7 @@ def test_a_click_of_which_the_event_brought_nothing_is_stored_as_it_always_was()
 
 
 def test_code_that_knows_no_features_of_events_refuses_them_instead_of_misreading(caplog) -> None:
-    packed = pack_click_features(own_click(1, features={"coins": 3}))
+    packed = pack_click_features(event_click(1, features={"coins": 3}))
 
     assert unpack_row(packed) is None  # what that code reads a click's features with
     assert "unreadable features" in caplog.text

@@ -160,9 +160,12 @@ def test_every_row_is_encoded_as_its_request_with_the_values_of_the_clicks_own_r
     pasts: dict[str, list[Event]] = {}
     for row in rows:
         if row["clicked"]:
-            own = {name: row[name] for name in OF_CLICKS}
+            features = {name: row[name] for name in OF_CLICKS}
             event = Event(
-                item=row["offer"], ts=row["at"], features=own, item_features={"price": prices[row["offer"]], "coins": 1}
+                item=row["offer"],
+                ts=row["at"],
+                features=features,
+                item_features={"price": prices[row["offer"]], "coins": 1},
             )
             pasts.setdefault(row["player"], []).append(event)
 
@@ -232,7 +235,7 @@ def test_every_model_that_reads_a_history_as_it_is_takes_what_clicks_had(name: s
     absent = inputs | {"hist.coins": torch.zeros_like(inputs["hist.coins"])}
 
     with torch.inference_mode():
-        told, blind = model(inputs), model(absent)
+        with_coins, without = model(inputs), model(absent)
 
-    assert torch.isfinite(told).all()
-    assert bool((told != blind).any()) == (name in READERS)
+    assert torch.isfinite(with_coins).all()
+    assert bool((with_coins != without).any()) == (name in READERS)

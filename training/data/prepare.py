@@ -157,8 +157,8 @@ def _counts(rows: pl.LazyFrame, part: str) -> dict[str, int]:
 def _past(rows: pl.LazyFrame, log: Log) -> pl.LazyFrame:
     """The columns that a past click is made of: what a model sees of it, or just when it was."""
     item = [f.name for f in log.spec.fields if f.group == "item"] if log.spec.history_length else []
-    known = set(rows.collect_schema().names())  # a log that brings its histories may have fields of past events only
-    events = [f.name for f in event_fields(log.spec.fields) if f.name in known]
+    columns = set(rows.collect_schema().names())  # a log that brings its histories may have fields of past events only
+    events = [f.name for f in event_fields(log.spec.fields) if f.name in columns]
     return rows.select("group", "user", "item", "ts", "label", *item, *events)
 
 
@@ -171,14 +171,14 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log,
     folder.mkdir()
     test = rows.filter(pl.col("part") == "test")
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
-    of_events = [f.name for f in event_fields(log.spec.fields)]
-    names = rows.collect_schema().names()
-    shown = dict.fromkeys((*context, *(name for name in of_events if name in names), *log.truth))
-    write_parquet(test.select("request", "user", "item", "ts", "label", *shown), folder / "test.parquet")
+    event_names = [f.name for f in event_fields(log.spec.fields)]
+    columns = rows.collect_schema().names()
+    extra = dict.fromkeys((*context, *(name for name in event_names if name in columns), *log.truth))
+    write_parquet(test.select("request", "user", "item", "ts", "label", *extra), folder / "test.parquet")
     first = test.select(pl.col("ts").min()).collect(engine="streaming").item()
     events = clicks if past is None else _newest(rows.filter(pl.col("ts") < first), past)
     before = events.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
-    write_parquet(before.select("user", "item", "ts", *of_events), folder / "behaviours.parquet")
+    write_parquet(before.select("user", "item", "ts", *event_names), folder / "behaviours.parquet")
     numbered = rows.with_row_index(ROW)
     for key in ("user", "item"):
         key_column = log.spec.user_key if key == "user" else log.spec.item_key

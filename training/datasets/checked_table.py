@@ -350,10 +350,12 @@ class _Reader:
     def _parts(self) -> pl.Expr:
         """The values of texts parted by the separator, without the space around them; null where in brackets."""
         text = pl.when(~text_lists.is_bracketed(self._raw)).then(self._raw)
-        nulls = self.reading.null_values
-        part = pl.element().str.strip_chars()
-        values = pl.when(~part.is_in(nulls)).then(part) if self._keeps_places else part.filter(~part.is_in(nulls))
-        return text.str.split(self._separator).list.eval(values)
+        return text.str.split(self._separator).list.eval(self._present(pl.element().str.strip_chars()))
+
+    def _present(self, members: pl.Expr) -> pl.Expr:
+        """A list's members without the absent ones, which are null where places are kept."""
+        present = spelling.present(members, self.reading.null_values)
+        return present if self._keeps_places else present.drop_nulls()
 
     @property
     def _keeps_places(self) -> bool:
@@ -377,17 +379,16 @@ class _Reader:
             values = self._raw if isinstance(self._dtype, pl.List) else self._raw.arr.to_list()
             spelled = spelling.as_text(pl.element(), _inner(self._dtype))
             assert spelled is not None
-            present = spelling.present(spelled, self.reading.null_values)
-            return values.list.eval(present if self._keeps_places else present.drop_nulls()).fill_null(empty)
+            return values.list.eval(self._present(spelled)).fill_null(empty)
         if self._dtype != pl.String:
             spelled = spelling.as_text(self._raw, self._dtype)
             assert spelled is not None
             return pl.when(self._raw.is_not_null()).then(pl.concat_list(spelled)).otherwise(empty)
         parts = self._parts()
         if self._is_numbers:
-            parts = parts.list.eval(spelling.as_numbers(pl.element()))
+            parts = parts.list.eval(self._present(spelling.as_numbers(pl.element())))
         brackets = text_lists.bracketed(self._raw, keep_absent=self._keeps_places)
-        return pl.coalesce(brackets, parts).fill_null(empty)
+        return pl.coalesce(brackets.list.eval(self._present(pl.element())), parts).fill_null(empty)
 
     def _of_times(self) -> dict[str, pl.Expr]:
         if self._dtype == pl.Float32:

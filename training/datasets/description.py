@@ -161,8 +161,14 @@ class Description(_Marks):
             user_key=self._key("user", self.user),
             item_key=self._key("item", self.item),
             history_length=self.history_length,
-            fields=tuple(field.spec.model_copy(update={"null_values": self.null_values}) for field in self.fields),
+            fields=tuple(self._spec_of(field) for field in self.fields),
         )
+
+    def _spec_of(self, field: FieldForm) -> FieldSpec:
+        """With the file's null values: the encoder takes them for absent wherever a value comes from."""
+        if field.kind in ("time", "sequence"):
+            return field.spec
+        return field.spec.model_copy(update={"null_values": self.null_values})
 
     @property
     def read_fields(self) -> tuple[FieldForm, ...]:

@@ -131,7 +131,7 @@ def _spec(options: ElemeOptions) -> SchemaSpec:
     def field(name: str, group: Group) -> FieldSpec:
         if name in NUMERIC:
             return FieldSpec(name=name, kind="numeric", group=group, normalise="min_max", clip=False)
-        return FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count)
+        return FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count, null_values=GAPS)
 
     past = [name for name in FIELDS["item"] if name not in NUMERIC]
     if options.sequences == "paper":

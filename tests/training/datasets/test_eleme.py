@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 
 from models.features.encoder import Encoder
+from models.features.field import OOV, PAD
 from models.features.history import Event
 from training.data.batches import Prepared
 from training.data.prepare import prepare
@@ -92,6 +93,15 @@ def test_a_row_that_lacks_a_value_is_dropped(source, changed):
 
     assert log.rows.collect().height == 153
     assert log.notes[0] == "154 rows drawn, 1 of them dropped for an absent value"
+
+
+def test_a_gap_in_the_files_is_one_in_a_request(source, tmp_path):
+    prepare("eleme", source, tmp_path / "prepared", settings=["files=D1_0,D3_1", "share=1"])
+    encoder = Encoder(Prepared.open(tmp_path / "prepared").schema)
+
+    row = encoder.encode_request({"gender": "null"}, {"time_type": "NA", "hours": "25"}, START)
+
+    assert [row[name].tolist() for name in ("user.gender", "ctx.time_type", "ctx.hours")] == [[PAD], [PAD], [OOV]]
 
 
 def test_a_share_of_each_file_is_drawn_and_the_same_for_one_seed(tmp_path):

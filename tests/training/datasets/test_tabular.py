@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import yaml
 
+from models.features.values import NULL_VALUES
 from training.__main__ import main
 from training.data.prepare import prepare
 from training.datasets import tabular
