@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import polars as pl
 
+from models.features.field import event_fields
 from models.features.schema import Schema
 from training.evaluation.metrics import auc
 
@@ -62,14 +63,15 @@ def replay(data: Path, url: str) -> pl.DataFrame:
     rows = pl.read_parquet(data / "raw" / "test.parquet").with_row_index("row")
     schema = Schema.from_json((data / "schema.json").read_bytes())
     context = [f.name for f in schema.group("context") if f.kind != "time"]
+    event_names = [f.name for f in event_fields(schema.fields) if f.name in rows.columns]
     requests = [group.to_dicts() for group in rows.partition_by("request", maintain_order=True)]
-    answers = asyncio.run(_replay_all(requests, context, url))
+    answers = asyncio.run(_replay_all(requests, context, event_names, url))
     answered = pl.DataFrame(answers, schema_overrides={"row": pl.UInt32})
     return rows.join(answered, on="row", maintain_order="left")
 
 
 async def _replay_all(
-    requests: Sequence[list[dict[str, Any]]], context: Sequence[str], url: str
+    requests: Sequence[list[dict[str, Any]]], context: Sequence[str], event_names: Sequence[str], url: str
 ) -> list[dict[str, Any]]:
     # A user's requests stay in order on one connection; users do not see each other, so connections run side by side.
     lanes: list[list[list[dict[str, Any]]]] = [[] for _ in range(CONNECTIONS)]
@@ -79,7 +81,7 @@ async def _replay_all(
     async with httpx.AsyncClient(base_url=url, timeout=10) as client:
         progress = asyncio.create_task(_tell_progress(done, sum(map(len, requests))))
         try:
-            await asyncio.gather(*(_replay_lane(client, lane, context, done) for lane in lanes))
+            await asyncio.gather(*(_replay_lane(client, lane, context, event_names, done) for lane in lanes))
         finally:
             progress.cancel()
     return done
@@ -89,10 +91,11 @@ async def _replay_lane(
     client: httpx.AsyncClient,
     lane: Sequence[list[dict[str, Any]]],
     context: Sequence[str],
+    event_names: Sequence[str],
     done: list[dict[str, Any]],
 ) -> None:
     for request in lane:
-        body, events = _predict_body(request, context), _events_body(request)
+        body, events = _predict_body(request, context), _events_body(request, event_names)
         start = time.perf_counter()
         response = await client.post("/predict", json=body)
         milliseconds = (time.perf_counter() - start) * 1000
@@ -126,7 +129,7 @@ def _predict_body(request: Sequence[Mapping[str, Any]], context: Sequence[str]) 
     }
 
 
-def _events_body(request: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _events_body(request: Sequence[Mapping[str, Any]], event_names: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "event_id": f"{row['row']}-{kind}",
@@ -135,6 +138,7 @@ def _events_body(request: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "user": row["user"],
             "item": row["item"],
             "request_id": str(row["request"]),
+            "features": {name: row[name] for name in event_names if row[name] is not None},
         }
         for row in request
         for kind in (("impression", "click") if row["label"] == 1 else ("impression",))

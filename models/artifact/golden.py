@@ -15,7 +15,9 @@ from models.features.request import Request
 
 def request_to_json(request: Request) -> dict[str, Any]:
     """A raw request as plain JSON values."""
-    behaviours = [asdict(event) for event in request.behaviours]
+    behaviours = [
+        {name: v for name, v in asdict(event).items() if v != {} or name == "features"} for event in request.behaviours
+    ]
     items = {
         name: column.tolist() if isinstance(column, np.ndarray) else list(column)
         for name, column in request.items.items()

@@ -112,7 +112,7 @@ def _check_schema(schema: Schema, paper: str) -> None:
         raise ValueError(f"{paper} compares the candidate with past clicks; the schema has no sequence field")
     for field in clicks:
         if field.of not in items:
+            source = f"sequence {field.name} is of {field.of}" if field.of else f"a click's own field is {field.name}"
             raise ValueError(
-                f"{paper} compares the candidate with past clicks field by field;"
-                f" sequence {field.name} is of {field.of}, which is no item field"
+                f"{paper} compares the candidate with past clicks field by field; {source}, which is no item field"
             )

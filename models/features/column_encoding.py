@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.features.field import FIRST, OOV, PAD, Field, input_name
-from models.features.values import Column, buckets, canonical, transformed
+from models.features.values import (
+    Column,
+    buckets,
+    canonical,
+    is_null_text,
+    null_numbers,
+    null_texts,
+    transformed,
+    without_nulls,
+)
 
 Lookup = Mapping[Any, int]
 
@@ -77,6 +86,7 @@ class ScalarEncoder:
         self.is_users = field.group == "user"
         self._lookup = lookup
         self._is_plain = field.kind == "categorical" and field.discretise is None
+        self._null_numbers = null_numbers(field.null_values)
 
     def id_of(self, value: Any, ts: float) -> int:
         """For a field of one id."""
@@ -85,7 +95,7 @@ class ScalarEncoder:
                 value_id = self._lookup.get(value, OOV)
             except TypeError:
                 value_id = OOV
-            if value_id != OOV or type(value) is str:
+            if value_id != OOV or self._is_unknown_text(value):
                 return value_id
         elif self.field.part == "hour" and abs(ts) <= LATEST_S:
             return int(ts // 3600 % 24) + FIRST
@@ -95,7 +105,8 @@ class ScalarEncoder:
 
     def array_of(self, value: Any) -> NDArray[Any]:
         """For a field that is a number or a list."""
-        if type(value) is float and self.field.kind == "numeric" and math.isfinite(value):
+        is_float = type(value) is float and math.isfinite(value) and value not in self._null_numbers
+        if is_float and self.field.kind == "numeric":
             return np.array([_normalised(self.field, value)], dtype=np.float32)
         if type(value) is list and self.field.kind == "multi":
             encoded = self._few(value)
@@ -109,12 +120,16 @@ class ScalarEncoder:
             ids = [self._lookup.get(value, OOV) for value in values]
         except TypeError:
             return None
-        if OOV in ids and any(i == OOV and type(v) is not str for i, v in zip(ids, values, strict=True)):
+        if OOV in ids and not all(self._is_unknown_text(v) for i, v in zip(ids, values, strict=True) if i == OOV):
             return None
         encoded = np.full((1, self.field.max_values or 1), PAD, dtype=np.int64)
         kept = [i for i in ids if i != PAD][: encoded.shape[1]]
         encoded[0, : len(kept)] = kept
         return encoded
+
+    def _is_unknown_text(self, value: Any) -> bool:
+        """Whether a value that the look-up does not have is text, and not one that stands for no value."""
+        return type(value) is str and not is_null_text(value, self.field.null_values)
 
 
 _LISTS = {list, tuple, type(None), np.ndarray}
@@ -123,17 +138,21 @@ _NUMBERS = (int, float, np.integer, np.floating)
 _SCALARS = (*_NUMBERS, str, np.bool_, type(None))
 
 
-def lookup_of(vocabulary: Sequence[str]) -> Lookup:
-    """The ids of a vocabulary's values, by every spelling of theirs."""
+def lookup_of(field: Field) -> Lookup:
+    """The ids of a vocabulary's values, by every spelling of theirs, and of what is absent."""
     # 42, 42.0 and True-like numbers hash alike in Python, so one extra key per numeric spelling makes
     # `lookup.get(value)` agree with `canonical(value)` without touching the values one by one.
     lookup: dict[Any, int] = {None: PAD, "": PAD}
+    vocabulary = field.vocabulary or ()
     for spelling, value_id in zip(vocabulary, range(FIRST, FIRST + len(vocabulary)), strict=True):
         lookup[spelling] = value_id
         # Words are no numbers, and of a million it takes long to find that out by an exception.
         number = _number(spelling) if spelling[0] in _STARTS or spelling == "inf" else None
         if number is not None and canonical(number) == spelling:
             lookup[number] = value_id
+    if field.discretise is None:  # else these are levels, and null values are numbers before that
+        nulls = (*null_texts(field.null_values), *null_numbers(field.null_values))
+        lookup.update(dict.fromkeys(nulls, PAD))
     return lookup
 
 
@@ -163,7 +182,11 @@ def _ids(field: Field, lookup: Lookup, values: Sequence[Any]) -> NDArray[np.int6
         value = values[row]
         if not isinstance(value, _SCALARS):
             raise EncodingError(field=field, row=row, expected="a string or a number", got=value)
-        if isinstance(value, float | np.floating) and math.isnan(value):  # NaN is how tables spell an absent value
+        if isinstance(value, str):
+            is_absent = is_null_text(value, field.null_values)
+        else:  # NaN is how tables spell an absent value
+            is_absent = isinstance(value, float | np.floating) and math.isnan(value)
+        if is_absent:
             ids[row] = PAD
     return ids
 
@@ -208,7 +231,7 @@ def _doubles(field: Field, column: Column) -> NDArray[np.float64]:
     if infinite.any():
         row = int(np.argmax(infinite))
         raise EncodingError(field=field, row=row, expected="a finite number", got=numbers[row])
-    return numbers
+    return without_nulls(numbers, field.null_values)
 
 
 def _parse_numbers(field: Field, column: Column) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ class Encoder:
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
-        self._lookups = {f.name: lookup_of(f.vocabulary or ()) for f in schema.fields if f.kind != "sequence"}
+        self._lookups = {f.name: lookup_of(f) for f in schema.fields if f.kind != "sequence"}
         self.layout = PackedLayout(schema)
         length = schema.history_length
         self.masks = np.arange(length) >= length - np.arange(length + 1)[:, None]  # by the number of past clicks
@@ -30,8 +30,9 @@ class Encoder:
         self._other_singles = [s for s in singles if s.field.kind in ("numeric", "multi")]
         self._single_names = [s.input_name for s in self._single_ids]
         self._request_offsets = np.array([f.offset for f in self.layout.request.fields], dtype=np.int64)
-        sources = [(input_name(s), schema.field(s.of)) for s in schema.group("behaviour") if s.of is not None]
-        self._clocks = [(name, source) for name, source in sources if source.kind == "time"]
+        names = [input_name(f) for f in schema.group("behaviour")]
+        self._history = list(zip(names, schema.history_sources, strict=True))
+        self._clocks = [(name, source) for name, source in self._history if source.kind == "time"]
 
     def encode(self, request: Request) -> Arrays:
         """One request (U = 1) with its C candidates.
@@ -79,15 +80,26 @@ class Encoder:
         return encode(field, self._lookups[field.name], column, np.empty(0), len(column))
 
     def encode_events(self, columns: Columns, ts: NDArray[np.float64]) -> Arrays:
-        """The `hist.*` values of many events, one row each, from raw item columns, and their own times as `ts`."""
+        """The `hist.*` values of many events, one row each, from raw columns, and their own times as `ts`.
+
+        `columns` go by the names of `Schema.history_sources`.
+        """
         arrays: Arrays = {"ts": ts}
-        for sequence in self.schema.group("behaviour"):
-            assert sequence.of is not None
-            source = self.schema.field(sequence.of)
-            arrays[input_name(sequence)] = encode(
-                source, self._lookups[source.name], columns.get(source.name), ts, len(ts)
-            )
+        for name, source in self._history:
+            arrays[name] = encode(source, self._lookups[source.name], columns.get(source.name), ts, len(ts))
         return arrays
+
+    def event_columns(self, events: Sequence[Event]) -> Columns:
+        """The raw columns of these events, for `encode_events`."""
+        columns: dict[str, Column] = {}
+        for _, source in self._history:
+            if source.name == self.schema.item_key:
+                columns[source.name] = [e.item for e in events]
+            elif source.group == "item":
+                columns[source.name] = [e.item_value(source.name) for e in events]
+            elif source.kind != "time":
+                columns[source.name] = [e.event_value(source.name) for e in events]
+        return columns
 
     def window(
         self, events: Arrays, starts: NDArray[np.int64], ends: NDArray[np.int64], ts: NDArray[np.float64]
@@ -115,11 +127,7 @@ class Encoder:
     def encode_history(self, behaviours: Sequence[Event], ts: float) -> Arrays:
         """The `hist*` inputs of one request (U = 1): what `window` makes of its events alone."""
         past = history(behaviours, before=ts, limit=self.schema.history_length)
-        names = {s.of for s in self.schema.group("behaviour") if s.of is not None}
-        columns: dict[str, Column] = {n: [e.features.get(n) for e in past] for n in names if n != self.schema.item_key}
-        if self.schema.item_key is not None:
-            columns[self.schema.item_key] = [e.item for e in past]
-        events = self.encode_events(columns, np.array([e.ts for e in past], dtype=np.float64))
+        events = self.encode_events(self.event_columns(past), np.array([e.ts for e in past], dtype=np.float64))
         return self.window(events, np.zeros(1, np.int64), np.array([len(past)], np.int64), np.array([ts], np.float64))
 
     def encode_times(self, times: NDArray[np.float64], ts: float) -> Arrays:

@@ -1,8 +1,8 @@
 """One field of a schema: its kind, its group, what it learnt from the training part, and the arrays it becomes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic import Field as Setting
@@ -47,23 +47,24 @@ class FieldSpec(BaseModel):
     normalise: Literal["standard", "min_max"] = "standard"
     transform: Transform = Setting(default="none", description="numeric: what is done to a number before all else")
     clip: bool = Setting(default=True, description="numeric: whether numbers outside the training part's bulk are cut")
-    of: str | None = Setting(default=None, description="sequence: the item or time field whose values it repeats")
+    of: str | None = Setting(default=None, description="sequence: the field whose values at each click it repeats")
     discretise: Discretise | None = Setting(default=None, description="categorical: numbers, by `buckets`")
+    null_values: tuple[str, ...] = Setting(default=(), description="text and numbers that stand for no value")
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         if (self.part is not None) != (self.kind == "time"):
             raise ValueError(f"field {self.name}: 'part' ({', '.join(PARTS)}) goes with kind time, and only there")
         if (self.of is not None) != (self.kind == "sequence"):
-            raise ValueError(f"field {self.name}: 'of' (an item or time field) goes with kind sequence, and only there")
+            raise ValueError(f"field {self.name}: 'of' (a field) goes with kind sequence, and only there")
         if self.max_values is not None and self.kind != "multi":
             raise ValueError(f"field {self.name}: 'max_values' is for kind multi, got kind {self.kind}")
         if self.discretise is not None and self.kind != "categorical":
             raise ValueError(f"field {self.name}: 'discretise' is for kind categorical, got kind {self.kind}")
         if self.kind != "numeric" and (self.transform != "none" or not self.clip):
             raise ValueError(f"field {self.name}: 'transform' and 'clip' are for kind numeric, got kind {self.kind}")
-        if (self.kind == "sequence") != (self.group == "behaviour"):
-            raise ValueError(f"field {self.name}: kind sequence and group behaviour go together")
+        if self.kind == "sequence" and self.group != "behaviour":
+            raise ValueError(f"field {self.name}: kind sequence needs group behaviour, got group {self.group}")
         if self.kind == "time" and self.group != "context":
             raise ValueError(f"field {self.name}: a time field belongs to the context, got group {self.group}")
         return self
@@ -118,6 +119,21 @@ class Input:
     def shape(self, *, users: int, candidates: int) -> tuple[int, ...]:
         sizes = {"U": users, "C": candidates}
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+
+F = TypeVar("F", bound=FieldSpec)
+
+
+def history_sources(fields: Sequence[F]) -> tuple[F, ...]:
+    """By behaviour field, in declared order, the field whose values and embeddings it has: its `of`, or itself."""
+    declared = {f.name: f for f in fields if f.kind != "sequence"}
+    return tuple(declared[f.of or f.name] for f in fields if f.group == "behaviour")
+
+
+def event_fields(fields: Sequence[F]) -> tuple[F, ...]:
+    """The fields that a click must bring a value of, as its item has none: in the order of their sequences."""
+    by_name = {f.name: f for f in history_sources(fields) if f.group != "item" and f.kind != "time"}
+    return tuple(by_name.values())
 
 
 def input_name(field: FieldSpec) -> str:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features.values import Columns, SchemaError, Tally, Transform, canonical, transformed
+from models.features.values import (
+    Columns,
+    SchemaError,
+    Tally,
+    Transform,
+    canonical,
+    is_null_text,
+    transformed,
+    without_nulls,
+)
 
 if TYPE_CHECKING:
     from models.features.field import FieldSpec
@@ -46,10 +55,11 @@ def vocabulary_of(
     spec: "FieldSpec", values: Sequence[Any], value_counts: Sequence[int] | NDArray[np.int64]
 ) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
+    null_values = spec.null_values if spec.discretise is None else ()  # of levels, none is absent
     try:
         for value, count in zip(values, value_counts, strict=True):
             spelling = canonical(value)
-            if spelling is not None:
+            if spelling is not None and not is_null_text(spelling, null_values):
                 counts[spelling] += int(count)
     except TypeError as err:
         raise SchemaError(f"field {spec.name}: kind {spec.kind} wants strings or numbers ({err})") from err
@@ -64,7 +74,7 @@ def numbers_of(spec: "FieldSpec", listed: Sequence[Any] | NDArray[Any]) -> NDArr
         values = _parsed(spec, listed)
     if np.isinf(values).any():
         raise SchemaError(f"field {spec.name}: infinite values in the training part")
-    return values
+    return without_nulls(values, spec.null_values)
 
 
 def _parsed(spec: "FieldSpec", listed: Sequence[Any] | NDArray[Any]) -> NDArray[np.float64]:

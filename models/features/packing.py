@@ -32,7 +32,7 @@ PackedName = Literal["request", "history", "item"]
 class PackedField:
     """Where one field lies in its group: columns `start` to before `stop`, rows from `offset` of the group's table.
 
-    `field` is the field whose values and table these are: of a sequence, the field that it is `of`.
+    `field` is the field whose values and table these are: `Schema.history_sources` of a behaviour field.
     """
 
     name: str
@@ -118,7 +118,8 @@ class PackedLayout:
         self.request = _group(
             "request", [(input_name(f), f) for f in (*schema.group("user"), *schema.group("context"))]
         )
-        self.history = _group("history", [(input_name(f), schema.field(str(f.of))) for f in schema.group("behaviour")])
+        past = [input_name(f) for f in schema.group("behaviour")]
+        self.history = _group("history", list(zip(past, schema.history_sources, strict=True)))
         self.item = _group("item", [(input_name(f), f) for f in schema.group("item")])
 
     def pack(self, arrays: Arrays) -> Arrays:

@@ -12,7 +12,7 @@ from ijson.common import ObjectBuilder
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Setting
 
-from models.features.field import Field, FieldSpec, Group, Input, _check_values, input_name
+from models.features.field import Field, FieldSpec, Group, Input, _check_values, history_sources, input_name
 from models.features.fitting import numbers_of, statistics_of, tally_of, vocabulary_of
 from models.features.values import Columns, SchemaError, Tally, buckets
 
@@ -67,8 +67,13 @@ class Schema(BaseModel):
         return tuple(f for f in self.fields if f.group == group)
 
     def field(self, name: str) -> Field:
-        """The user, context or item field of that name; a sequence field goes by what it is `of`."""
+        """The field of that name that is no sequence; a sequence goes by what it is `of`."""
         return self._by_name[name]
+
+    @cached_property
+    def history_sources(self) -> tuple[Field, ...]:
+        """By behaviour field, in declared order, the field whose values and embeddings it has."""
+        return history_sources(self.fields)
 
     @cached_property
     def _by_name(self) -> dict[str, Field]:
@@ -93,10 +98,9 @@ class Schema(BaseModel):
 
     def _input(self, field: Field, rows: str) -> Input:
         dims: tuple[str | int, ...] = (rows,)
-        source = field
-        if field.kind == "sequence":
-            assert field.of is not None
-            dims, source = (rows, self.history_length), self.field(field.of)
+        source = self.field(field.of or field.name)
+        if field.group == "behaviour":
+            dims = (rows, self.history_length)
         if source.kind == "multi":
             assert source.max_values is not None
             dims = (*dims, source.max_values)
@@ -154,20 +158,25 @@ def _taken_out(content: Any) -> dict[int, list[Any]]:
 def _check(fields: Sequence[FieldSpec], user_key: str | None, item_key: str | None, history_length: int) -> None:
     if not fields:
         raise ValueError("a schema needs at least one field")
-    (_, name), count = Counter((f.group == "behaviour", f.name) for f in fields).most_common(1)[0]
+    # A sequence may bear the name of another field, but not of one in its own group: their arrays would share a name.
+    (_, name), count = Counter(
+        place for f in fields for place in {(f.kind == "sequence", f.name), (f.group == "behaviour", f.name)}
+    ).most_common(1)[0]
     if count > 1:
         raise ValueError(f"field names must differ, {name} is declared more than once")
     for key, group in ((user_key, "user"), (item_key, "item")):
         kinds = {f.name: f.kind for f in fields if f.group == group}
         if key is not None and kinds.get(key) != "categorical":
             raise ValueError(f"{group}_key names a categorical {group} field, got {key!r}")
-    sources = {f.name for f in fields if (f.group == "item" and f.kind in ("categorical", "multi")) or f.kind == "time"}
-    sequences = [f for f in fields if f.kind == "sequence"]
-    for field in sequences:
-        if field.of not in sources:
-            raise ValueError(f"sequence {field.name} is of {field.of!r}, which is no categorical, multi or time field")
-    if bool(sequences) != (history_length > 0):
-        raise ValueError(f"history_length {history_length} and {len(sequences)} sequence fields do not go together")
+    sources = {f.name for f in fields if f.group != "behaviour" and f.name != user_key}
+    for field in fields:
+        if field.kind == "sequence" and field.of not in sources:
+            raise ValueError(
+                f"sequence {field.name} is of {field.of!r}, no context, item or user field, or the user's id"
+            )
+    num_behaviour = sum(f.group == "behaviour" for f in fields)
+    if bool(num_behaviour) != (history_length > 0):
+        raise ValueError(f"history_length {history_length} and {num_behaviour} sequence fields do not go together")
 
 
 def _fit(spec: FieldSpec, tally: Tally | None) -> Field:

@@ -1,12 +1,20 @@
 """Raw values: their types, the one spelling of each, the buckets of numbers, and how often each was seen."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+NULL_VALUES = ("", "NULL", "\\N", "nan", "NaN", "None")
+"""What tables write for an absent value, unless a data set names other spellings."""
+SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
+"""The characters around a null spelling that do not count."""
 
 Discretise = Literal["log_square", "ln_square_plus_one", "winners"]
 Transform = Literal["none", "log", "quantile"]
@@ -53,6 +61,35 @@ def canonical(value: Value) -> str | None:
             return None
         return str(int(value)) if float(value).is_integer() else repr(float(value))
     raise TypeError(f"expected a string or a number, got {type(value).__name__}")
+
+
+@lru_cache
+def null_numbers(null_values: tuple[str, ...]) -> frozenset[int | float]:
+    """Those of the null spellings that are numbers as JSON writes them, such as -1."""
+    numbers = set()
+    for text in null_values:
+        with suppress(ValueError, OverflowError):
+            number = json.loads(text)
+            if type(number) in (int, float) and math.isfinite(number):
+                numbers.add(number)
+    return frozenset(numbers)
+
+
+@lru_cache
+def null_texts(null_values: tuple[str, ...]) -> frozenset[str]:
+    """The null spellings, with the one spelling of each number among them: 1.0 makes 1 absent, too."""
+    return frozenset(null_values) | {str(canonical(number)) for number in null_numbers(null_values)}
+
+
+def is_null_text(text: str, null_values: tuple[str, ...]) -> bool:
+    """Whether text stands for no value; space around it does not count."""
+    return text.strip(SPACE) in null_texts(null_values)
+
+
+def without_nulls(numbers: NDArray[np.float64], null_values: tuple[str, ...]) -> NDArray[np.float64]:
+    """The numbers, with NaN in the place of null values."""
+    absent = [float(number) for number in null_numbers(null_values)]
+    return np.where(np.isin(numbers, absent), math.nan, numbers) if absent else numbers
 
 
 def buckets(discretise: Discretise, numbers: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -89,9 +89,10 @@ class FESeq(CTRModel):
     """Fields interact inside every event, events attend to each other, and the candidate's own tables pool them.
 
     An event holds the values of the sequence fields; the request's other fields are repeated in each of them. The
-    candidate is the last event: a sequence `of` an item field takes the item's value there, one `of` a clock field the
-    request's. Item fields that are in no sequence are known of no past click: like the request's fields they enter the
-    head as they are, and like all item fields the pooling's query.
+    candidate is the last event: a sequence `of` an item field takes the item's value there, one `of` a field of the
+    request its value now (the paper's stocks of coins and gadgets), and what only past events have is absent. Item
+    fields that are in no sequence are known of no past click: like the request's fields they enter the head as they
+    are, and like all item fields the pooling's query.
 
     No click sees a later event, so that the history is refined once per request, to the keys and values of sequence
     encoder and pooling; a candidate computes its own position alone. The query is the item's alone and so made once per
@@ -110,7 +111,7 @@ class FESeq(CTRModel):
         super().__init__()
         _check_schema(schema)
         self.config = config
-        self.sequences = [str(f.of) for f in schema.group("behaviour")]
+        self.sequences = [f.name for f in schema.history_sources]
         self.items = [f.name for f in schema.group("item")]
         requests = [f.name for f in (*schema.group("user"), *schema.group("context"))]
         self.constant = [name for name in requests if name not in self.sequences]
@@ -176,17 +177,19 @@ class FESeq(CTRModel):
 
         paired = [name for name in self.sequences if name in self.items]
         of_request = [name for name in self.event if name in requests]
+        of_past = [name for name in self.event if name not in (*self.items, *requests)]
         indices = {
             "constant_fields": [requests.index(name) for name in self.constant],
             "request_event_fields": [requests.index(name) for name in of_request],
             "paired_fields": [self.items.index(name) for name in paired],
             "unpaired_fields": [self.items.index(name) for name in self.unpaired],
-            # A candidate's event has the item's fields first, then the request's; clocks may stand between the former.
-            "event_order": [(paired + of_request).index(name) for name in self.event],
+            # A candidate's event has the item's fields, then the request's, then those that only past events have.
+            "event_order": [(paired + of_request + of_past).index(name) for name in self.event],
         }
         for name, places in indices.items():
             self.register_buffer(name, torch.tensor(places, dtype=torch.int64), persistent=False)
-        self.num_paired, self.in_order = len(paired), paired + of_request == self.event
+        self.num_paired, self.num_past = len(paired), len(of_past)
+        self.in_order = paired + of_request + of_past == self.event
 
     def encode_user(self, inputs: Inputs) -> UserState:
         mask_UT = history_mask(inputs)
@@ -196,7 +199,7 @@ class FESeq(CTRModel):
             x_URD = self.fields.request(inputs)
             constant_UKD = x_URD.index_select(1, self.constant_fields)
             head_UH = head_UH + F.linear(constant_UKD.flatten(1), self._kernel("constant"))
-            if self.num_paired < len(self.event):
+            if self.num_paired + self.num_past < len(self.event):
                 state["event"] = x_URD.index_select(1, self.request_event_fields)
 
         events_UTFD = self.fields.history(inputs)
@@ -227,6 +230,8 @@ class FESeq(CTRModel):
         event_CFD = torch.unflatten(paired_CX, 1, (self.num_paired, width))
         if "event" in state:
             event_CFD = torch.cat([event_CFD, of_request(state["event"], user_index, num_candidates)], dim=1)
+        if self.num_past:
+            event_CFD = F.pad(event_CFD, (0, 0, 0, self.num_past))
         if not self.in_order:
             event_CFD = event_CFD.index_select(1, self.event_order)
         x_CX = self.interaction(event_CFD, "interact_attn_candidate").flatten(1)

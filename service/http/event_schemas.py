@@ -84,8 +84,12 @@ def _event(value: Any, latest: float) -> Event:
     unit = sent.user if sent.user is not None else sent.request_id
     if unit is None:
         raise ValueError("/user: expected one, or the request_id of an anonymous request, got neither")
-    features = sent.features or {}
-    pack_row(features)
+    features, context = sent.features or {}, sent.context or {}
+    for name, row in (("features", features), ("context", context)):
+        try:
+            pack_row(row)
+        except ValueError as err:
+            raise ValueError(f"/{name}: {err}") from None
     return Event(
         type=sent.type,
         event_id=canonical_id(sent.event_id),
@@ -94,6 +98,7 @@ def _event(value: Any, latest: float) -> Event:
         unit=canonical_id(unit),
         item=canonical_id(sent.item),
         features=features,
+        context=context,
     )
 
 

@@ -35,6 +35,7 @@ class Behaviour(Struct, frozen=True, forbid_unknown_fields=True):
     item: Id
     ts: Time
     features: Features | None = None
+    context: Features | None = None
 
 
 class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,4 +192,9 @@ def _are_good_strings(ids: list[Any]) -> bool:
 
 
 def _event(behaviour: Behaviour) -> Event:
-    return Event(item=canonical_id(behaviour.item), ts=behaviour.ts, features=behaviour.features or {})
+    return Event(
+        item=canonical_id(behaviour.item),
+        ts=behaviour.ts,
+        features=behaviour.features or {},
+        context=behaviour.context or {},
+    )

@@ -24,6 +24,7 @@ class Event:
     unit: str
     item: str
     features: Row
+    context: Row
 
 
 class EventRecorder:
@@ -62,7 +63,10 @@ class EventRecorder:
     async def _append(self, events: Sequence[Event]) -> int:
         if not events:
             return 0
-        clicks = [Click(event_id=e.event_id, user=e.unit, item=e.item, ts=e.ts, features=e.features) for e in events]
+        clicks = [
+            Click(event_id=e.event_id, user=e.unit, item=e.item, ts=e.ts, features=e.features, context=e.context)
+            for e in events
+        ]
         with self._metrics.store_call("append"):
             new = await self._store.append(clicks)
         return self._count(events, new)

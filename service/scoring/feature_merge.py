@@ -1,10 +1,11 @@
 """Feature merge: what the client sent over what the store has, field by field, and what neither could bring."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from models.features.column_encoding import EncodingError
 from models.features.encoder import Encoder
-from models.features.field import Field
+from models.features.field import Field, event_fields
 from models.features.history import Event
 from models.features.schema import Schema
 from models.features.values import Row, Value
@@ -21,8 +22,8 @@ def merge_user_features(schema: Schema, request: ScoringRequest, stored: Row | N
 
 
 def with_item_features(event: Event, item: Row | None) -> Event:
-    """A client's behaviour with its item's stored features, where the client sent none."""
-    return Event(item=event.item, ts=event.ts, features={**(item or {}), **_present(event.features)})
+    """A client's behaviour with its item's stored features, which count where the client sent none."""
+    return replace(event, item_features=item or {})
 
 
 def degraded_reasons(
@@ -46,13 +47,18 @@ def degraded_reasons(
 def lacks_item_features(schema: Schema, behaviours: Sequence[Event]) -> bool:
     """Whether a client's behaviours lack a value that the store may have for their items."""
     fields = history_item_fields(schema)
-    return any(event.features.get(f.name) is None for event in behaviours for f in fields)
+    return any(event.item_value(f.name) is None for event in behaviours for f in fields)
 
 
 def history_item_fields(schema: Schema) -> list[Field]:
     """The item fields whose values a history repeats, but for the id."""
-    sources = {sequence.of for sequence in schema.group("behaviour")}
+    sources = {field.name for field in schema.history_sources}
     return [field for field in schema.group("item") if field.name in sources and field.name != schema.item_key]
+
+
+def value_of(event: Event, field: Field) -> Value:
+    """A past click's value of a field that is neither an id nor a clock."""
+    return event.item_value(field.name) if field.group == "item" else event.event_value(field.name)
 
 
 def invalid_values(encoder: Encoder, request: ScoringRequest) -> list[FieldError]:
@@ -75,8 +81,9 @@ def invalid_values(encoder: Encoder, request: ScoringRequest) -> list[FieldError
             for row, value in enumerate(request.candidates.column(field.name)):
                 check(field, value, request.candidates.pointer(row, field.name))
     for position, event in enumerate(request.behaviours or ()):
-        for field in history_item_fields(schema):
-            check(field, event.features.get(field.name), pointer("behaviours", position, "features", field.name))
+        for field in (*history_item_fields(schema), *event_fields(schema.fields)):
+            where = "features" if field.group == "item" or event.features.get(field.name) is not None else "context"
+            check(field, value_of(event, field), pointer("behaviours", position, where, field.name))
     return errors
 
 

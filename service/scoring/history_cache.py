@@ -8,11 +8,12 @@ import numpy as np
 from models.features.arrays import Arrays
 from models.features.column_encoding import EncodingError
 from models.features.encoder import Encoder
-from models.features.values import Column, Row
+from models.features.field import event_fields
+from models.features.history import Event
 from service.scoring import feature_merge
 from service.scoring.candidate_cache import MAX_KEY_BYTES, unknown_fields
 from service.scoring.row_table import EMPTY_SLOT, RowTable, RowWarnings
-from service.store.codec import ClickHistory, unpack_row
+from service.store.codec import ClickHistory
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class HistoryCache:
         schema = encoder.schema
         self._encoder = encoder
         self._group = group = encoder.layout.history
-        self._item_fields = feature_merge.history_item_fields(schema)
+        self._stored_fields = [*feature_merge.history_item_fields(schema), *event_fields(schema.fields)]
         # What depends on when the clicks were is made for each request, and only if the model reads it.
         self._reads_age = reads_age
         self._clock_columns = [(f.name, f.start, f.offset) for f in group.fields if f.field.kind == "time"]
@@ -51,9 +52,7 @@ class HistoryCache:
         if not found.all():
             positions = np.flatnonzero(found == EMPTY_SLOT)
             missing = positions.tolist()
-            made, made_warnings = self._make(
-                [history.items[p] for p in missing], [history.features[p] for p in missing]
-            )
+            made, made_warnings = self._make([history[p] for p in missing])
             for name in self._names:
                 arrays[name][0, first + positions] = made[name]
             warnings += made_warnings.values()
@@ -75,18 +74,15 @@ class HistoryCache:
             unknown[name] = unknown.get(name, 0) + 1
         return arrays, unknown, any(warning.invalid for warning in warnings)
 
-    def _make(self, items: Sequence[str], features: Sequence[bytes]) -> tuple[Arrays, dict[int, RowWarnings]]:
+    def _make(self, clicks: Sequence[Event]) -> tuple[Arrays, dict[int, RowWarnings]]:
         """These clicks' rows, and the warnings by click."""
-        rows: list[Row] = [unpack_row(packed) or {} for packed in features]
-        invalid: Sequence[frozenset[str]] = [frozenset()] * len(rows)
+        invalid: Sequence[frozenset[str]] = [frozenset()] * len(clicks)
         try:
-            arrays = self._pack(items, rows)
+            arrays = self._pack(clicks)
         except EncodingError as err:
             log.warning("bad stored value", extra={"field": err.field.name, "expected": err.expected})
-            rows, invalid = map(
-                list, zip(*(feature_merge.drop_invalid(self._encoder, r, self._item_fields) for r in rows), strict=True)
-            )
-            arrays = self._pack(items, rows)
+            valid, invalid = zip(*map(self._without_invalid, clicks), strict=True)
+            arrays = self._pack(valid)
         unknown = unknown_fields(self._group, arrays["history_ids"])
         warnings = {
             row: RowWarnings(invalid=names, unknown=unknown.get(row, ()))
@@ -95,9 +91,12 @@ class HistoryCache:
         }
         return arrays, warnings
 
-    def _pack(self, items: Sequence[str], rows: Sequence[Row]) -> Arrays:
-        columns: dict[str, Column] = {f.name: [row.get(f.name) for row in rows] for f in self._item_fields}
-        if self._encoder.schema.item_key is not None:
-            columns[self._encoder.schema.item_key] = items
+    def _without_invalid(self, click: Event) -> tuple[Event, frozenset[str]]:
+        values = {f.name: feature_merge.value_of(click, f) for f in self._stored_fields}
+        valid, bad = feature_merge.drop_invalid(self._encoder, values, self._stored_fields)
+        return Event(item=click.item, ts=click.ts, features=valid), bad
+
+    def _pack(self, clicks: Sequence[Event]) -> Arrays:
         # Clicks of one item at several times share a row: its clock columns are filled in for each request.
-        return self._group.pack(self._encoder.encode_events(columns, np.zeros(len(items))), (len(items),))
+        columns, times = self._encoder.event_columns(clicks), np.zeros(len(clicks))
+        return self._group.pack(self._encoder.encode_events(columns, times), (len(clicks),))

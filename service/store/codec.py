@@ -5,8 +5,8 @@ import logging
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, overload
 
 import msgspec
 
@@ -21,13 +21,15 @@ MAX_FEATURES_BYTES = 8192  # of one row, packed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Click:
-    """One click as it is stored. What its features lack are those stored for its item at the time it is appended."""
+    """One click as it is stored: what the event brought, and its item's features at the time it is appended."""
 
     event_id: str
     user: str
     item: str
     ts: float
     features: Row = field(default_factory=dict)
+    context: Row = field(default_factory=dict)
+    item_features: Row = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ts < math.inf:
@@ -52,8 +54,10 @@ class ClickHistory(Sequence[Event]):
     def __getitem__(self, index: int | slice) -> "Event | ClickHistory":
         if isinstance(index, slice):
             return ClickHistory(self.items[index], self.ts[index], self.features[index])
-        row = unpack_row(self.features[index])
-        return Event(item=self.items[index], ts=self.ts[index], features=row or {})
+        item_features, features, context = unpack_features(self.features[index])
+        return Event(
+            item=self.items[index], ts=self.ts[index], features=features, context=context, item_features=item_features
+        )
 
 
 NO_HISTORY = ClickHistory((), (), ())
@@ -61,10 +65,8 @@ NO_HISTORY = ClickHistory((), (), ())
 
 def enriched(click: Click, item: Row | None) -> Click:
     """The click with its item's stored features, but for those that it brought itself."""
-    if not item:
-        return click
-    features = {name: value for name, value in click.features.items() if value is not None}
-    return Click(event_id=click.event_id, user=click.user, item=click.item, ts=click.ts, features={**item, **features})
+    others = {name: value for name, value in (item or {}).items() if click.features.get(name) is None}
+    return replace(click, item_features=others) if others else click
 
 
 def order(click: Click) -> tuple[float, str, bytes]:
@@ -112,8 +114,13 @@ _TAG_BYTES = 8
 _FRAME_BYTES = _FRONT.size + _TAG_BYTES + _SIZE.size
 
 
-_FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(
-    dict[str, str | int | float | bool | list[str | int | float | bool | None] | None]
+_MSGPACK_LIST = 0x90  # and the number of its members, up to 15
+
+
+_Row = dict[str, str | int | float | bool | list[str | int | float | bool | None] | None]
+_FEATURES: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(_Row)
+_CLICK_FEATURES: msgspec.msgpack.Decoder[dict[str, Any] | list[dict[str, Any]]] = msgspec.msgpack.Decoder(
+    _Row | Annotated[list[_Row], msgspec.Meta(min_length=2, max_length=3)]
 )
 
 
@@ -127,7 +134,7 @@ def pack_row(row: Row) -> bytes:
 
 def packed_features(row: Row) -> bytes:
     try:
-        packed = msgspec.msgpack.encode({name: value for name, value in row.items() if value is not None})
+        packed = msgspec.msgpack.encode(_present(row))
         _FEATURES.decode(packed)
     except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
         raise ValueError(f"features are strings, numbers of 64 bits, booleans and lists of them ({err})") from err
@@ -145,9 +152,39 @@ def unpack_row(packed: bytes | None) -> Row | None:
         return None
 
 
+def pack_click_features(click: Click) -> bytes:
+    """The item's features as a map or, where the event brought some itself, a list: the item's, its own, its context.
+
+    The last one is left out where it is empty. Code of before events had features of their own refuses a list, and
+    scores that click by its item and time alone.
+    """
+    rows = [click.item_features, click.features, click.context]
+    while len(rows) > 1 and not _present(rows[-1]):
+        rows.pop()
+    if len(rows) == 1:
+        return packed_features(rows[0])
+    return bytes([_MSGPACK_LIST | len(rows)]) + b"".join(map(packed_features, rows))
+
+
+def unpack_features(packed: bytes) -> tuple[Row, Row, Row]:
+    """A click's features: its item's, its own, its context. Nothing of what cannot be read: that is logged."""
+    try:
+        rows = _CLICK_FEATURES.decode(packed)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        log.warning("unreadable features", extra={"error": str(err), "bytes": len(packed)})
+        return {}, {}, {}
+    if isinstance(rows, dict):
+        return rows, {}, {}
+    return rows[0], rows[1], rows[2] if len(rows) > 2 else {}
+
+
+def _present(row: Row) -> Row:
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def pack_click(click: Click) -> bytes:
-    """Its own features and its item's together may take twice what a row may."""
-    item, features = click.item.encode(), packed_features(click.features)
+    """Its item's features, its own and its context may each take what a row may."""
+    item, features = click.item.encode(), pack_click_features(click)
     size = _FRAME_BYTES + len(item) + len(features)
     # -0.0 would sort after every other time.
     front = _FRONT.pack(size, len(item), click.ts + 0.0)

@@ -90,5 +90,5 @@ class FeatureStore(Protocol):
 # --- values. Features: a msgpack map. A user's past: a header and one framed record per click, oldest first. ---
 # header  version 1 (u8), number of records (u16)
 # record  size of all of it (u16), length of the item (u16), ts (big-endian double), item (UTF-8), event tag (8 bytes),
-#         features (msgpack), size again (u16), so that it can be walked from either end
+#         features (see pack_click_features), size again (u16), so that it can be walked from either end
 # The bytes from ts to the tag order as (ts, item, tag) do: append.lua compares them and reads nothing else.

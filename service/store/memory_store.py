@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 
 from models.features.values import Row
-from service.store.codec import Click, ClickHistory, enriched, order, pack_row, packed_features, unpack_row
+from service.store.codec import Click, ClickHistory, enriched, order, pack_click_features, pack_row, unpack_row
 from service.store.feature_store import FeatureStore, Fetched, OnFetched
 
 
@@ -37,7 +37,7 @@ class MemoryStore(FeatureStore):
             Fetched(
                 user=self._users.get(user) if user is not None else None,
                 behaviours=ClickHistory(
-                    [c.item for c in past], [c.ts for c in past], [packed_features(c.features) for c in past]
+                    [c.item for c in past], [c.ts for c in past], [pack_click_features(c) for c in past]
                 ),
                 items=[self._items.get(item) for item in items],
             )

@@ -24,13 +24,12 @@ from models.features.field import FieldSpec
 from models.features.packing import PackedLayout, slice_candidates
 from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
-from tests.models.small import COLUMNS, REQUEST_FIELDS, lively, raw_requests, with_history
+from tests.models.small import COLUMNS, REQUEST_FIELDS, lively, raw_requests, with_fields_of_clicks, with_history
 from tests.trained_models import trained_and_exported
 from training import export
 from training.export import ExportError
 
 # Forms that no recipe has, with weights large enough to show a difference. Every model of the zoo stands beside them.
-SCHEMA = with_history()
 FORMS: dict[str, dict[str, Any]] = {
     "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first", "bilinear_form": "qk"},
     "dynint with dwp by request": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "gate_scope": "request"},
@@ -56,12 +55,13 @@ MORE_SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]  # for the pape
 def exported(temp: pytest.TempPathFactory, form: str) -> tuple[CTRModel, Artifact]:
     """A lively float32 model, in training mode as the loop leaves it, and its artifact; `form` begins with its name."""
     name, *_ = form.split()
-    model = lively(name, SCHEMA, **FORMS[form]).float().train()
+    schema = with_fields_of_clicks() if name == "feseq" else with_history()
+    model = lively(name, schema, **FORMS[form]).float().train()
     folder = export.export(
         name,
         FORMS[form],
         model,
-        SCHEMA,
+        schema,
         calibration=CALIBRATION,
         metrics={"auc": 0.7},
         golden_requests=raw_requests(),

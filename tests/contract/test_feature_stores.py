@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.features.history import Event, history
 from models.features.values import Row
-from service.store.codec import MAX_FEATURES_BYTES, Click, pack_row, unpack_row
+from service.store.codec import MAX_FEATURES_BYTES, Click, pack_click_features, pack_row, unpack_features, unpack_row
 from service.store.feature_store import FeatureStore
 from service.store.memory_store import MemoryStore
 from service.store.redis_store import RedisStore
@@ -31,6 +31,12 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[FeatureStore]:
 def click(number: int, *, user: str = "u1", item: str = "ad1", ts: float | None = None, **features) -> Click:
     """Numbers in the order of their times, by default."""
     return Click(event_id=f"e{number}", user=user, item=item, ts=float(number) if ts is None else ts, features=features)
+
+
+def event_click(number: int, *, features: Row | None = None, context: Row | None = None) -> Click:
+    return Click(
+        event_id=f"e{number}", user="u1", item="ad1", ts=float(number), features=features or {}, context=context or {}
+    )
 
 
 async def past(store: FeatureStore, user: str = "u1", *, before: float = NOW, limit: int = 1000) -> list[Event]:
@@ -120,11 +126,40 @@ async def test_a_click_keeps_the_items_features_of_its_own_time(store: FeatureSt
 
     await store.put_items({"ad1": {"brand": "new"}})
 
-    assert [event.features for event in await past(store)] == [
-        {"brand": "old", "price": 1.5},
-        {"brand": "own", "price": 1.5, "session": "s1"},
-        {},
+    assert [(event.item_features, event.features) for event in await past(store)] == [
+        ({"brand": "old", "price": 1.5}, {}),
+        ({"price": 1.5}, {"brand": "own", "session": "s1"}),
+        ({}, {}),
     ]
+
+
+async def test_a_click_keeps_what_its_event_brought_apart_from_what_its_item_calls_so(store: FeatureStore):
+    brought: Row = {"coins": 12.5, "gadgets": ["bow", 7], "vip": True, "level": None}
+    await store.put_items({"ad1": {"coins": 999, "device": "any"}})
+
+    await store.append([event_click(1, features=brought), event_click(2, context={"device": "tv"}), click(3)])
+
+    events = await past(store)
+    assert [event.event_value("coins") for event in events] == [12.5, None, None]
+    assert [event.event_value("device") for event in events] == [None, "tv", None]
+    assert [event.item_value("device") for event in events] == ["any", "any", "any"]
+    assert events[0].features == {"coins": 12.5, "gadgets": ["bow", 7], "vip": True}
+
+
+def test_a_click_of_which_the_event_brought_nothing_is_stored_as_it_always_was() -> None:
+    plain = Click(event_id="e", user="u", item="ad1", ts=1.0, item_features={"price": 9.5})
+
+    assert pack_click_features(plain) == pack_row({"price": 9.5})
+    assert unpack_row(pack_click_features(plain)) == {"price": 9.5}
+
+
+def test_code_that_knows_no_features_of_events_refuses_them_instead_of_misreading(caplog) -> None:
+    packed = pack_click_features(event_click(1, features={"coins": 3}))
+
+    assert unpack_row(packed) is None  # what that code reads a click's features with
+    assert "unreadable features" in caplog.text
+    assert unpack_features(packed) == ({}, {"coins": 3}, {})
+    assert unpack_features(b"\x91\x80") == ({}, {}, {})
 
 
 async def test_a_clicks_own_features_and_its_items_may_each_be_as_large_as_a_row(store: FeatureStore):
@@ -133,7 +168,7 @@ async def test_a_clicks_own_features_and_its_items_may_each_be_as_large_as_a_row
 
     await store.append([click(1, own=large)])
 
-    assert [event.features for event in await past(store)] == [{"text": large, "own": large}]
+    assert [(e.item_features, e.features) for e in await past(store)] == [({"text": large}, {"own": large})]
 
 
 async def test_marks_tell_the_first_time_from_the_next(store: FeatureStore):

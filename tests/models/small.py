@@ -25,6 +25,8 @@ COLUMNS: Columns = {
     "movie": ITEMS,
     "genres": [GENRES[:1], GENRES[1:], [], GENRES, GENRES[2:], GENRES[:2]],
     "price": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "spent": [None, 2.0, 3.5, None, 5.0, 6.0],
+    "coupons": [["x"], [], ["x", "y"], None, ["y"], []],
 }
 REQUEST_FIELDS: tuple[FieldSpec, ...] = (
     FieldSpec(name="user_id", kind="categorical", group="user"),
@@ -47,6 +49,17 @@ SEQUENCES = (
 def with_history(length: int = 4) -> Schema:
     """Every kind of field in every group it may stand in."""
     return _fit((*REQUEST_FIELDS, *ITEM_FIELDS, *SEQUENCES), length)
+
+
+def with_fields_of_clicks(length: int = 4) -> Schema:
+    """A history that also repeats a number of the item's, what the request is about, and what only clicks have."""
+    repeated = ("price", "device", "likes", "age", "hour")
+    clicks = (
+        *(FieldSpec(name=name, kind="sequence", group="behaviour", of=name) for name in repeated),
+        FieldSpec(name="spent", kind="numeric", group="behaviour"),
+        FieldSpec(name="coupons", kind="multi", group="behaviour"),
+    )
+    return _fit((*REQUEST_FIELDS, *ITEM_FIELDS, *SEQUENCES, *clicks), length)
 
 
 def without_history() -> Schema:

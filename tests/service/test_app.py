@@ -290,7 +290,7 @@ async def test_files_are_loaded_into_redis_and_counted(redis_url: str, tmp_path:
 
     assert said == ["2 items\n", "2 new clicks\n"]
     assert [unpack_row(packed) for packed in stored.items] == [{"genres": ["x"]}]
-    assert [(e.item, e.ts, e.features) for e in stored.behaviours] == [
+    assert [(e.item, e.ts, e.item_features) for e in stored.behaviours] == [
         ("a1", 1e9, {"genres": ["x"]}),
         ("a2", 1e9 + 1, {"genres": ["y", "z"]}),
     ]

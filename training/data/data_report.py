@@ -13,6 +13,7 @@ from models.features.encoder import Encoder
 from models.features.field import FIRST, OOV, Field
 from models.features.schema import Schema
 from models.features.values import transformed
+from training.data.past import values_of
 from training.datasets import times
 from training.log import PARTS, Log
 
@@ -81,6 +82,7 @@ def _part(rows: pl.LazyFrame) -> dict[str, Any]:
 
 def _column(field: Field, rows: pl.LazyFrame, schema: Schema) -> dict[str, Any]:
     value = pl.col(field.name)
+    rows = values_of(field.name, rows)
     is_missing = value.is_null()
     if field.kind == "multi":
         is_missing = value.list.len().fill_null(0) == 0

@@ -11,10 +11,11 @@ from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 from models.features.arrays import Arrays
 from models.features.encoder import Encoder
-from models.features.field import FieldSpec, Group
+from models.features.field import FieldSpec
 from models.features.schema import Schema, SchemaSpec
 from models.features.values import Column, Tally
 from training.data.history import Ints
+from training.data.past import values_of
 from training.data.time_order import blocks
 from training.log import PARTS
 from training.progress import bar
@@ -24,14 +25,14 @@ _COUNT = " count"  # a column for a while, as ROW is
 
 
 class RawColumns(Mapping[str, Column]):
-    """The raw columns of the fields of some groups as the schema and the encoder take them, made when asked for.
+    """The raw columns of some fields as the schema and the encoder take them, made when asked for.
 
     One by one, since a column of Python strings takes five times the memory of the table's own.
     """
 
-    def __init__(self, rows: pl.DataFrame, spec: SchemaSpec | Schema, *groups: Group) -> None:
+    def __init__(self, rows: pl.DataFrame, fields: Iterable[FieldSpec]) -> None:
         self._rows = rows
-        self._names = [f.name for f in spec.fields if f.group in groups and f.kind not in ("time", "sequence")]
+        self._names = [f.name for f in fields if f.kind not in ("time", "sequence")]
 
     def __getitem__(self, name: str) -> Column:
         if name not in self._names:
@@ -90,7 +91,7 @@ def write_events(folder: Path, events: Iterable[pl.DataFrame], num_events: int, 
     encoder = Encoder(schema)
     with ArrayFiles(folder, num_events) as files:
         for block in events:
-            files.append(encoder.encode_events(RawColumns(block, schema, "item"), block["ts"].to_numpy()))
+            files.append(encoder.encode_events(RawColumns(block, schema.history_sources), block["ts"].to_numpy()))
 
 
 class ArrayFiles:
@@ -122,13 +123,14 @@ class ArrayFiles:
 
 
 def _encoded(rows: pl.DataFrame, encoder: Encoder) -> Arrays:
-    constant = RawColumns(rows, encoder.schema, "user", "context")
+    schema = encoder.schema
+    constant = RawColumns(rows, (*schema.group("user"), *schema.group("context")))
     arrays = encoder.encode_requests(constant, rows["ts"].to_numpy())
-    return arrays | encoder.encode_items(RawColumns(rows, encoder.schema, "item"), rows.height)
+    return arrays | encoder.encode_items(RawColumns(rows, schema.group("item")), rows.height)
 
 
 def _tally(field: FieldSpec, train: pl.LazyFrame) -> Tally:
-    values, most = train.select(field.name), 1
+    values, most = values_of(field.name, train).select(field.name), 1
     if field.kind == "multi":
         most = values.select(pl.col(field.name).list.len().max()).collect(engine="streaming").item() or 1
         values = values.select(pl.col(field.name).explode())

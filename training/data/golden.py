@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from models.features.field import FieldSpec, Group
+from models.features.field import FieldSpec, Group, event_fields
 from models.features.history import Event
 from models.features.request import Request
 from models.features.schema import SchemaSpec
@@ -58,13 +58,17 @@ def _request(row: dict[str, Any], past: pl.DataFrame, shown: pl.DataFrame, spec:
 
 
 def _event(click: dict[str, Any], spec: SchemaSpec) -> Event:
-    features = {name: value for name, value in _raw(click, spec, "item").items() if name != spec.item_key}
-    return Event(item=click["item"], ts=click["ts"], features=features)
+    item = {name: value for name, value in _raw(click, spec, "item").items() if name != spec.item_key}
+    features = {f.name: _value(click[f.name]) for f in event_fields(spec.fields)}
+    return Event(item=click["item"], ts=click["ts"], features=item | features)
 
 
 def _raw(row: dict[str, Any], spec: SchemaSpec, group: Group) -> dict[str, Value]:
-    values = {f.name: row[f.name] for f in _fields(spec, group)}
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
+    return {f.name: _value(row[f.name]) for f in _fields(spec, group)}
+
+
+def _value(value: Value) -> Value:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _awkward(usual: Request, spec: SchemaSpec) -> list[Request]:
@@ -84,6 +88,7 @@ def _changed(usual: Request, spec: SchemaSpec, value: Callable[[FieldSpec], Valu
         return {f.name: value(f) for f in _fields(spec, group)}
 
     features = {name: v for name, v in row("item").items() if name != spec.item_key}
+    features |= {f.name: value(f) for f in event_fields(spec.fields)}
     return replace(
         usual,
         user=row("user"),

@@ -1,4 +1,4 @@
-"""Histories that come with a log: each row's own past events, in the order of the one law of history."""
+"""Histories that come with a log: each row's past events, in the order of the one law of history."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from models.features.field import event_fields
 from models.features.schema import SchemaSpec
 from training.data.time_order import blocks
 from training.log import PAST_ITEM, PAST_TS, past_name
@@ -14,17 +15,19 @@ Ints = NDArray[np.int64]
 
 
 class Past:
-    """The past events of a completed log's rows, each as the rows of the item that it was.
+    """The past events of a completed log's rows, each with its item's fields and its own.
 
-    What the log does not say of an event's item is what the first row of the log with that item says.
+    What the log does not say of an event's item is what the first row of the log with that item says. What an event
+    had itself the log must say.
     """
 
     def __init__(self, rows: pl.LazyFrame, spec: SchemaSpec) -> None:
         self._rows = rows
         names = rows.collect_schema().names()
         fields = [f.name for f in spec.fields if f.group == "item" and f.name != spec.item_key]
-        self._recorded = [name for name in fields if past_name(name) in names]
-        other = [name for name in fields if name not in self._recorded]
+        other = [name for name in fields if past_name(name) not in names]
+        recorded = [name for name in fields if name not in other]
+        self._recorded = [*recorded, *(f.name for f in event_fields(spec.fields))]
         known = rows.filter(pl.col("item").is_not_null()).group_by("item").agg(pl.col(other).first())
         self._items = known.collect(engine="streaming")
         self._key = spec.item_key
@@ -49,6 +52,13 @@ class Past:
         """The events of all rows in their order."""
         for block in blocks(self._rows):
             yield self.events(block)
+
+
+def values_of(name: str, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """A field's column of these rows, with their part; of a field that past events alone have, the column of those."""
+    if name in rows.collect_schema().names():
+        return rows.select("part", name)
+    return rows.select("part", pl.col(past_name(name)).alias(name)).explode(name)
 
 
 class Windows:

@@ -33,6 +33,7 @@ import polars as pl
 
 from models.artifact.golden import request_to_json
 from models.features.column_encoding import EncodingError
+from models.features.field import event_fields
 from models.features.schema import Schema
 from models.features.values import SchemaError
 from training.data import data_report
@@ -156,7 +157,9 @@ def _counts(rows: pl.LazyFrame, part: str) -> dict[str, int]:
 def _past(rows: pl.LazyFrame, log: Log) -> pl.LazyFrame:
     """The columns that a past click is made of: what a model sees of it, or just when it was."""
     item = [f.name for f in log.spec.fields if f.group == "item"] if log.spec.history_length else []
-    return rows.select("group", "user", "item", "ts", "label", *item)
+    columns = set(rows.collect_schema().names())  # a log that brings its histories may have fields of past events only
+    events = [f.name for f in event_fields(log.spec.fields) if f.name in columns]
+    return rows.select("group", "user", "item", "ts", "label", *item, *events)
 
 
 def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log, past: Past | None) -> None:
@@ -168,20 +171,29 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log,
     folder.mkdir()
     test = rows.filter(pl.col("part") == "test")
     context = [f.name for f in log.spec.fields if f.group == "context" and f.kind != "time"]
-    write_parquet(test.select("request", "user", "item", "ts", "label", *context, *log.truth), folder / "test.parquet")
+    event_names = [f.name for f in event_fields(log.spec.fields)]
+    columns = rows.collect_schema().names()
+    extra = dict.fromkeys((*context, *(name for name in event_names if name in columns), *log.truth))
+    write_parquet(test.select("request", "user", "item", "ts", "label", *extra), folder / "test.parquet")
     first = test.select(pl.col("ts").min()).collect(engine="streaming").item()
     events = clicks if past is None else _newest(rows.filter(pl.col("ts") < first), past)
     before = events.filter(pl.col("ts") < first).sort("ts", maintain_order=True)
-    write_parquet(before.select("user", "item", "ts"), folder / "behaviours.parquet")
+    write_parquet(before.select("user", "item", "ts", *event_names), folder / "behaviours.parquet")
     numbered = rows.with_row_index(ROW)
     for key in ("user", "item"):
         key_column = log.spec.user_key if key == "user" else log.spec.item_key
         features = [f.name for f in log.spec.fields if f.group == key and f.name != key_column]
-        known = numbered.filter(pl.col(key).is_not_null())
-        newest = pl.col(ROW).filter(pl.col("ts") < first).max()
-        chosen = known.group_by(key).agg(pl.coalesce(newest, pl.col(ROW).min())).select(ROW)
-        table = known.join(chosen, on=ROW, how="semi").sort(ROW).select(pl.col(key).alias("id"), *features)
+        chosen = _newest_rows(numbered.select(key, "ts", ROW), key, first)
+        table = numbered.filter(pl.col(ROW).is_in(chosen.implode())).select(pl.col(key).alias("id"), *features)
         write_parquet(table, folder / f"{key}s.parquet")
+
+
+def _newest_rows(rows: pl.LazyFrame, key: str, first: float) -> pl.Series:
+    """By user or item the number of its newest row before `first`, else of its oldest. In no order."""
+    # An aggregate over a filtered group would hold the group's rows, and a join of the numbers all columns of the log.
+    before = pl.when(pl.col("ts") < first).then(ROW).max()
+    groups = rows.filter(pl.col(key).is_not_null()).group_by(key).agg(before=before, oldest=pl.col(ROW).min())
+    return groups.select(pl.coalesce("before", "oldest")).collect(engine="streaming").to_series()
 
 
 def _newest(rows: pl.LazyFrame, past: Past) -> pl.DataFrame:
@@ -209,8 +221,9 @@ def _about(
 
 
 def _different(rows: pl.LazyFrame) -> dict[str, int]:
-    num = rows.select(pl.col("user", "item").drop_nulls().n_unique()).collect(engine="streaming")
-    return {f"num_{key}s": int(num[key][0]) for key in ("user", "item")}
+    # One after the other, as the values of both together take twice the memory.
+    num = {key: rows.select(pl.col(key).drop_nulls().n_unique()) for key in ("user", "item")}
+    return {f"num_{key}s": int(one.collect(engine="streaming").item()) for key, one in num.items()}
 
 
 def _hash(files: tuple[Path, ...], options: dict[str, Any]) -> str:

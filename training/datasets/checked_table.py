@@ -7,19 +7,25 @@ from typing import Any, Literal
 
 import polars as pl
 
+from models.features.values import NULL_VALUES
 from training.datasets import csv_lines, spelling, table_files, text_lists, times
 from training.errors import UserError
 from training.log import ROW
 
 PART = " part"  # a column for a while, as ROW is
-Role = Literal["text", "list", "number", "label", "weight", "time", "times"]
-"""What a column is read as. `list` is several values of text in each row, `times` several times."""
+Role = Literal["text", "list", "number", "label", "weight", "time", "times", "texts", "numbers"]
+"""What a column is read as.
+
+`list` is several values of text in each row, `times` several times; `texts` and `numbers` are lists that keep the place
+of a value that is absent.
+"""
 EXPECTED: Mapping[Role, str] = {
     "text": "strings or numbers",
     "number": "finite numbers",
     "label": "0 or 1",
     "weight": "finite numbers from 0 on",
     "times": "a list of times",
+    "numbers": "a list of finite numbers",
 }
 TYPES: Mapping[Role, pl.DataType] = {
     "list": pl.List(pl.String()),
@@ -28,6 +34,8 @@ TYPES: Mapping[Role, pl.DataType] = {
     "weight": pl.Float64(),
     "time": pl.Float64(),
     "times": pl.List(pl.Float64()),
+    "texts": pl.List(pl.String()),
+    "numbers": pl.List(pl.Float64()),
 }
 
 
@@ -38,7 +46,7 @@ class Reading:
     delimiter: str = ","
     quote: str | None = '"'
     separator: str = "|"
-    null_values: tuple[str, ...] = spelling.NULL_VALUES
+    null_values: tuple[str, ...] = NULL_VALUES
     timezone: str | None = None
     timestamp_format: str | None = None
 
@@ -232,7 +240,7 @@ class _Reader:
             self.expected = (
                 times.EXPECTED if reading.timestamp_format is None else f"a time as {reading.timestamp_format}"
             )
-        if use.role == "list":
+        if use.role in ("list", "texts"):
             self.expected = (
                 f"lists, or text parted by {self._separator!r}; a list in brackets needs commas, as ['a', 'b']"
             )
@@ -242,7 +250,7 @@ class _Reader:
         match self.use.role:
             case "text":
                 return self._of_text()
-            case "list" | "times":
+            case "list" | "times" | "texts" | "numbers":
                 return self._of_lists()
             case "time":
                 return self._of_times()
@@ -269,8 +277,10 @@ class _Reader:
         match self.use.role:
             case "text":
                 return self._text()
-            case "list":
+            case "list" | "texts":
                 return self._list()
+            case "numbers":
+                return self._numbers()
             case "label":
                 return self._number().cast(pl.Int8)
             case "time":
@@ -313,17 +323,19 @@ class _Reader:
     def _of_lists(self) -> dict[str, pl.Expr]:
         if isinstance(self._dtype, pl.List | pl.Array) or self._dtype == pl.Null:
             inner = _inner(self._dtype)
-            convert = spelling.as_text if self.use.role == "list" else self._typed_time
+            convert = self._typed_time if self.use.role == "times" else spelling.as_text
             if convert(pl.element(), inner) is None:
                 raise self._fail_type()
-            return {}
+            return {"wrong": _first(self._has_no_number())} if self.use.role == "numbers" else {}
         if self._dtype != pl.String:
-            if self.use.role == "list" and spelling.as_text(self._raw, self._dtype) is not None:
+            if self.use.role != "times" and spelling.as_text(self._raw, self._dtype) is not None:
                 return {}  # one value in each row
             raise self._fail_type()
         wrong = text_lists.is_bracketed(self._raw) & ~text_lists.is_list(self._raw)
         if self.use.role == "times":
             return {"wrong": _first(wrong)}
+        if self.use.role == "numbers":
+            return {"wrong": _first(wrong | self._has_no_number())}
         part = self._parts()
         is_number = part.list.eval(spelling.is_number(pl.element())).list.all(ignore_nulls=True)
         is_plain = part.list.eval(pl.element().str.contains(r"^-?[1-9][0-9]*$|^0$")).list.all()
@@ -338,9 +350,28 @@ class _Reader:
     def _parts(self) -> pl.Expr:
         """The values of texts parted by the separator, without the space around them; null where in brackets."""
         text = pl.when(~text_lists.is_bracketed(self._raw)).then(self._raw)
-        nulls = self.reading.null_values
-        part = pl.element().str.strip_chars()
-        return text.str.split(self._separator).list.eval(part.filter(~part.is_in(nulls)))
+        return text.str.split(self._separator).list.eval(self._present(pl.element().str.strip_chars()))
+
+    def _present(self, members: pl.Expr) -> pl.Expr:
+        """A list's members without the absent ones, which are null where places are kept."""
+        present = spelling.present(members, self.reading.null_values)
+        return present if self._keeps_places else present.drop_nulls()
+
+    @property
+    def _keeps_places(self) -> bool:
+        return self.use.role in ("texts", "numbers")
+
+    def _numbers(self) -> pl.Expr:
+        number = spelling.to_number(pl.element(), pl.String())
+        assert number is not None
+        return self._list().list.eval(number)
+
+    def _has_no_number(self) -> pl.Expr:
+        """Whether a list holds what is no finite number."""
+        number = spelling.to_number(pl.element(), pl.String())
+        assert number is not None
+        wrong = pl.element().is_not_null() & (number.is_null() | number.is_infinite())
+        return self._list().list.eval(wrong).list.any()
 
     def _list(self) -> pl.Expr:
         empty = pl.lit([], dtype=pl.List(pl.String))
@@ -348,15 +379,16 @@ class _Reader:
             values = self._raw if isinstance(self._dtype, pl.List) else self._raw.arr.to_list()
             spelled = spelling.as_text(pl.element(), _inner(self._dtype))
             assert spelled is not None
-            return values.list.eval(spelling.present(spelled, self.reading.null_values).drop_nulls()).fill_null(empty)
+            return values.list.eval(self._present(spelled)).fill_null(empty)
         if self._dtype != pl.String:
             spelled = spelling.as_text(self._raw, self._dtype)
             assert spelled is not None
             return pl.when(self._raw.is_not_null()).then(pl.concat_list(spelled)).otherwise(empty)
         parts = self._parts()
         if self._is_numbers:
-            parts = parts.list.eval(spelling.as_numbers(pl.element()))
-        return pl.coalesce(text_lists.bracketed(self._raw), parts).fill_null(empty)
+            parts = parts.list.eval(self._present(spelling.as_numbers(pl.element())))
+        brackets = text_lists.bracketed(self._raw, keep_absent=self._keeps_places)
+        return pl.coalesce(brackets.list.eval(self._present(pl.element())), parts).fill_null(empty)
 
     def _of_times(self) -> dict[str, pl.Expr]:
         if self._dtype == pl.Float32:

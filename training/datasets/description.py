@@ -9,11 +9,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic import Field as Setting
 
-from models.features.field import FieldSpec
+from models.features.field import FieldSpec, event_fields, history_sources
 from models.features.schema import SchemaSpec
+from models.features.values import NULL_VALUES
 from training.datasets import times
 from training.datasets.checked_table import Reading, Use
-from training.datasets.spelling import NULL_VALUES
 from training.errors import UserError
 from training.log import RESERVED
 
@@ -126,7 +126,7 @@ class HistoryForm(_Model):
 
     items: str
     times: str | None = None
-    features: Mapping[str, str] = Setting(default={}, description="by item field: the column of the past items' values")
+    features: Mapping[str, str] = Setting(default={}, description="by field: the column of its values at past items")
     separator: str | None = Setting(default=None, min_length=1)
 
 
@@ -161,14 +161,22 @@ class Description(_Marks):
             user_key=self._key("user", self.user),
             item_key=self._key("item", self.item),
             history_length=self.history_length,
-            fields=tuple(field.spec for field in self.fields),
+            fields=tuple(self._spec_of(field) for field in self.fields),
         )
+
+    def _spec_of(self, field: FieldForm) -> FieldSpec:
+        """With the file's null values: the encoder takes them for absent wherever a value comes from."""
+        if field.kind in ("time", "sequence"):
+            return field.spec
+        return field.spec.model_copy(update={"null_values": self.null_values})
 
     @property
     def read_fields(self) -> tuple[FieldForm, ...]:
         """The fields that have a column of their own."""
-        keys = (self._key("user", self.user), self._key("item", self.item))
-        return tuple(f for f in self.fields if f.kind not in ("time", "sequence") and f.name not in keys)
+        others = {self._key("user", self.user), self._key("item", self.item)}
+        if self.history is not None:
+            others |= {f.name for f in self.fields if f.group == "behaviour" and f.name in self.history.features}
+        return tuple(f for f in self.fields if f.kind not in ("time", "sequence") and f.name not in others)
 
     def base_reading(self) -> Reading:
         base = Reading(
@@ -220,6 +228,8 @@ class Description(_Marks):
                 raise ValueError(f"field {field.name}: a sequence of {field.of} needs the field {missing} too")
         spec = self.spec
         for field in self.fields:
+            if "null_values" in field.model_fields_set:
+                raise ValueError(f"field {field.name}: null_values stands beside fields, for all of them")
             if field.name in RESERVED and field.name not in (spec.user_key, spec.item_key):
                 raise ValueError(f"field {field.name}: this name has a meaning of its own; use another with `column:`")
             if field.column_name == self.label and field.kind not in ("time", "sequence"):
@@ -230,17 +240,25 @@ class Description(_Marks):
                 raise ValueError(f"field {field.name}: there is no table {field.table} under `tables:`")
         return self
 
+    def _check_history(self, history: HistoryForm) -> None:
+        past = {f.name: f for f in (*(f for f in self.fields if f.group == "item"), *history_sources(self.fields))}
+        for name in history.features:
+            if name not in past or past[name].kind == "time":
+                raise ValueError(f"history: {name} is no item field and no field that a sequence is of")
+            if past[name].kind == "multi":
+                raise ValueError(f"history: {name} is of kind multi, and a list of past values cannot hold lists")
+        for field in event_fields(self.fields):
+            if field.name not in history.features:
+                raise ValueError(f"history: features names no column of {field.name}, which no item has")
+
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
         if self.history_length and None in (self.user, self.item, self.timestamp):
             raise ValueError("a history needs the columns of user, item and timestamp")
         if self.timestamp is None and (self.split.by == "time" or any(f.kind == "time" for f in self.fields)):
             raise ValueError("a split by time and fields of kind time need the column of the timestamp")
-        unknown = (
-            set(self.history.features) - {f.name for f in self.fields if f.group == "item"} if self.history else ()
-        )
-        if unknown:
-            raise ValueError(f"history: {min(unknown)} is no item field")
+        if self.history:
+            self._check_history(self.history)
         if self.history and not self.history_length:
             raise ValueError("history: history_length says how many past items a model sees, and is missing")
         for name, table in self.tables.items():

@@ -14,8 +14,9 @@ another past there than it learned from.
 
 `times` orders the rows. It is taken for Unix seconds, or milliseconds where too large for that; what it counts could
 not be learned without the files, so no clock is made of it: hour, time type and weekday come from their columns, as
-context. A past event shows the categorical fields of its item. FESeq's sequences hold its ranks and its own hour, time
-type and weekday as well: here a sequence repeats a categorical item field, as these come from columns of the row.
+context. A past event shows the categorical fields of its item; with `sequences=paper` also the item's ranks and the
+event's hour, time type and weekday, which are FESeq's 14 sequences. The service has the latter three where events send
+them as `features` or `context`.
 """
 
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from training.errors import UserError
 from training.log import Log, split_by_number
 
 History = Literal["clicks", "impressions"]
+Sequences = Literal["items", "paper"]
 
 GAPS = ("NULL", "null", "NaN", "nan", "NA", "None")  # how tables spell an absent value, if they do not leave it empty
 GAP = "|".join(("", *GAPS))
@@ -64,6 +66,7 @@ FIELDS: Mapping[Group, tuple[str, ...]] = {
     ),
 }
 NUMERIC = ("avg_price", "ctr_30", "ord_30", "total_amt_30", "rank_7", "rank_30", "rank_90")
+MOMENT = ("hours", "time_type", "weekdays")
 PLACES = (
     *("city_id", "district_id", "shop_aoi_id", "shop_geohash_6", "shop_geohash_12", "rank_7", "rank_30", "rank_90"),
     "geohash12",
@@ -79,10 +82,13 @@ class ElemeOptions:
     min_count: int = 10
     history: History = "clicks"
     history_length: int = 10
+    sequences: Sequences = "items"
 
     def __post_init__(self) -> None:
         if self.history not in get_args(History):
             raise UserError(f"history is one of {', '.join(get_args(History))}, got {self.history}")
+        if self.sequences not in get_args(Sequences):
+            raise UserError(f"sequences is one of {', '.join(get_args(Sequences))}, got {self.sequences}")
         names = [name.strip() for name in self.files.split(",")]
         if len(set(names)) < len(names):
             raise UserError(f"files names each file once, got {self.files}")
@@ -125,9 +131,11 @@ def _spec(options: ElemeOptions) -> SchemaSpec:
     def field(name: str, group: Group) -> FieldSpec:
         if name in NUMERIC:
             return FieldSpec(name=name, kind="numeric", group=group, normalise="min_max", clip=False)
-        return FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count)
+        return FieldSpec(name=name, kind="categorical", group=group, min_count=options.min_count, null_values=GAPS)
 
     past = [name for name in FIELDS["item"] if name not in NUMERIC]
+    if options.sequences == "paper":
+        past = [*FIELDS["item"], *MOMENT]
     return SchemaSpec(
         user_key="user_id",
         item_key="item_id",

@@ -5,14 +5,11 @@ each is spelled as `models.features.values.canonical` spells it: 7003.0 is 7003,
 0, as they are in JSON and Parquet. With one word among the values, or one number with a leading zero, all stay text.
 """
 
-import math
-
 import numpy as np
 import polars as pl
 
-from models.features.values import canonical
+from models.features.values import SPACE, canonical, null_numbers, null_texts
 
-NULL_VALUES = ("", "NULL", "\\N", "nan", "NaN", "None")
 # JSON's numbers; of exponents only the form in which tables write them, as "61e5" may be the end of a hash.
 NUMBER = r"^-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:e[+-][0-9]{2,3})?$"
 BOOLEAN = r"^(?:True|False|true|false|TRUE|FALSE)$"
@@ -21,11 +18,11 @@ _INTEGER = r"^-?(?:0|[1-9][0-9]*)$"
 
 def present(text: pl.Expr, null_values: tuple[str, ...]) -> pl.Expr:
     """Text that is not absent, else null; space around a null value does not count."""
-    return pl.when(~text.str.strip_chars().is_in(null_values)).then(text)
+    return pl.when(~text.str.strip_chars(SPACE).is_in(sorted(null_texts(null_values)))).then(text)
 
 
 def present_number(number: pl.Expr, null_values: tuple[str, ...]) -> pl.Expr:
-    absent = [value for value in map(_number, null_values) if value is not None]
+    absent = sorted(map(float, null_numbers(null_values)))
     numbers = number.fill_nan(None)
     return pl.when(~numbers.is_in(absent)).then(numbers) if absent else numbers
 
@@ -89,11 +86,3 @@ def _one(text: str) -> str | None:
         return canonical(int(text))
     except ValueError:
         return canonical(float(np.float64(text)))
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -35,7 +35,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from training.datasets import times
-from training.datasets.checked_table import PART, Table, Use
+from training.datasets.checked_table import PART, TYPES, Role, Table, Use
 from training.datasets.description import ByColumn, ByFiles, ByHash, ByTime, Description, described
 from training.errors import UserError
 from training.log import PARTS, PAST_ITEM, PAST_TS, ROW, Log, cuts_in_time, past_name
@@ -108,8 +108,10 @@ def _uses_of_history(description: Description) -> dict[str, Use]:
     uses = {PAST_ITEM: Use(column=form.items, role="list", separator=form.separator)}
     if form.times is not None:
         uses[PAST_TS] = Use(column=form.times, role="times", separator=form.separator)
+    numbers = {f.name for f in description.fields if f.use.role == "number"}
     for field, column in form.features.items():
-        uses[past_name(field)] = Use(column=column, role="list", separator=form.separator)
+        role: Role = "numbers" if field in numbers else "texts"
+        uses[past_name(field)] = Use(column=column, role=role, separator=form.separator)
     return uses
 
 
@@ -167,20 +169,22 @@ def _with_history(rows: pl.LazyFrame, description: Description, log: Table) -> t
     """Each row's past as the law of history has it: strictly earlier than the row, by time and then item id."""
     form = description.history
     assert form is not None
-    lists = [PAST_ITEM, *((PAST_TS,) if form.times else ()), *map(past_name, form.features)]
-    columns = dict(zip(lists, (use.column for use in _uses_of_history(description).values()), strict=True))
-    for name, column in columns.items():
-        unequal = pl.col(name).list.len() != pl.col(PAST_ITEM).list.len()
+    uses = _uses_of_history(description)
+    for name, use in uses.items():
+        length = pl.col(name).list.len()
+        unequal = length != pl.col(PAST_ITEM).list.len()
+        if name not in (PAST_ITEM, PAST_TS):  # nothing at all: absent at every past item
+            unequal &= length > 0
         row = rows.select(pl.when(unequal).then(ROW).min()).collect(engine="streaming").item()
         if row is not None:
-            raise log.fail(row, column, f"as many values as there are in column {form.items}")
-    kept = {name: pl.List(pl.Float64) if name == PAST_TS else pl.List(pl.String) for name in (*lists, PAST_TS)}
+            raise log.fail(row, use.column, f"as many values as there are in column {form.items}")
+    kept = {**{name: TYPES[use.role] for name, use in uses.items()}, PAST_TS: TYPES["times"]}
     struct = pl.Struct({**kept, _DROPPED: pl.Int64})
 
     def in_order(series: pl.Series) -> pl.Series:
         return pl.Series([_past(row, tuple(kept), description.history_length) for row in series], dtype=struct)
 
-    past = pl.struct("ts", *lists).map_batches(in_order, return_dtype=struct, is_elementwise=True)
+    past = pl.struct("ts", *uses).map_batches(in_order, return_dtype=struct, is_elementwise=True)
     rows = rows.with_columns(past.alias(_DROPPED)).with_columns(
         *(pl.col(_DROPPED).struct.field(name) for name in kept), pl.col(_DROPPED).struct.field(_DROPPED)
     )
@@ -194,7 +198,7 @@ def _past(row: dict[str, Any], names: tuple[str, ...], limit: int) -> dict[str, 
     places = sorted(range(num), key=lambda place: (past_times[place], row[PAST_ITEM][place]))
     earlier = [place for place in places if past_times[place] < row["ts"]]
     newest = earlier[max(len(earlier) - limit, 0) :]
-    values = {name: past_times if name == PAST_TS else row[name] for name in names}
+    values = {name: past_times if name == PAST_TS else row[name] or [None] * num for name in names}
     return {**{name: [held[place] for place in newest] for name, held in values.items()}, _DROPPED: num - len(earlier)}
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from functools import partial
 
 import polars as pl
 
@@ -27,21 +28,25 @@ def is_list(text: pl.Expr) -> pl.Expr:
     return text.str.strip_chars().str.contains(_LIST)
 
 
-def bracketed(text: pl.Expr) -> pl.Expr:
-    """The values of texts that are lists in brackets, spelled; null for any other text."""
-    return text.map_batches(_parsed, return_dtype=pl.List(pl.String), is_elementwise=True)
+def bracketed(text: pl.Expr, *, keep_absent: bool = False) -> pl.Expr:
+    """The values of texts that are lists in brackets, spelled; null for any other text.
+
+    An absent value is left out, or with `keep_absent` null.
+    """
+    parsed = partial(_parsed, keep_absent=keep_absent)
+    return text.map_batches(parsed, return_dtype=pl.List(pl.String), is_elementwise=True)
 
 
-def _parsed(series: pl.Series) -> pl.Series:
+def _parsed(series: pl.Series, *, keep_absent: bool) -> pl.Series:
     texts = series.str.strip_chars()
     is_one = texts.str.contains(_LIST).fill_null(value=False)
-    known = {text: _values(text) for text in texts.filter(is_one).unique()}
+    known = {text: _values(text, keep_absent=keep_absent) for text in texts.filter(is_one).unique()}
     return pl.Series([known.get(text) for text in texts], dtype=pl.List(pl.String))
 
 
-def _values(text: str) -> list[str]:
+def _values(text: str, *, keep_absent: bool) -> list[str | None]:
     values = [_value(item) for item in re.findall(_ITEM, text[1:-1])]
-    return [value for value in values if value is not None]
+    return [value for value in values if keep_absent or value is not None]
 
 
 def _value(item: str) -> str | None:

@@ -20,6 +20,11 @@ PRICE = FieldSpec(name="price", kind="numeric", group="item")
 TAGS = FieldSpec(name="tags", kind="multi", group="item")
 AD = FieldSpec(name="ad", kind="categorical", group="item")
 HOUR = FieldSpec(name="hour", kind="time", group="context", part="hour")
+SPENT = FieldSpec(name="spent", kind="numeric", group="behaviour")
+
+
+def sequence(name: str, *, of: str) -> FieldSpec:
+    return FieldSpec(name=name, kind="sequence", group="behaviour", of=of)
 
 
 def test_a_vocabulary_is_ordered_by_count_and_then_by_value():
@@ -119,6 +124,19 @@ def test_another_vocabulary_has_another_fingerprint():
         ((CITY,), {"item_key": "city"}, "item_key names a categorical item field"),
         ((AD,), {"history_length": 5}, "history_length 5 and 0 sequence fields"),
         ((FieldSpec(name="p", kind="sequence", group="behaviour", of="x"),), {"history_length": 5}, "is of 'x'"),
+        (
+            (FieldSpec(name="u", kind="categorical", group="user"), sequence("p", of="u")),
+            {"history_length": 5, "user_key": "u"},
+            "is of 'u', no context, item or user field, or the user's id",
+        ),
+        ((SPENT, sequence("p", of="spent")), {"history_length": 5}, "is of 'spent', no context"),
+        ((SPENT, AD, sequence("spent", of="ad")), {"history_length": 5}, "spent is declared more"),
+        (
+            (SPENT, SPENT.model_copy(update={"group": "user"})),
+            {"history_length": 5},
+            "spent is declared more than once",
+        ),
+        ((SPENT,), {}, "history_length 0 and 1 sequence fields do not go together"),
     ],
 )
 def test_a_schema_that_contradicts_itself_is_refused(fields, options, message):
@@ -132,7 +150,7 @@ def test_a_schema_that_contradicts_itself_is_refused(fields, options, message):
         ({"kind": "time"}, "'part'"),
         ({"kind": "categorical", "of": "x"}, "'of'"),
         ({"kind": "categorical", "max_values": 3}, "'max_values' is for kind multi"),
-        ({"kind": "sequence", "of": "x"}, "go together"),
+        ({"kind": "sequence", "of": "x"}, "needs group behaviour"),
         ({"kind": "time", "part": "hour"}, "belongs to the context"),
         ({"kind": "categorical", "name": "a b"}, "pattern"),
     ],

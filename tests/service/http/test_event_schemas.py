@@ -29,6 +29,8 @@ def event(**fields: Any) -> dict[str, Any]:
         (event(position="top"), '/position: expected an integer, got "top"'),
         (event(features={"size": 1, "price": {"usd": 1}}), "/features/price: expected "),
         (event(features={"size": [1], "tags": ["a", []]}), "/features/tags/1: expected "),
+        (event(features={"coins": "x" * 9000}), "/features: features take 9010 bytes, more than 8192"),
+        (event(context={"page": "x" * 9000}), "/context: features take 9009 bytes, more than 8192"),
         (event(features=[1]), "/features: expected an object, got a list of 1"),
         (event(colour="red"), "/colour: expected one of event_id, type, ts, item, user, request_id, position, "),
         (event(itm="x"), 'got an unknown field "itm" (did you mean item?)'),

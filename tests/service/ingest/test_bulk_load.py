@@ -28,7 +28,7 @@ def parquet(folder: Path, columns: Mapping[str, Any]) -> Path:
 
 async def past(store: MemoryStore | RedisStore, user: str) -> list[tuple[str, float, dict[str, Any]]]:
     fetched = await store.fetch(user, [], before=1e12, limit=1000)
-    return [(e.item, e.ts, dict(e.features)) for e in fetched.behaviours]
+    return [(e.item, e.ts, {**e.item_features, **e.features}) for e in fetched.behaviours]
 
 
 T = 1_700_000_000

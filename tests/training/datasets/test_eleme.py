@@ -4,6 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from models.features.encoder import Encoder
+from models.features.field import OOV, PAD
+from models.features.history import Event
+from training.data.batches import Prepared
 from training.data.prepare import prepare
 from training.datasets import eleme
 from training.datasets.eleme import ElemeOptions
@@ -91,6 +95,15 @@ def test_a_row_that_lacks_a_value_is_dropped(source, changed):
     assert log.notes[0] == "154 rows drawn, 1 of them dropped for an absent value"
 
 
+def test_a_gap_in_the_files_is_one_in_a_request(source, tmp_path):
+    prepare("eleme", source, tmp_path / "prepared", settings=["files=D1_0,D3_1", "share=1"])
+    encoder = Encoder(Prepared.open(tmp_path / "prepared").schema)
+
+    row = encoder.encode_request({"gender": "null"}, {"time_type": "NA", "hours": "25"}, START)
+
+    assert [row[name].tolist() for name in ("user.gender", "ctx.time_type", "ctx.hours")] == [[PAD], [PAD], [OOV]]
+
+
 def test_a_share_of_each_file_is_drawn_and_the_same_for_one_seed(tmp_path):
     for name in ("D1_0", "D3_1", "D5_0"):
         (tmp_path / f"{name}.csv").write_text(
@@ -155,7 +168,15 @@ def test_a_log_without_a_complete_row_is_told(source):
 
 @pytest.mark.parametrize(
     "options",
-    [{"share": 0.0}, {"share": 1.5}, {"seed": -1}, {"min_count": 0}, {"history_length": 0}, {"history": "all"}],
+    [
+        {"share": 0.0},
+        {"share": 1.5},
+        {"seed": -1},
+        {"min_count": 0},
+        {"history_length": 0},
+        {"history": "all"},
+        {"sequences": "all"},
+    ],
 )
 def test_an_option_that_cannot_be_is_told(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} is "):
@@ -181,3 +202,21 @@ def test_the_past_is_strictly_earlier_and_of_what_was_asked_for(source, tmp_path
         mine = rows.filter(pl.col("part") == part).to_dicts()
         earlier = [past.filter((pl.col("user") == r["user"]) & (pl.col("ts") < r["ts"])).height for r in mine]
         np.testing.assert_array_equal(ends - starts, earlier)
+
+
+def test_the_papers_sequences_hold_what_each_click_was_of_and_when(source, tmp_path):
+    prepare("eleme", source, tmp_path / "prepared", settings=["files=D1_0,D3_1", "share=1", "sequences=paper"])
+    data = Prepared.open(tmp_path / "prepared")
+    rows, encoder = data.rows("test"), Encoder(data.schema)
+    raw = eleme.load(source, WHOLE).rows.collect()
+    last = raw.filter(pl.col("part") == "test").row(-1, named=True)
+    clicks = raw.filter((pl.col("user") == last["user"]) & (pl.col("label") == 1)).to_dicts()
+
+    inputs = rows.take(np.array([len(rows) - 1])).inputs
+
+    assert len(data.schema.group("behaviour")) == 14
+    assert inputs["hist_mask"].all()
+    past = encoder.encode_history([Event(item=c["item"], ts=c["ts"], features=c) for c in clicks], last["ts"])
+    for name, array in past.items():
+        np.testing.assert_array_equal(array, inputs[name].numpy(), err_msg=name)
+    assert len(set(past["hist.hours"][0].tolist())) > 1

@@ -23,7 +23,7 @@ from training.data.prepare import prepare
 from training.datasets import tabular
 from training.datasets.checked_table import Table
 from training.errors import UserError
-from training.log import PARTS, PAST_ITEM, PAST_TS
+from training.log import PARTS, PAST_ITEM, PAST_TS, past_name
 
 START = 1_700_000_000
 SHAPES: dict[str, Any] = {
@@ -759,3 +759,73 @@ def test_a_history_in_the_log_that_no_key_names_is_refused_by_name(log):
 
     with pytest.raises(UserError, match=r"column past holds a history, .* write `history: {items: past}` to take it"):
         log({"past": cycle("ad1|ad2", "")}, fields=[field])
+
+
+CLICKS = {"name": "spent", "kind": "numeric", "group": "behaviour"}
+OF_DEVICE = [
+    {"name": "device", "kind": "categorical", "group": "context"},
+    {"name": "devices", "kind": "sequence", "group": "behaviour", "of": "device"},
+]
+
+
+def with_clicks(log, columns, *, features):
+    device = {"device": cycle("tv", "phone", "pad")}
+    return log(
+        device | {"past": cycle("a|b", "")} | columns,
+        history={"items": "past", "features": features},
+        fields=[CLICKS, *OF_DEVICE],
+    )
+
+
+@pytest.mark.parametrize(
+    ("spent", "devices"),
+    [("2.50|", "|tv"), ("[2.5, None]", "[NULL, 'tv']"), (" 2.5 |NaN", "NULL| tv")],
+)
+def test_a_history_in_the_log_says_what_each_click_had_and_what_it_had_not(log, tmp_path, spent, devices):
+    with_clicks(
+        log,
+        {"past_spent": cycle(spent, ""), "past_device": cycle(devices, "")},
+        features={"spent": "past_spent", "device": "past_device"},
+    )
+    prepare(None, tmp_path / "log.csv", tmp_path / "out", tmp_path / "log.yaml")
+    data = Prepared.open(tmp_path / "out")
+    rows, encoder = data.rows("train"), Encoder(data.schema)
+    events = [
+        Event(item="a", ts=START - 2.0, features={"spent": 2.5, "device": None}),
+        Event(item="b", ts=START - 1.0, features={"device": "tv"}),
+    ]
+
+    inputs = rows.take(np.array([0])).inputs
+
+    for name, array in encoder.encode_history(events, START).items():
+        np.testing.assert_array_equal(array, inputs[name].numpy(), err_msg=name)
+    assert data.schema.field("spent").shift == 2.5  # the one number that the past clicks of the training part have
+
+
+def test_a_whole_column_of_nothing_is_absent_at_every_past_click(log):
+    read = with_clicks(
+        log,
+        {"past_spent": cycle(None), "past_device": cycle("tv|tv", "")},
+        features={"spent": "past_spent", "device": "past_device"},
+    )
+
+    assert column(read, past_name("spent"))[:2] == [[None, None], []]
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "message"),
+    [
+        (
+            {"s": cycle("1|much", "")},
+            {"spent": "s", "device": "past"},
+            "line 2, column s: expected a list of finite",
+        ),
+        ({"s": cycle("1|2|3", "")}, {"spent": "s", "device": "past"}, "line 2, column s: expected as many values as"),
+        ({}, {"device": "past"}, "history: features names no column of spent, which no item has"),
+        ({}, {"spent": "past"}, "history: features names no column of device, which no item has"),
+        ({}, {"spent": "past", "device": "past", "user_id": "past"}, "history: user_id is no item field and no field"),
+    ],
+)
+def test_a_history_that_does_not_say_what_its_clicks_had_is_refused(log, columns, features, message):
+    with pytest.raises(UserError, match=message):
+        with_clicks(log, columns, features=features)

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import yaml
 
+from models.features.values import NULL_VALUES
 from training.__main__ import main
 from training.data.prepare import prepare
 from training.datasets import tabular
@@ -24,7 +25,6 @@ from training.datasets.description import (
     HistoryForm,
     TableForm,
 )
-from training.datasets.spelling import NULL_VALUES
 from training.datasets.times import NUMBER_FORMS
 from training.errors import UserError
 
