@@ -94,9 +94,8 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         stack.enter_context(metrics.shared())
         experiment = assignment.from_setting(settings.experiment)
         running = Running(experiment)
-        store, writing = _stores(settings)
-        for opened in (store, writing):
-            stack.push_async_callback(opened.aclose)
+        store = _store(settings)
+        stack.push_async_callback(store.aclose)
         try:
             await store.ping()
         except StoreUnavailable as err:
@@ -160,7 +159,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
             scheduler=scheduler,
             explainer=explainer,
             events=EventRecorder(
-                store=writing, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
+                store=store, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
             ),
             running=running,
             changes=Changes(
@@ -173,17 +172,11 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         )
 
 
-def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:
-    """One store by two ways: for predictions, which cannot wait for it, and for events, which can and must be kept."""
-    if settings.redis_url is None:
-        log.warning("no redis_url: clicks are kept in this process, and lost with it")
-        memory = MemoryStore(keep=settings.keep_behaviours)
-        return memory, memory
-    reading, writing = (
-        redis_store.opened(settings, timeout_s=timeout_ms / 1000)
-        for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
-    )
-    return reading, writing
+def _store(settings: Settings) -> FeatureStore:
+    if settings.redis_url is not None:
+        return redis_store.opened(settings)
+    log.warning("no redis_url: clicks are kept in this process, and lost with it")
+    return MemoryStore(max_clicks=settings.keep_behaviours, max_bytes=settings.keep_behaviours_bytes)
 
 
 def _control_store(settings: Settings, experiment: str) -> ControlStore:

@@ -24,7 +24,7 @@ from service.worker import WorkerInfo
 
 Stage = Literal["parse", "fetch", "encode", "queue", "infer", "respond"]
 STAGES: tuple[Stage, ...] = ("parse", "fetch", "encode", "queue", "infer", "respond")
-STORE_OPS = ("fetch", "mark", "append", "ping")
+STORE_OPS = ("fetch", "append", "ping")
 
 NO_ARM = "none"  # a request that was refused before an arm was drawn, or that needs none
 OTHER_FIELD = OTHER  # a feature no model of the arm knows: clients name those, so they cannot be labels

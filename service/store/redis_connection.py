@@ -303,7 +303,7 @@ def _handshake(options: dict[str, Any]) -> list[bytes]:
     return commands
 
 
-def packed_command(name: bytes, arguments: Sequence[str]) -> bytes:
+def packed_command(name: bytes, arguments: Sequence[str | bytes]) -> bytes:
     """A command as it goes over the connection."""
-    encoded = [name, *(argument.encode() for argument in arguments)]
+    encoded = [name, *(argument if isinstance(argument, bytes) else argument.encode() for argument in arguments)]
     return b"".join([b"*%d\r\n" % len(encoded), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded]])
