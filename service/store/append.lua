@@ -7,7 +7,7 @@
 -- Returns for each event 1 if it was new, 0 if it was known, 2 if its keys hold what this script cannot read: they are
 -- left as they are.
 
-local HEADER, FRONT, TAG = 9, 10, 8
+local HEADER, FRONT, TAG = 9, 10, 6
 local MAX_TAGS_BYTES = 65536 -- of a day and user; beyond it the older half is forgotten
 local byte, sub, char, find, format = string.byte, string.sub, string.char, string.find, string.format
 local max_clicks, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -94,7 +94,7 @@ local function tag_list(position)
     if type(value) == 'table' then
       list = false
     else
-      list = {known = value or '', is_new = not value, added = {}}
+      list = {known = value or '', added = {}}
     end
     tag_lists[position] = list
   end
@@ -245,13 +245,10 @@ end
 for position, list in pairs(tag_lists) do
   local more = list and tags[list]
   if more then
-    if list.is_new or #list.known + #more > MAX_TAGS_BYTES then
-      local later = sub(list.known, math.floor(#list.known / TAG / 2) * TAG + 1)
-      redis.call('SET', KEYS[position], later .. more, 'EX', tags_ttl)
-    else
-      redis.call('APPEND', KEYS[position], more)
-      redis.call('EXPIRE', KEYS[position], tags_ttl)
-    end
+    local known = list.known
+    if #known + #more > MAX_TAGS_BYTES then known = sub(known, math.floor(#known / TAG / 2) * TAG + 1) end
+    -- Not APPEND: a server doubles what it appends to.
+    redis.call('SET', KEYS[position], known .. more, 'EX', tags_ttl)
   end
 end
 return results
