@@ -28,6 +28,7 @@ from service.registry.registry import ModelRegistry
 from service.registry.warmup import ModelWarmer
 from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
+from service.scoring.item_changes import ItemChangeFollower
 from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store import redis_store
@@ -154,6 +155,8 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         )
         await control.join(start)
         await stack.enter_async_context(control.following())
+        item_changes = ItemChangeFollower(store=store, models=registry.loaded_models)
+        await stack.enter_async_context(item_changes.following())
         yield OpenService(
             scorer=scorer,
             scheduler=scheduler,

@@ -76,10 +76,11 @@ class Settings(BaseSettings):
         description="Candidates, and as many clicks, that are kept encoded for each loaded model.",
     )
     item_cache_s: float = Field(
-        default=10,
+        default=300,
         ge=0,
         le=86_400,
-        description="Seconds for which stored features of a candidate count as fresh; 0 keeps none.",
+        description="Seconds for which stored features of a candidate are kept if no change of them is announced; 0"
+        " keeps none.",
     )
     keep_behaviours: int = Field(
         default=100, ge=1, le=10_000, description="Clicks of a user that the store keeps, the newest."

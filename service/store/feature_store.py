@@ -38,6 +38,14 @@ class Fetched:
     items: Sequence[bytes | None]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemChanges:
+    items: Sequence[str] | None
+    """None where it is not known any more which ones: any may have changed."""
+    position: str
+    """From where to ask on."""
+
+
 OnFetched = Callable[[Fetched | StoreUnavailable], None]
 
 
@@ -89,6 +97,9 @@ class FeatureStore(Protocol):
     async def put_users(self, rows: Mapping[str, Row]) -> None: ...
 
     async def put_items(self, rows: Mapping[str, Row]) -> None: ...
+
+    async def changed_items(self, since: str | None) -> "ItemChanges":
+        """The items whose features were put after the position `since`; None begins at the present one."""
 
     async def ping(self) -> None: ...
 

@@ -18,7 +18,9 @@ from service.store.codec import (
     pack_row,
     unpack_row,
 )
-from service.store.feature_store import FeatureStore, Fetched, OnFetched, Outcome
+from service.store.feature_store import FeatureStore, Fetched, ItemChanges, OnFetched, Outcome
+
+MAX_CHANGES = 10_000  # that are remembered
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class MemoryStore(FeatureStore):
         self._items: dict[str, bytes] = {}
         self._pasts: dict[str, _Past] = {}
         self._known: dict[str, set[bytes]] = {}
+        self._changes: list[str] = []
+        self._forgotten = 0
 
     def fetch_soon(
         self,
@@ -100,6 +104,17 @@ class MemoryStore(FeatureStore):
 
     async def put_items(self, rows: Mapping[str, Row]) -> None:
         self._items.update({item: pack_row(row) for item, row in rows.items()})
+        self._changes += rows
+        if len(self._changes) > MAX_CHANGES:
+            self._forgotten += len(self._changes)
+            self._changes = []
+
+    async def changed_items(self, since: str | None) -> ItemChanges:
+        position = str(self._forgotten + len(self._changes))
+        if since is None:
+            return ItemChanges(items=(), position=position)
+        read = int(since) - self._forgotten
+        return ItemChanges(items=self._changes[read:] if read >= 0 else None, position=position)
 
     async def ping(self) -> None:
         return

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
+
 from models.features.values import Row
 from service.settings import Settings, SettingsError
 from service.store.circuit_breaker import CircuitBreaker
@@ -31,6 +33,7 @@ from service.store.feature_store import (
     EVENT_TAGS_TTL_S,
     FeatureStore,
     Fetched,
+    ItemChanges,
     OnFetched,
     Outcome,
     StoreUnavailable,
@@ -43,6 +46,9 @@ from service.store.words import UnknownWordError, WordTable
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
 _APPEND_SHA = hashlib.sha1(_APPEND.encode(), usedforsecurity=False).hexdigest()
 EVENTS_A_SCRIPT = 32  # nothing else is answered while one runs
+ITEMS_A_CHANGE = 1000
+MAX_CHANGES = 1000  # that the stream holds, or a few more
+MAX_CHANGES_READ = 500  # in one go: well before they are trimmed
 MAX_READABLE = 100_000  # features of clicks that are known to have no unknown word
 BREAKER_OPEN = "the store has stopped answering and is being probed"
 
@@ -281,6 +287,27 @@ class RedisStore(FeatureStore):
 
     async def put_items(self, rows: Mapping[str, Row]) -> None:
         await self._put({self._keys.item(item): pack_row(row) for item, row in rows.items()})
+        ids, changes = list(rows), self._keys.item_changes
+        for start in range(0, len(ids), ITEMS_A_CHANGE):
+            some = msgspec.msgpack.encode(ids[start : start + ITEMS_A_CHANGE])
+            bound = [changes, "MAXLEN", "~", str(MAX_CHANGES), "*", "items"]
+            await self._writes.ask(changes, packed_command(b"XADD", [*bound, some]))
+
+    async def changed_items(self, since: str | None) -> ItemChanges:
+        """The stream says which entry was its last: if that is not later than `since`, it was lost and begun anew."""
+        key = self._keys.item_changes
+        last = await self._writes.ask(key, packed_command(b"XREVRANGE", [key, "+", "-", "COUNT", "1"]))
+        position = last[0][0].decode() if last else "0-0"
+        if since is None or position == since:
+            return ItemChanges(items=(), position=position)
+        if _stream_position(position) < _stream_position(since):
+            return ItemChanges(items=None, position=position)
+        count = str(MAX_CHANGES_READ + 1)
+        entries = await self._writes.ask(key, packed_command(b"XRANGE", [key, f"({since}", position, "COUNT", count]))
+        if len(entries) > MAX_CHANGES_READ:
+            return ItemChanges(items=None, position=position)
+        items = [item for _, (_, packed) in entries for item in msgspec.msgpack.decode(packed, type=list[str])]
+        return ItemChanges(items=items, position=position)
 
     async def _put(self, values: Mapping[str, bytes]) -> None:
         ttl = str(math.ceil(self._limits.features_s))
@@ -414,6 +441,11 @@ def _value(reply: Any) -> Any:
     if isinstance(reply, Exception):
         raise unavailable(reply)
     return reply
+
+
+def _stream_position(entry: str) -> tuple[int, int]:
+    milliseconds, _, number = entry.partition("-")
+    return int(milliseconds), int(number)
 
 
 def _has_no_script(reply: Any) -> bool:

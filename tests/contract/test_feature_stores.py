@@ -182,6 +182,28 @@ async def test_a_deleted_user_leaves_nothing_and_clicks_of_before_stay_out(store
     assert [event.ts for event in await past(store, "u2")] == [1]
 
 
+async def test_the_items_that_changed_since_are_told(store: FeatureStore):
+    await store.put_items({"before": {"price": 1}})
+    start = await store.changed_items(None)
+    await store.put_items({"ad1": {"price": 1}, "ad2": {}})
+    await store.put_items({"ad1": {"price": 2}})
+
+    changes = await store.changed_items(start.position)
+    after = await store.changed_items(changes.position)
+
+    assert start.items is not None and not start.items
+    assert changes.items == ["ad1", "ad2", "ad1"]
+    assert (list(after.items or ()), after.position) == ([], changes.position)
+
+
+async def test_who_asks_after_too_many_changes_hears_that_any_may_have_changed(store: FeatureStore):
+    start = await store.changed_items(None)
+    for _ in range(600):
+        await store.put_items({str(number): {} for number in range(20)})
+
+    assert (await store.changed_items(start.position)).items is None
+
+
 async def test_nothing_to_do_is_done(store: FeatureStore):
     await store.put_users({})
     await store.put_items({})
