@@ -3,12 +3,14 @@
 import asyncio
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service.errors import Refusal
 from service.experiments import assignment
@@ -40,6 +42,12 @@ from service.worker import WorkerInfo
 
 log = logging.getLogger(__name__)
 
+# Pages predict and send events. Nothing is changed from one: that takes the admin token, which no page should know.
+CORS: Mapping[str, Any] = {
+    "allow_methods": ("GET", "POST"),
+    "allow_headers": ("Content-Type",),
+    "expose_headers": ("Retry-After",),
+}
 GPU_THREADS = 2  # one feeds the GPU while the other waits for it
 
 
@@ -73,6 +81,8 @@ def create_app(settings: Settings, worker: WorkerInfo | None = None) -> FastAPI:
     routes = frozenset(r.path for r in router.routes if isinstance(r, APIRoute))
     refusals = RefusalLog()
     metrics.declare_routes(sorted(routes))
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_middleware(MetricsMiddleware, metrics=metrics, routes=routes)
     openapi.describe(app, max_candidates=settings.max_candidates, max_explained=settings.max_explained)
     for kind in (Refusal, HTTPException, RecursionError):
@@ -84,6 +94,7 @@ def create_app(settings: Settings, worker: WorkerInfo | None = None) -> FastAPI:
         refusals,
         max_age_s=settings.max_connection_s,
         max_body_bytes=settings.max_body_bytes,
+        cors=bool(settings.cors_origins),
     )
     return app
 

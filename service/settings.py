@@ -18,6 +18,7 @@ from pydantic_settings import (
 PREFIX = "CLICKSERVE_"
 ADMIN = "admin"  # the name of whoever has `admin_token`
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+ORIGIN = r"^(\*|https?://[^\s/,*]+)$"
 
 
 class SettingsError(ValueError):
@@ -107,6 +108,9 @@ class Settings(BaseSettings):
         le=86_400,
         description="Seconds after which a kept connection ends, so that load evens out; 0 means never.",
     )
+    cors_origins: Annotated[tuple[Annotated[str, Field(pattern=ORIGIN)], ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may ask from a browser, or `*` for any; with none, no page may."
+    )
     fallback: Literal["none", "prior"] = Field(
         default="none",
         description="Answer where the model is late, overloaded or broken: a refusal, or 200 with its click rate.",
@@ -134,13 +138,22 @@ class Settings(BaseSettings):
     @field_validator("experiment", mode="before")
     @classmethod
     def _written_out(cls, value: Any) -> Any:
-        """What stands in an experiment file may come as text too, as from the environment: as YAML, so as JSON too."""
+        """What stands in an experiment file may come as text too, as from the environment: as YAML, so as JSON too.
+
+        Its values stay text, as in an experiment file: `on` and 1.10 are names there.
+        """
         if not isinstance(value, str) or not ("\n" in value or value.lstrip().startswith("{")):
             return value
-        content = _parsed(value)
+        content = _parsed(value, yaml.BaseLoader)
         if not isinstance(content, dict):
             raise PydanticCustomError("no_experiment", "expected a file's name, or YAML as it would stand there")
         return content
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """From the environment they come as text: with commas between."""
+        return [origin.strip() for origin in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("admin_tokens", mode="before")
     @classmethod
@@ -221,20 +234,23 @@ def load(file: Path | None = None, **flags: Any) -> Settings:
         raise SettingsError(_sentence(err, file, overrides)) from None
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, loader: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=loader)  # noqa: S506 - one that makes plain values, or text only
     except yaml.YAMLError:
         return None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise SettingsError(f"{file}: not a readable YAML file: {' '.join(str(err).split())}") from None
     if content is not None and not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
         raise SettingsError(f"{file}: expected settings as `name: value`, got a {type(content).__name__}")
+    if content and isinstance(content.get("experiment"), dict):
+        content["experiment"] = _parsed(text, yaml.BaseLoader)["experiment"]
     return content or {}
 
 

@@ -108,7 +108,7 @@ def test_prometheus_scrapes_the_port_the_service_listens_on():
 def test_the_tree_in_the_readme_has_every_file_at_its_path_once_and_no_other(package: str) -> None:
     existing = [
         file.relative_to(ROOT / package).as_posix()
-        for suffix in ("py", "lua", "md")
+        for suffix in ("py", "lua", "md", "csv")
         for file in (ROOT / package).rglob(f"*.{suffix}")
         if file.name != "__init__.py"
     ]
@@ -128,7 +128,7 @@ def tree_files(package: str) -> Counter[str]:
         if not line.startswith("   "):
             name = re.match(r"  (\w+/)", line)
             room = name[1] if name else ""
-        files.update(room + file for file in re.findall(r"\b\w+\.(?:py|lua|md)\b", line))
+        files.update(room + file for file in re.findall(r"\b\w+\.(?:py|lua|md|csv)\b", line))
     return files
 
 
@@ -230,6 +230,61 @@ def test_the_api_reference_has_every_route() -> None:
     named = {re.sub(r"\{\w+\}", "{}", path) for path in re.findall(r"(?:GET|POST|PUT|DELETE) (/[\w/{}.]*)", text)}
 
     assert {path for path in paths if "/versions/" not in path} <= named
+
+
+PAPERS = {"MIAN": (18, 4), "STEC": (12, 6), "DeepMR": (11, 5), "DynInt": (12, 4), "FESeq": (17, 11)}
+"""{paper: how many equations and tables it has}"""
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_page_of_papers_has_every_equation_and_every_table(paper: str) -> None:
+    components, experiments = (
+        re.findall(r"^\| [^|]+ \| ([^|]+) \|", part, re.MULTILINE)
+        for part in section(ROOT / "docs/papers.md", f"## {paper}").split("| experiment |")
+    )
+    equations, tables = PAPERS[paper]
+
+    assert numbers_in("; ".join(c for c in components if c[0].isdigit())) == set(range(1, equations + 1))
+    shown = re.findall(r"(?<!\w)tables? ([\d, to]+)", "; ".join((*components, *experiments)))
+    # Sections tell of production and of settings what has a table.
+    assert numbers_in("; ".join(shown)) == set(range(1, tables + 1))
+
+
+def numbers_in(text: str) -> set[int]:
+    """Of `2, 4 to 6; 8`: 2, 4, 5, 6 and 8. What follows a word is no number of this kind: `3, figure 2b`."""
+    found = re.findall(r"(?:^|[,;] ?)\s*(\d+)(?: to (\d+))?(?=$|[,; ])", text)
+    return {number for first, last in found for number in range(int(first), int(last or first) + 1)}
+
+
+def test_the_page_of_papers_names_recipes_and_options_that_there_are_and_every_recipe_of_a_paper() -> None:
+    from models import zoo
+    from training.comparison.compare import variants
+    from training.config import override
+    from training.recipes import RECIPES
+    from training.recipes.deviations import DEVIATIONS
+
+    text = (ROOT / "docs/papers.md").read_text()
+    options = {key for model in ("mian", "stec", "deepmr", "dynint", "feseq") for key in vars(zoo.configure(model, {}))}
+
+    named = set(re.findall(r"\b(?:pin|mian|stec|deepmr|dynint|feseq)_\w+\b", text))
+
+    assert named <= RECIPES.keys()
+    assert {name for name in DEVIATIONS if name.endswith("_paper")} - {"bst_paper"} <= named
+    assert set(re.findall(r"\bmodel\.(\w+)", text)) <= options
+    for words in re.findall(r"`compare (--[^`]+)`", text):
+        command = ["compare", "--data", "DIR", "--out", "DIR", *shlex.split(words)]
+        parsed = module_parser("training").parse_args(command)
+        for variant in variants(parsed.models, parsed.variants):
+            assert variant.recipe, command
+            override(RECIPES[variant.recipe](), variant.settings)
+
+
+def test_the_page_of_papers_has_no_figure_of_its_own() -> None:
+    known = (ROOT / "docs/measured.md").read_text() + (ROOT / "training/comparison/published.csv").read_text()
+    figures = re.findall(r"\b0\.\d{4}\b", (ROOT / "docs/papers.md").read_text())
+
+    assert figures
+    assert [figure for figure in figures if figure not in known] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_in_repository)

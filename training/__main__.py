@@ -67,7 +67,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     model, settings = suggested(Prepared.open(options.out).schema, prepared["name"])
     if settings:
-        say(f"{model} goes without {', '.join(settings)}: the data have no fields for it")
+        say(f"{model} with {', '.join(settings)}: the data have no fields for what that leaves out")
     words = ("--set", *settings) if settings else ()
     _next("train", model, "--data", options.out, "--out", "RUN", *words)
 

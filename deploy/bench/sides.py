@@ -192,6 +192,7 @@ class SideStarter:
                 workers=workers,
                 checkout=checkout.tree,
                 CLICKSERVE_STORE_TIMEOUT_MS="1000",
+                CLICKSERVE_MAX_QUEUED_CANDIDATES="100000",  # 32 connections of 1000 wait in the older commit's queue
             )
         )
 

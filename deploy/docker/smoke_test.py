@@ -173,7 +173,7 @@ def check_dashboard(check: Check, prometheus: httpx.Client) -> None:
         for target in panel["targets"]:
             series = _query(prometheus, target["expr"].replace("$__rate_interval", "1m"))
             values = {"/".join(s["metric"].values()): float(s["value"][1]) for s in series}
-            holds = bool(values) and all(map(math.isfinite, values.values())) and any(values.values())
+            holds = bool(values) and all(map(math.isfinite, values.values()))  # 0 is a number: nobody may be waiting
             shown = ", ".join(f"{labels} {value:.3g}" for labels, value in sorted(values.items()))
             check(f"{panel['title']} ({target['refId']})", holds, shown)
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 NULL_VALUES = ("", "NULL", "\\N", "nan", "NaN", "None")
 """What tables write for an absent value, unless a data set names other spellings."""
+SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
+"""The characters around a null spelling that do not count."""
 
 Discretise = Literal["log_square", "ln_square_plus_one", "winners"]
 Transform = Literal["none", "log", "quantile"]
@@ -81,7 +83,7 @@ def null_texts(null_values: tuple[str, ...]) -> frozenset[str]:
 
 def is_null_text(text: str, null_values: tuple[str, ...]) -> bool:
     """Whether text stands for no value; space around it does not count."""
-    return text.strip() in null_texts(null_values)
+    return text.strip(SPACE) in null_texts(null_values)
 
 
 def without_nulls(numbers: NDArray[np.float64], null_values: tuple[str, ...]) -> NDArray[np.float64]:

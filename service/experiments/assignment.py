@@ -184,9 +184,12 @@ def from_setting(setting: Path | Mapping[str, Any] | None) -> Experiment:
 
 
 def read(path: Path) -> Experiment:
-    """Raises ExperimentError in one sentence for a file that is absent, no YAML, or no experiment."""
+    """What stands in the file is text: an arm `on` and a version 1.10 are called so.
+
+    Raises ExperimentError in one sentence for a file that is absent, no YAML, or no experiment.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 - it makes text only
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ExperimentError(f"{path}: not a readable YAML file: {' '.join(str(err).split())}") from err
     return parse(content, source=str(path))

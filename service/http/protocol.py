@@ -8,7 +8,8 @@ import time
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendCallable, ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import Refusal
 from service.http.middleware import ARRIVED_AT, RefusalLog
@@ -169,6 +170,7 @@ class PredictProtocol(HttpToolsProtocol):
     lag: "LoopLag"
     max_age_s: float
     max_body_bytes: int
+    unusual: frozenset[bytes]
 
     _in_head = False
     _linger_timer: TimerHandle | None = None  # once the answer is out and what still comes is dropped
@@ -221,6 +223,8 @@ class PredictProtocol(HttpToolsProtocol):
         self.scope["state"][ARRIVED_AT] = arrived_at
         super().on_headers_complete()
         self.cycle.transport = LingeringTransport(self)  # type: ignore[assignment] # as far as a cycle uses it
+        if self.cycle.waiting_for_100_continue:
+            self.cycle.send = _send_instead_of_continue(self.cycle)  # type: ignore[assignment, method-assign]
         if time.monotonic() >= self._close_at:
             self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
@@ -265,7 +269,7 @@ class PredictProtocol(HttpToolsProtocol):
         if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused:
             return False
         for name, value in self.headers:
-            if name in _UNUSUAL:
+            if name in self.unusual:
                 return False
             if name == b"content-length" and int(value) > self.max_body_bytes:
                 return False
@@ -284,6 +288,21 @@ class PredictProtocol(HttpToolsProtocol):
             self._head_timer = None
 
 
+def _send_instead_of_continue(cycle: RequestResponseCycle) -> ASGISendCallable:
+    """`send` of a request that waits for `100 Continue`: an answer before that ends the connection.
+
+    The client then sends no body, and what it sends next would be read as one.
+    """
+    send = cycle.send
+
+    async def closing_send(message: ASGISendEvent) -> None:
+        if cycle.waiting_for_100_continue:
+            cycle.keep_alive = False
+        await send(message)
+
+    return closing_send
+
+
 def protocol_class(
     endpoint: PredictEndpoint,
     metrics: Metrics,
@@ -291,8 +310,9 @@ def protocol_class(
     *,
     max_age_s: float,
     max_body_bytes: int,
+    cors: bool = False,
 ) -> type[HttpToolsProtocol]:
-    """The class of connections for uvicorn's setting `http`."""
+    """The class of connections for uvicorn's setting `http`. With `cors` a page's requests go through the framework."""
     members = {
         "endpoint": endpoint,
         "metrics": metrics,
@@ -300,6 +320,7 @@ def protocol_class(
         "lag": LoopLag(),
         "max_age_s": max_age_s,
         "max_body_bytes": max_body_bytes,
+        "unusual": _UNUSUAL | {b"origin"} if cors else _UNUSUAL,
     }
     return type("Connection", (PredictProtocol,), members)
 

@@ -1,10 +1,12 @@
 """The containers as far as files can tell; with an engine and the built images, those too."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -89,3 +91,22 @@ def test_the_serving_image_has_all_the_service_needs_and_no_torch():
 
 def docker(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["docker", *arguments], check=False, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "holds"), [([0.0], True), ([0.0, 2.5], True), ([float("nan")], False), ([], False)], ids=str
+)
+def test_a_query_of_the_dashboard_holds_where_it_gives_numbers_and_0_is_one(values, holds, capsys):
+    spec = importlib.util.spec_from_file_location("smoke_test", ROOT / "deploy" / "docker" / "smoke_test.py")
+    assert spec is not None and spec.loader is not None
+    smoke_test = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smoke_test)
+    series = [{"metric": {"arm": f"arm {n}"}, "value": [0, str(value)]} for n, value in enumerate(values)]
+    answer = httpx.MockTransport(lambda _: httpx.Response(200, json={"status": "success", "data": {"result": series}}))
+    check = smoke_test.Check()
+
+    with httpx.Client(transport=answer, base_url="http://prometheus") as prometheus:
+        smoke_test.check_dashboard(check, prometheus)
+
+    assert capsys.readouterr().out.count("\n  ") > 5
+    assert (check.failed == []) == holds

@@ -41,6 +41,21 @@ def test_an_experiment_is_a_path_or_written_out(file: Path, monkeypatch: pytest.
     assert load().experiment == Path("deploy/experiment.yaml")
 
 
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_a_written_out_experiment_keeps_what_is_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    written = "{experiment: on, arms: [{name: 1.10, version: 20261128_1}]}"
+    if source == "file":
+        file.write_text(f"port: 9\nexperiment: {written}\n")
+    else:
+        monkeypatch.setenv("CLICKSERVE_EXPERIMENT", written)
+
+    settings = load(file if source == "file" else None)
+
+    assert settings.experiment == {"experiment": "on", "arms": [{"name": "1.10", "version": "20261128_1"}]}
+
+
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLICKSERVE_REDIS_URL", "")
 

@@ -58,6 +58,15 @@ def test_a_data_sets_recipe_fits_what_it_holds(model: str, dataset: str) -> None
         zoo.build(model, run.model_config, schema(fields))
 
 
+@pytest.mark.parametrize(
+    ("dataset", "steps"), [("criteo", 2000), ("avazu", 2000), ("ipinyou", 2000), ("frappe", 0), ("movielens-1m", 0)]
+)
+def test_dynint_is_evaluated_every_2000_steps_on_its_papers_data_and_by_epochs_on_smaller_ones(
+    dataset: str, steps: int
+) -> None:
+    assert recipes.RECIPES[recipes.choose("dynint", dataset).name]().eval_every_steps == steps
+
+
 @pytest.mark.parametrize(("name", "learns"), [("mian_amazon", True), ("mian_paper", False)])
 def test_where_half_of_the_rows_are_clicked_mian_learns_from_its_amazon_recipe_and_not_from_the_papers(
     name: str, learns: bool

@@ -79,6 +79,10 @@ class Standing:
         """What metrics.json tells of the training itself, such as `parameters`, for every finished cell."""
         return [float(cell.figures[figure]) for cell in self.cells if cell.figures]
 
+    def runs(self) -> list[Run]:
+        """What the finished cells were trained with."""
+        return [Run.from_json(cell.run) for cell in self.cells]
+
 
 def read(folder: Path, data: Prepared) -> list[Cell]:
     """The cells of a comparison, by name and seed. Raises UserError for one on other data than `data`."""

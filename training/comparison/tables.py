@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from training.comparison import published
 from training.comparison.leaderboard import Standing
+from training.comparison.published import Figures as Published
 from training.data.batches import PARTS, Prepared
 from training.evaluation import significance
 from training.evaluation.run_report import CALIBRATED, MUTED
@@ -27,15 +28,14 @@ def markdown(
     standings: Sequence[Standing], data: Prepared, *, reference: str | None, chosen: bool, commands: str
 ) -> str:
     """The whole comparison. `chosen`: the reference is the best baseline, not one that was asked for."""
-    sources = _sources(standings, data.name)
-    numbers = {source: number for number, source in enumerate(sources, start=1)}
+    figures = {standing.name: _figures(standing, data) for standing in standings}
     blocks = [
         f"# {data.name}: {len(standings)} models compared",
         _caption(standings, data),
-        _table(_columns(standings, data.name, reference, numbers)),
+        _table(_columns(standings, reference, figures)),
         _how_to_read(standings, data, reference, chosen=chosen),
         _differences(standings, reference),
-        _published(sources, data),
+        _published(standings, data, figures),
         _unfinished(standings),
         f"## Made by\n\n```\n{commands.strip()}\n```" if commands.strip() else "",
     ]
@@ -63,8 +63,7 @@ def of_models(standings: Sequence[Standing], data: Prepared, reference: str | No
                 line["auc_difference"] = found.value if found else None
             for part in ("low", "high", "p"):
                 line[f"over_{over}_{part}"] = getattr(found, part, None)
-        figures = published.figures(data.name, standing.name)
-        line["published"] = "; ".join(f"{_pair(f)} ({f.source.title})" for f in figures)
+        line["published"] = "; ".join(f"{_pair(f)} ({f.source})" for f in _figures(standing, data))
         lines.append(line)
     return _csv(lines)
 
@@ -148,7 +147,7 @@ def _caption(standings: Sequence[Standing], data: Prepared) -> str:
 
 
 def _columns(
-    standings: Sequence[Standing], dataset: str, reference: str | None, numbers: Mapping[published.Source, int]
+    standings: Sequence[Standing], reference: str | None, figures: Mapping[str, Sequence[Published]]
 ) -> dict[str, list[str]]:
     """The table by columns, without those that have nothing to tell."""
     columns = {"model": [s.name for s in standings], "seeds": [_seeds(s) for s in standings]}
@@ -160,8 +159,9 @@ def _columns(
         columns[f"AUC - {reference}"] = [f"{d.value:+.4f}" if d else "" for d in rows]
         columns["p, seeds"] = [_p(d) for d in seeds]
         columns["p, rows"] = [_p(d) for d in rows]
+    numbers = {source: number for number, source in enumerate(_sources(figures), start=1)}
     columns["published AUC / log loss"] = [
-        ", ".join(f"{_pair(f)} [{numbers[f.source]}]" for f in published.figures(dataset, s.name)) for s in standings
+        ", ".join(f"{_pair(f)} [{numbers[f.source]}]" for f in figures[s.name]) for s in standings
     ]
     trainings = [_training(s) for s in standings]
     forms = {"parameters": ("parameters", ",.0f"), "epochs_mean": ("epochs", ".1f")}
@@ -208,12 +208,17 @@ def _differences(standings: Sequence[Standing], reference: str | None) -> str:
     return f"## The differences\n\n{_table(columns)}"
 
 
-def _published(sources: Sequence[published.Source], data: Prepared) -> str:
-    if not sources:
-        return ""
+def _published(standings: Sequence[Standing], data: Prepared, figures: Mapping[str, Sequence[Published]]) -> str:
+    """What the column's numbers mean, and in one line which figures of these models are of other rows or forms."""
     test_rows = len(data.rows("test"))
-    lines = [f"{number}. {source.title}; {source.verdict(test_rows)}." for number, source in enumerate(sources, 1)]
-    return "## Published figures\n\n" + "\n".join(lines)
+    left_out = [r for s in standings for r in published.incomparable(data.name, test_rows, s.runs())]
+    sources = _sources(figures)
+    blocks = ["\n".join(f"{number}. {text}." for number, text in enumerate(sources.values(), start=1))]
+    if left_out:
+        beginning = "Of other rows or forms, and not shown" if sources else "None is of these rows and models"
+        blocks.append(f"{beginning}: {'; '.join(dict.fromkeys(left_out))}. Here: {test_rows:,} test rows.")
+    found = [block for block in blocks if block]
+    return "\n\n".join(["## Published figures", *found]) if found else ""
 
 
 def _unfinished(standings: Sequence[Standing]) -> str:
@@ -222,8 +227,13 @@ def _unfinished(standings: Sequence[Standing]) -> str:
     return "\n".join(["## Not in the figures\n", *failed, *pending]) if failed or pending else ""
 
 
-def _sources(standings: Sequence[Standing], dataset: str) -> list[published.Source]:
-    return list(dict.fromkeys(f.source for s in standings for f in published.figures(dataset, s.name)))
+def _figures(standing: Standing, data: Prepared) -> list[Published]:
+    return published.comparable(data.name, len(data.rows("test")), standing.runs())
+
+
+def _sources(figures: Mapping[str, Sequence[Published]]) -> dict[str, str]:
+    """{source: what it has of these rows}, in the order of the table."""
+    return {f.source: f"{f.source}: {f.split}" for of_model in figures.values() for f in of_model}
 
 
 def _best(standings: Sequence[Standing], figure: str) -> set[str]:
@@ -260,7 +270,7 @@ def _mean(standing: Standing, figure: str, *, bold: bool) -> str:
     return text if spread is None else f"{text} ± {spread:.{digits}f}"
 
 
-def _pair(figures: published.Figures) -> str:
+def _pair(figures: Published) -> str:
     loss = "-" if figures.logloss is None else format(figures.logloss, ".4f" if figures.logloss >= 0.05 else ".6f")
     return f"{figures.auc:.4f} / {loss}"
 

@@ -183,11 +183,17 @@ def _write_raw(folder: Path, rows: pl.LazyFrame, clicks: pl.DataFrame, log: Log,
     for key in ("user", "item"):
         key_column = log.spec.user_key if key == "user" else log.spec.item_key
         features = [f.name for f in log.spec.fields if f.group == key and f.name != key_column]
-        known = numbered.filter(pl.col(key).is_not_null())
-        newest = pl.col(ROW).filter(pl.col("ts") < first).max()
-        chosen = known.group_by(key).agg(pl.coalesce(newest, pl.col(ROW).min())).select(ROW)
-        table = known.join(chosen, on=ROW, how="semi").sort(ROW).select(pl.col(key).alias("id"), *features)
+        chosen = _newest_rows(numbered.select(key, "ts", ROW), key, first)
+        table = numbered.filter(pl.col(ROW).is_in(chosen.implode())).select(pl.col(key).alias("id"), *features)
         write_parquet(table, folder / f"{key}s.parquet")
+
+
+def _newest_rows(rows: pl.LazyFrame, key: str, first: float) -> pl.Series:
+    """By user or item the number of its newest row before `first`, else of its oldest. In no order."""
+    # An aggregate over a filtered group would hold the group's rows, and a join of the numbers all columns of the log.
+    before = pl.when(pl.col("ts") < first).then(ROW).max()
+    groups = rows.filter(pl.col(key).is_not_null()).group_by(key).agg(before=before, oldest=pl.col(ROW).min())
+    return groups.select(pl.coalesce("before", "oldest")).collect(engine="streaming").to_series()
 
 
 def _newest(rows: pl.LazyFrame, past: Past) -> pl.DataFrame:
@@ -215,8 +221,9 @@ def _about(
 
 
 def _different(rows: pl.LazyFrame) -> dict[str, int]:
-    num = rows.select(pl.col("user", "item").drop_nulls().n_unique()).collect(engine="streaming")
-    return {f"num_{key}s": int(num[key][0]) for key in ("user", "item")}
+    # One after the other, as the values of both together take twice the memory.
+    num = {key: rows.select(pl.col(key).drop_nulls().n_unique()) for key in ("user", "item")}
+    return {f"num_{key}s": int(one.collect(engine="streaming").item()) for key, one in num.items()}
 
 
 def _hash(files: tuple[Path, ...], options: dict[str, Any]) -> str:

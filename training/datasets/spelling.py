@@ -8,7 +8,7 @@ each is spelled as `models.features.values.canonical` spells it: 7003.0 is 7003,
 import numpy as np
 import polars as pl
 
-from models.features.values import canonical, null_numbers, null_texts
+from models.features.values import SPACE, canonical, null_numbers, null_texts
 
 # JSON's numbers; of exponents only the form in which tables write them, as "61e5" may be the end of a hash.
 NUMBER = r"^-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:e[+-][0-9]{2,3})?$"
@@ -18,7 +18,7 @@ _INTEGER = r"^-?(?:0|[1-9][0-9]*)$"
 
 def present(text: pl.Expr, null_values: tuple[str, ...]) -> pl.Expr:
     """Text that is not absent, else null; space around a null value does not count."""
-    return pl.when(~text.str.strip_chars().is_in(sorted(null_texts(null_values)))).then(text)
+    return pl.when(~text.str.strip_chars(SPACE).is_in(sorted(null_texts(null_values)))).then(text)
 
 
 def present_number(number: pl.Expr, null_values: tuple[str, ...]) -> pl.Expr:

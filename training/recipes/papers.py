@@ -36,7 +36,7 @@ DEEPMR_CODE = (
 DYNINT = (
     "depth, subspaces and reduction searched: 4 and 16, xDeepInt's on Criteo, and 4",
     "a rare level has no embedding: all rare levels of a field share one, the unknown value's",
-    "evaluated every 2000 steps: after every epoch",
+    "early stopping, after how many evaluations is not said: two",
 )
 FTRL = (
     "FTRL's rate searched, its penalties unpublished: xDeepInt's, for the sum of the losses",
@@ -57,7 +57,7 @@ DWP_INV_SQRT = (
     "the penalty of u and v with their offset: without it (D5)",
 )
 DA = "gating vector of unstated size: one gate for each element (D1)"
-ADAM = "FTRL: Adam at 1e-3, slower after each epoch without a better AUC"
+ADAM = "FTRL: Adam at 1e-3, slower after each evaluation without a better AUC"
 
 
 @deviates(*MIAN, "the L2 of 1e-3, on which weights is not said: on the dense kernels, not on the tables")
@@ -368,14 +368,19 @@ def bst_paper() -> Run:
 
 
 def _criteo(**options: Any) -> Run:
-    """G-FTRL on the tables, FTRL elsewhere, regularisers for millions of rows; depth and subspaces are xDeepInt's."""
+    """G-FTRL on the tables, FTRL elsewhere, regularisers for millions of rows; depth and subspaces are xDeepInt's.
+
+    An epoch of Criteo is 7,800 steps, and these models overfit within the second: they are evaluated every 2000 steps,
+    as in the paper. On smaller data `--set eval_every_steps=0` evaluates after every epoch.
+    """
     return Run(
         model="dynint",
         model_config={"emb_dim": 16, "layers": 4, "subspaces": 16} | options,
         batch_size=4096,
         lr=2e-2,
         max_epochs=3,
-        patience=1,
+        patience=2,
+        eval_every_steps=2000,
         optimizer="ftrl",
         plateau_factor=1.0,
     )

@@ -223,6 +223,18 @@ overrides: {qa-user-1: stec, 7: mian}
     assert ab.assign("7").name == "mian"
 
 
+def test_names_and_versions_are_what_the_file_says_whatever_yaml_takes_them_for(tmp_path: Path):
+    names = ("on", "1.10", "20261128_1", "007", "0x1F", "1e3", "null")
+    arms = "".join(f"  - {{name: {name}, model: {name}, version: {name}, share: 0}}\n" for name in names)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(f"experiment: 1_0\nsalt: 2026-11-28\narms:\n{arms}  - {{name: mian, model: mian, share: 1e2}}\n")
+
+    ab = read(file)
+
+    assert [(arm.name, arm.model, arm.version) for arm in ab.arms[:-1]] == [(name,) * 3 for name in names]
+    assert (ab.name, ab.salt, ab.arms[-1].share) == ("1_0", "2026-11-28", 100)
+
+
 ARM = {"name": "mian", "model": "mian", "share": 100}
 
 

@@ -40,6 +40,9 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         self.closed.set()
 
+    def write_eof(self) -> None:
+        self.closed.set()
+
     def is_closing(self) -> bool:
         return self.closed.is_set()
 
@@ -71,9 +74,10 @@ class Endpoint:
 class Client:
     """One connection, and the scopes of the requests that went through the app."""
 
-    def __init__(self, *, max_age_s: float = 0, keep_alive_s: float = 60) -> None:
+    def __init__(self, *, max_age_s: float = 0, keep_alive_s: float = 60, cors: bool = False) -> None:
         self.scopes: list[Scope] = []
         self.asked = asyncio.Event()
+        self.app_reads_bodies = False
         self.endpoint, self.metrics = Endpoint(), Metrics()
         config = uvicorn.Config(self._app, interface="asgi3", log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
         endpoint: Any = self.endpoint
@@ -83,6 +87,7 @@ class Client:
             RefusalLog(),
             max_age_s=max_age_s,
             max_body_bytes=1000,
+            cors=cors,
         )
         self.state = ServerState()
         self.connection = kind(config=config, server_state=self.state, app_state={})
@@ -109,8 +114,10 @@ class Client:
         assert b"content-type: application/problem+json" in head
         return head.splitlines()[0], json.loads(body)
 
-    async def _app(self, scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
+        if self.app_reads_bodies:
+            await receive()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
         self.asked.set()
@@ -293,6 +300,22 @@ async def test_a_refusal_that_leaves_a_body_unread_ends_the_connection(client: C
     assert client.transport.is_closing()
 
 
+@pytest.mark.parametrize("reads", [False, True])
+async def test_an_answer_in_place_of_100_continue_ends_the_connection_and_one_to_the_body_does_not(
+    client: Client, *, reads: bool
+) -> None:
+    client.app_reads_bodies = reads
+
+    client.says(b"POST /events HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+    await asyncio.sleep(0)
+    assert client.transport.written.startswith(b"HTTP/1.1 100 Continue" if reads else b"HTTP/1.1 200 OK")
+    client.says(b"{}")
+    await client.asked.wait()
+
+    assert (b"connection: close" in client.transport.written) == (not reads)
+    assert client.transport.is_closing() == (not reads)
+
+
 async def test_an_unforeseen_error_is_a_500_that_tells_nothing(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,6 +360,18 @@ async def test_what_is_unusual_goes_through_the_app(client: Client, head: bytes)
 
     assert len(client.scopes) == 1
     assert not client.endpoint.bodies
+
+
+@pytest.mark.parametrize("cors", [False, True])
+async def test_a_pages_prediction_goes_through_the_app_where_pages_may_ask_and_else_as_any(*, cors: bool) -> None:
+    client = Client(cors=cors)
+
+    client.says(b"POST /predict HTTP/1.1\r\norigin: https://shop.example\r\ncontent-length: 2\r\n\r\n{}")
+    if cors:
+        await client.asked.wait()
+
+    assert (len(client.scopes), len(client.endpoint.bodies)) == ((1, 0) if cors else (0, 1))
+    client.connection.connection_lost(None)
 
 
 async def test_a_body_that_drips_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,21 @@
 """How finished cells are judged: the reference, what is best, what stands beside it."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
-from training.comparison import leaderboard, tables
+from models import zoo
+from training import recipes
+from training.comparison import leaderboard, published, tables
+from training.config import Run
 from training.data.batches import Prepared
 from training.errors import UserError
 
 
-def cells(name, model, aucs, *, valid=0.5):
+def cells(name, model, aucs, *, valid=0.5, config=None):
     """Finished cells without files, for what needs no test logits."""
     part = {"gauc": None, "logloss": 0.5, "calibrated": {"logloss": 0.5}}
     return [
@@ -21,7 +25,7 @@ def cells(name, model, aucs, *, valid=0.5):
             model=model,
             seed=seed,
             data={},
-            run={},
+            run=Run(model=model, model_config=config or {}, batch_size=2, lr=1, max_epochs=1, patience=1).to_json(),
             figures={
                 "test": {**part, "auc": auc},
                 "valid": {"auc": valid},
@@ -93,18 +97,63 @@ def test_a_model_far_below_the_others_is_an_arrow_that_leaves_them_room(data, wi
     assert not alone.texts
 
 
-def test_published_figures_stand_beside_the_models_of_their_data_set(data, without_test_rows):
+def test_published_figures_stand_beside_the_same_model_in_the_same_form_on_the_same_rows(
+    data, without_test_rows, monkeypatch
+):
     about = Prepared.open(data)
-    frappe = Prepared(path=about.path, name="frappe", data_hash=about.data_hash, schema=about.schema)
-    judged, _ = leaderboard.judge([*cells("dcnv2", "dcnv2", [0.98]), *cells("mine", "dcnv2", [0.97])], frappe)
+    frappe = replace(about, name="frappe")
+    on_these_rows = tuple(replace(f, test_rows=400) if f.test_rows == 28_860 else f for f in published.read())
+    monkeypatch.setattr(published, "read", lambda: on_these_rows)
+    as_published = recipes.RECIPES["stec_paper"]().model_config
+    every = [
+        *cells("mine", "dcnv2", [0.98]),
+        *cells("deepmr", "deepmr", [0.97]),
+        *cells("dcnv2", "lr", [0.96]),
+        *cells("stec_lo", "stec", [0.95], config=as_published),
+        *cells("stec", "stec", [0.94]),
+    ]
+    judged, _ = leaderboard.judge(every, frappe)
 
     text = tables.markdown(judged, frappe, reference=None, chosen=True, commands="")
 
-    assert "0.9844 / 0.1577 [1], 0.9845 / 0.1491 [2]" in text
-    assert "\n1. FuxiCTR run on the rebuilt Frappe files, tuned as in BARS; not comparable: its test part has" in text
-    mine = next(line for line in text.splitlines() if line.startswith("| mine |"))
-    assert "/" not in mine  # a variant is not the model that was published
-    assert lines_of(tables.of_models(judged, frappe, None))["dcnv2"]["published"].startswith("0.9844 / 0.1577 (FuxiCTR")
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    column = lines[0].index("published AUC / log loss")
+    shown = {line[1]: line[column] for line in lines[2:]}
+    assert shown == {
+        "mine": "0.9844 / 0.1577 [1], 0.9845 / 0.1491 [2], 0.9845 / 0.1491 [3]",
+        "deepmr": "",
+        "dcnv2": "0.9356 / 0.3076 [2]",  # what it is called is not what it is
+        "stec_lo": "0.9850 / 0.1477 [3]",
+        "stec": "",
+    }
+    _, _, notes = text.partition("## Published figures\n\n")
+    assert notes.splitlines() == [
+        "1. FuxiCTR run on the rebuilt Frappe files, tuned as in BARS: x1, the split of AFN.",
+        "2. BARS leaderboard, commit 5b5e61f: x1, the split of AFN, whose training file is rebuilt here.",
+        "3. STEC's paper: x1, the split of AFN, whose training file is rebuilt here.",
+        "",
+        (
+            "Of other rows or forms, and not shown: DeepMR's paper: 8:1:1, two drawn negatives for each positive;"
+            " STEC's paper: another form of stec, that of stec_paper. Here: 400 test rows."
+        ),
+    ]
+    assert lines_of(tables.of_models(judged, frappe, None))["mine"]["published"].startswith("0.9844 / 0.1577 (FuxiCTR")
+
+
+@pytest.mark.parametrize("dataset", sorted({figures.dataset for figures in published.read()}))
+def test_a_table_of_other_rows_has_no_published_figure_and_says_so_in_one_line(data, without_test_rows, dataset):
+    of_other_rows = replace(Prepared.open(data), name=dataset)
+    models = {figures.model for figures in published.read() if figures.dataset == dataset} & set(zoo.MODELS)
+    judged, _ = leaderboard.judge([cell for model in models for cell in cells(model, model, [0.9])], of_other_rows)
+
+    text = tables.markdown(judged, of_other_rows, reference=None, chosen=True, commands="")
+
+    table, _, notes = text.partition("## Published figures\n\n")
+    assert "published" not in table
+    assert notes.startswith("None is of these rows and models: ")
+    assert notes.endswith(". Here: 400 test rows.\n")
+    assert notes.count("\n") == 1
+    assert {row["published"] for row in lines_of(tables.of_models(judged, of_other_rows, None)).values()} == {""}
 
 
 def lines_of(text):

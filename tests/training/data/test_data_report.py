@@ -18,6 +18,7 @@ COLUMNS = {
     "title": [None if n % 5 < 3 else "a" for n in range(NUM)],
     "price": [-999999999.0 if n % 10 == 0 else float(n % 17) for n in range(NUM)],
     "age": [float(n % 7) for n in range(NUM)],
+    "bid": [1e12 if n == 7 else float(n % 17) for n in range(NUM)],
     "at": [START + 60 * n for n in range(NUM)],
     "comment": ["?"] * NUM,
 }
@@ -27,6 +28,7 @@ FIELDS = [
     {"name": "title", "kind": "categorical", "group": "item"},
     {"name": "price", "kind": "numeric", "group": "item"},
     {"name": "age", "kind": "numeric", "group": "user"},
+    {"name": "bid", "kind": "numeric", "group": "item", "clip": False},
 ]
 
 
@@ -70,6 +72,7 @@ def test_each_column_has_its_values_gaps_and_unknowns(about):
         ("title", "has one value in the training part; leave it out"),
         ("ad_id", "100% of the test part's values were never seen in training"),
         ("price", "far from the rest and cut (-1e+09 is 10.0% of all); if that stands for nothing, name it"),
+        ("bid", "99% of its numbers, different ones, are nearly one on its scale; try `transform: log` or `quantile`"),
     ],
 )
 def test_a_warning_names_the_column_and_the_remedy(about, out, column, words):

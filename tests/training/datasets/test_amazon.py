@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,14 +9,13 @@ import pytest
 import torch
 
 from models import zoo
+from tests.shared_data import real
 from training.data.batches import Prepared
 from training.data.prepare import prepare
 from training.datasets import amazon
 from training.datasets.amazon import AmazonOptions
 from training.errors import UserError
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-GROCERY, BEAUTY = DATA / "amazon_grocery", DATA / "seqrec" / "amazon2014-beauty"
 DAY = 86400
 ITEMS = [f"B{item:03}" for item in range(12)]
 CATEGORIES = {item: ["Tea", "Men's Food", 'The "Best"', "Oil"][number % 4] for number, item in enumerate(ITEMS)}
@@ -241,9 +239,8 @@ def test_a_history_holds_the_earlier_days_and_nothing_of_the_same_day(source, tm
         np.testing.assert_array_equal(ends - starts, earlier)
 
 
-@pytest.mark.skipif(not GROCERY.exists(), reason="needs the real purchases in ../shared/data/amazon_grocery")
 def test_the_real_groceries_are_read_whole():
-    log = amazon.load(GROCERY)
+    log = amazon.load(real("amazon_grocery"))
 
     rows = log.rows.collect()
     clicks = rows.filter(pl.col("label") == 1)
@@ -257,9 +254,8 @@ def test_the_real_groceries_are_read_whole():
     assert negatives.join(clicks, on=["user", "item"], how="semi").is_empty()
 
 
-@pytest.mark.skipif(not BEAUTY.exists(), reason="needs the real purchases in ../shared/data/seqrec/amazon2014-beauty")
 def test_the_real_beauty_purchases_are_read_whole():
-    log = amazon.load(BEAUTY, AmazonOptions(protocol="time", sampling="popularity"))
+    log = amazon.load(real("seqrec/amazon2014-beauty"), AmazonOptions(protocol="time", sampling="popularity"))
 
     rows = log.rows.collect()
     assert rows["label"].sum() == 198_215

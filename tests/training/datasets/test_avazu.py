@@ -2,18 +2,17 @@
 
 import gzip
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.features.field import FIRST
+from tests.shared_data import real
 from training.data.prepare import prepare
 from training.datasets import avazu
 from training.datasets.avazu import AvazuOptions
 from training.errors import UserError
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "avazu_sample"
 HEADER = ("id", "click", "hour", *avazu.CONTEXT, *avazu.ITEM)
 
 
@@ -87,9 +86,8 @@ def test_a_file_of_other_columns_or_without_rows_is_refused(source):
         avazu.load(source)
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of real data stand beside the project, not in it")
 def test_the_real_sample_is_prepared(tmp_path):
-    about = prepare("avazu", SAMPLES / "kaggle_tr.rx.csv", tmp_path / "out", settings=["min_count=2"])
+    about = prepare("avazu", real("avazu_sample") / "kaggle_tr.rx.csv", tmp_path / "out", settings=["min_count=2"])
 
     assert sum(about["num_rows"].values()) == 2994
 

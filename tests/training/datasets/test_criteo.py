@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,13 +11,13 @@ import pytest
 from models.features.encoder import Encoder
 from models.features.field import PAD
 from models.features.schema import Schema
+from tests.shared_data import real
 from training.data import time_order
 from training.data.prepare import prepare
 from training.datasets import criteo
 from training.datasets.criteo import CriteoOptions
 from training.errors import UserError
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "criteo_sample"
 NUM_ROWS = 900
 
 
@@ -174,13 +173,12 @@ def test_options_are_recorded_and_part_of_the_hash(file, tmp_path):
     assert abouts[0]["data_hash"] == abouts[1]["data_hash"] != abouts[2]["data_hash"]
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of real data stand beside the project, not in it")
 @pytest.mark.parametrize(
     ("name", "num_rows"),
     [("kaggle2014_train.tiny.csv", 1999), ("deepctr_criteo_sample.txt", 200), ("torch_rechub_criteo_sample.csv", 115)],
 )
 def test_the_real_samples_are_read(name, num_rows):
-    rows = criteo.load(SAMPLES / name).rows.collect()
+    rows = criteo.load(real("criteo_sample") / name).rows.collect()
 
     assert abs(rows.height - num_rows) <= 1
     assert rows["label"].is_in([0, 1]).all()

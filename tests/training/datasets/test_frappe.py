@@ -1,14 +1,12 @@
 """Frappe, from its libfm files to a log."""
 
-from pathlib import Path
-
 import polars as pl
 import pytest
 
+from tests.shared_data import real
 from training.datasets import frappe
 from training.errors import UserError
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "frappe"
 LINE = "{} 0:1 957:1 5039:1 5046:1 5053:1 5055:1 5058:1 5060:1 5069:1 5149:1\n"
 
 
@@ -81,9 +79,8 @@ def test_a_folder_without_the_split_is_told_what_is_missing(tmp_path):
         frappe.load(tmp_path)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real Frappe in ../shared/data")
 def test_the_real_data_are_the_known_files_in_words():
-    log = frappe.load(REAL)
+    log = frappe.load(real("frappe"))
 
     sizes = dict(log.rows.collect()["part"].value_counts().rows())
     assert log.notes == ()
@@ -92,9 +89,8 @@ def test_the_real_data_are_the_known_files_in_words():
     assert set(log.rows.collect()["weather"].unique()) >= {"sunny", "cloudy", "snowy"}
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real Frappe in ../shared/data")
 def test_cost_is_not_the_apps_own():
-    rows = frappe.load(REAL).rows.collect()
+    rows = frappe.load(real("frappe")).rows.collect()
 
     costs = rows.group_by("item").agg(
         among_clicks=pl.col("cost").filter(pl.col("label") == 1).n_unique(), among_all=pl.col("cost").n_unique()

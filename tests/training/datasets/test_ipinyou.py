@@ -1,19 +1,18 @@
 """iPinYou in both of its forms, which say the same."""
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from tests.shared_data import real
 from training.data.prepare import prepare
 from training.datasets import ipinyou
 from training.datasets.ipinyou import FIELDS, IpinyouOptions
 from training.errors import UserError
 from training.log import split_by_number
 
-SAMPLES = Path(__file__).parents[4] / "shared" / "data" / "ipinyou_sample"
 COLUMNS = (
     *("click", "weekday", "hour", "bidid", "timestamp", "logtype", "ipinyouid", "useragent", "IP", "region", "city"),
     *("adexchange", "domain", "url", "urlid", "slotid", "slotwidth", "slotheight", "slotvisibility", "slotformat"),
@@ -172,9 +171,8 @@ def test_a_folder_of_neither_form_is_refused(tmp_path):
         ipinyou.load(tmp_path)
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of real data stand beside the project, not in it")
 def test_the_real_sample_is_read_and_the_papers_setting_mixes_its_days():
-    log = ipinyou.load(SAMPLES, IpinyouOptions(split="random", min_count=20))
+    log = ipinyou.load(real("ipinyou_sample"), IpinyouOptions(split="random", min_count=20))
     rows = log.rows.collect()
 
     assert rows.height == 47_923

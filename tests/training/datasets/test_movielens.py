@@ -1,15 +1,13 @@
 """MovieLens-1M, from its files to a log."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 import polars as pl
 import pytest
 
+from tests.shared_data import real
 from training.datasets import movielens
 from training.errors import UserError
-
-REAL = Path(__file__).parents[3] / "shared" / "data" / "ml-1m"
 
 
 @pytest.fixture
@@ -79,9 +77,8 @@ def test_a_missing_file_is_named(source):
         movielens.load(source)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real MovieLens-1M in ../shared/data")
 def test_the_real_data_are_read_whole_and_split_by_time():
-    log = movielens.load(REAL)
+    log = movielens.load(real("ml-1m"))
 
     sizes = dict(log.rows.collect()["part"].value_counts().rows())
     last = log.rows.collect().group_by("part").agg(first=pl.col("ts").min(), last=pl.col("ts").max())

@@ -351,7 +351,7 @@ def test_a_log_without_context_is_told_to_train_a_model_without_it(tmp_path, mon
     told = capsys.readouterr()
 
     assert told.out.rstrip().endswith("train mian --data data --out RUN --set model.icim=false")
-    assert "mian goes without model.icim=false: the data have no fields for it" in told.err
+    assert "mian with model.icim=false: the data have no fields for what that leaves out" in told.err
     words = shlex.split(told.out.rstrip().splitlines()[-1].removeprefix("next: python -m training "))
     assert main([*words, "max_epochs=1"]) == 0
 
