@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 demo: install # simulate, train, export, serve and replay; ONCE=1 stops after the summary
 	$(BIN)/python deploy/demo/run.py $(if $(ONCE),--once)
 
-# Two processes: most of the time goes into ONNX exports, which use one core each.
+# Two processes: most of the time goes into ONNX exports, which use one core each. tests/contract makes them, and comes
+# first as the order is kept: of the modules that follow none takes long, so that the processes end together.
 test: install lint types imports # everything .ci/run checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 install: $(STAMP)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -14,6 +15,9 @@ from service.store.local_server import NoRedisServer, RedisServer
 # A law holds however slow the machine is.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# Under nohup SIGHUP is ignored, in children too, and no supervisor would reload.
+signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

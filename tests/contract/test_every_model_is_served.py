@@ -14,50 +14,19 @@ import torch
 
 from models import zoo
 from models.artifact.folder import LOGIT_TOLERANCE
+from models.artifact.golden import request_to_json
 from models.features.encoder import Encoder
 from models.features.request import Request
 from models.features.schema import Schema
 from models.features.values import Row
 from service.app import create_app
 from service.settings import Settings
-from training import recipes
+from tests.trained_models import trained_and_exported
 from training.data.batches import Prepared
-from training.data.prepare import prepare
-from training.datasets import simulated
-from training.fit import run_folder
+from training.export import example
 from training.fit.run_folder import Trained
-from training.run_export import export_run
-from training.simulator.simulate import simulate
 
-# Exports take most of the time, more with every field and with every click that DIEN steps through: DeepFM's 3 s and
-# DIEN's 7 s of CPU with these, 5 s and 23 s with all the fields and 20 clicks of a simulated log.
-FIELDS = ("user_id", "gender", "hour", "device", "ad_id", "price", "tags")
-HISTORY_LENGTH = 3
-BRIEF = ("max_epochs=1", "batch_size=64", "lr=0.02")
-READ_AGES = {"din", "dien", "dmr", "bst"}  # if they are asked to
 ARMS = ("onnx", "torchscript")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    """A simulated log with a field of every kind in it, and a sequence of each kind that has one."""
-    folder = tmp_path_factory.mktemp("log")
-    fields = tuple(f for f in simulated.SPEC.fields if f.name in FIELDS)
-    simulate(folder / "log", users=60, items=40, rows=2000, seed=3)
-    with pytest.MonkeyPatch.context() as patch:
-        small = {"fields": fields, "history_length": HISTORY_LENGTH}
-        patch.setattr(simulated, "SPEC", simulated.SPEC.model_copy(update=small))
-        prepare("simulated", folder / "log", folder / "data")
-    yield Prepared.open(folder / "data")
-    torch.use_deterministic_algorithms(mode=False)
-
-
-def trained(name: str, data: Prepared, folder: Path) -> Trained:
-    recipe = recipes.choose(name, "simulated").name
-    brief = (*BRIEF, "model.age_buckets=8") if name in READ_AGES else BRIEF
-    run = run_folder.begin(folder, data, name, recipe, brief, resume=False)
-    run_folder.train(folder, data, run)
-    return run_folder.read(folder)
 
 
 @asynccontextmanager
@@ -137,13 +106,15 @@ def offline(model: Trained, request: Request) -> Any:
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
-async def test_a_trained_model_answers_over_http_as_it_does_offline(name: str, data: Prepared, tmp_path: Path):
-    model = trained(name, data, tmp_path / "run")
-    export_run(model, tmp_path / "artifacts")
+async def test_a_trained_model_answers_over_http_as_it_does_offline(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+):
+    model, written = trained_and_exported(tmp_path_factory, name)
+    data = Prepared.open(model.data)
     answered: set[tuple[str, str, str]] = set()
     logits: list[float] = []
 
-    async with served(name, tmp_path / "artifacts") as client:
+    async with served(name, written.path.parents[1]) as client:
         for number, (kind, request) in enumerate(requests_of(data)):
             expected = offline(model, request)
             logits.extend(expected)
@@ -165,3 +136,29 @@ async def test_a_trained_model_answers_over_http_as_it_does_offline(name: str, d
     assert np.std(logits) > 1000 * LOGIT_TOLERANCE
     kinds = {kind for kind, _ in requests_of(data)}
     assert answered == set(itertools.product(kinds, FORMS, ARMS))
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_weight_of_a_trained_model_shows_in_its_logits(name: str, tmp_path_factory: pytest.TempPathFactory):
+    """What makes these models good for comparisons: a graph that lost a part would score otherwise."""
+    run, _ = trained_and_exported(tmp_path_factory, name)
+    inputs = {n: torch.from_numpy(array) for n, array in example(run.schema, 2, 100).items()}
+
+    with torch.inference_mode():
+        logits = run.model(inputs)
+        for parameter_name, parameter in run.model.named_parameters():
+            trained = parameter.clone()
+            parameter.zero_()
+            assert (run.model(inputs) - logits).abs().max() > 3 * LOGIT_TOLERANCE, parameter_name
+            parameter.copy_(trained)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_an_artifact_tells_of_the_run_that_it_was_made_of(name: str, tmp_path_factory: pytest.TempPathFactory):
+    run, written = trained_and_exported(tmp_path_factory, name)
+    requests = Prepared.open(run.data).golden_requests()
+
+    assert zoo.configure(name, written.manifest.config) == zoo.configure(name, run.run.model_config)
+    assert (written.manifest.data_hash, written.manifest.metrics) == (run.data_hash, run.metrics)
+    assert written.calibration == run.calibration
+    assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, requests))

@@ -1,10 +1,13 @@
 """What is served computes what was trained: every graph, fed with item.onnx's rows, against the module."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -12,6 +15,7 @@ import torch
 from models import zoo
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
+from models.artifact.folder import Artifact
 from models.artifact.golden import request_to_json
 from models.artifact.manifest import BATCHED, ITEM, MODEL, TORCHSCRIPT
 from models.features.arrays import Arrays, concat
@@ -20,52 +24,82 @@ from models.features.field import FieldSpec
 from models.features.packing import PackedLayout, slice_candidates
 from models.features.schema import SchemaSpec
 from models.layers.base import CTRModel
-from tests.models.exports import SCHEMA, exported, graph, packed_with_items
-from tests.models.small import (
-    COLUMNS,
-    REQUEST_FIELDS,
-    encoded,
-    lively,
-    raw_requests,
-    with_fields_of_clicks,
-    with_history,
-    without_history,
-)
+from tests.models.small import COLUMNS, REQUEST_FIELDS, lively, raw_requests, with_fields_of_clicks, with_history
+from tests.trained_models import trained_and_exported
 from training import export
 from training.export import ExportError
 
-# test_every_model_is_served.py exports and compares every model, with weights that one epoch moved. Here stand those
-# whose graphs have the most to them, with weights large enough to show a difference.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mian": {"emb_dim": 4, "heads": 2, "cross_layers": 2},
-    "stec": {"emb_dim": 4, "dropout": 0.3, "hidden": [8]},
+# Forms that no recipe has, with weights large enough to show a difference. Every model of the zoo stands beside them.
+FORMS: dict[str, dict[str, Any]] = {
     "stec user_first": {"emb_dim": 4, "hidden": [8], "field_mask": "user_first", "bilinear_form": "qk"},
-    "dynint": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "orth_lambda": 0.1},
-    "dynint by request": {"emb_dim": 4, "subspaces": 2, "kernel_size": 5, "gate_scope": "request"},
-    "deepmr": {"emb_dim": 4, "dropout": 0.3},
-    "feseq": {"emb_dim": 4, "heads": 4, "hidden": [4], "pool_width": 6},
+    "dynint with dwp by request": {"emb_dim": 4, "subspaces": 2, "mode": "dwp", "gate_scope": "request"},
     "feseq with log2 ages": {
         "emb_dim": 4,
         "heads": 4,
         "hidden": [4],
         "interaction": "crossnetv2",
+        "interact_layers_in": 1,
+        "interact_layers_item": 1,
         "pool": "target",
         "time_scale": "log2",
         "time_unit_s": 1,
         "time_buckets": 28,
     },
-    "lr": {},
-    "din": {"emb_dim": 4, "hidden": [8]},
-    "finalmlp": {"emb_dim": 4, "hidden_1": [8], "hidden_2": [6], "heads": 2, "gate_1": "user", "gate_2": "item"},
 }
-SCHEMAS = {"feseq": with_fields_of_clicks()}
+CALIBRATION = Calibration(slope=0.9, intercept=-0.1)
+NO_HISTORY = {"stec", "dynint", "deepmr", "lr"}  # models that read none
 SIZES = [(1, 2), (2, 100)]
 MORE_SIZES = [(u, c) for u in (1, 2) for c in (1, 2, 100, 1000)]  # for the papers' models
 
 
-@pytest.fixture(scope="session", params=OPTIONS)
+def exported(temp: pytest.TempPathFactory, form: str) -> tuple[CTRModel, Artifact]:
+    """A lively float32 model, in training mode as the loop leaves it, and its artifact; `form` begins with its name."""
+    name, *_ = form.split()
+    schema = with_fields_of_clicks() if name == "feseq" else with_history()
+    model = lively(name, schema, **FORMS[form]).float().train()
+    folder = export.export(
+        name,
+        FORMS[form],
+        model,
+        schema,
+        calibration=CALIBRATION,
+        metrics={"auc": 0.7},
+        golden_requests=raw_requests(),
+        data_hash="abc",
+        out=temp.mktemp("exports"),
+    )
+    return model, artifact.read(folder)
+
+
+# Another process exports them for test_every_model_is_served.py, first to last: the two meet in the middle.
+@pytest.fixture(scope="session", params=[*FORMS, *reversed(zoo.MODELS)])
 def model_and_artifact(request, tmp_path_factory):
-    return exported(tmp_path_factory, request.param, OPTIONS[request.param], SCHEMAS.get(request.param, SCHEMA))
+    if request.param in FORMS:
+        return exported(tmp_path_factory, request.param)
+    run, written = trained_and_exported(tmp_path_factory, request.param)
+    return run.model, written
+
+
+Run = Callable[[Arrays], dict[str, np.ndarray]]
+"""Packed arrays to a graph's outputs by name."""
+
+
+def graph(written: Artifact, file: str) -> Run:
+    """One graph of an artifact, fed as its manifest says."""
+    described = written.manifest.graphs[file]
+    names = [i.name for i in described.inputs]
+    outputs = [o.name for o in described.outputs]
+    if file == TORCHSCRIPT:
+        module = torch.jit.load(written.path / file)
+        return lambda packed: {"logit": module(*(torch.from_numpy(packed[name]) for name in names)).numpy()}
+    session = onnxruntime.InferenceSession(written.path / file, providers=["CPUExecutionProvider"])
+    return lambda packed: dict(zip(outputs, session.run(outputs, {name: packed[name] for name in names}), strict=True))
+
+
+def packed_with_items(written: Artifact, arrays: Arrays) -> Arrays:
+    """The encoder's arrays packed, and the item rows that item.onnx makes of them."""
+    packed = PackedLayout(written.schema).pack(arrays)
+    return packed | graph(written, ITEM)(packed)
 
 
 def eager(model: CTRModel, arrays: Arrays) -> np.ndarray:
@@ -121,8 +155,8 @@ def test_the_batched_graph_joins_requests_that_the_other_scores_alone(model_and_
 def test_the_golden_scores_are_the_models_own(model_and_artifact):
     model, written = model_and_artifact
 
-    assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, raw_requests()))
-    np.testing.assert_allclose(written.golden.logits, eager(model, encoded(written.schema)), rtol=1e-6, atol=1e-6)
+    arrays = concat([Encoder(written.schema).encode(request) for request in written.golden.requests])
+    np.testing.assert_allclose(written.golden.logits, eager(model, arrays), rtol=1e-6, atol=1e-6)
     packed = packed_with_items(written, written.golden.arrays)
     artifact.check_scores(written, graph(written, TORCHSCRIPT)(packed)["logit"])
 
@@ -143,7 +177,7 @@ def test_the_manifest_describes_each_graph_as_it_is(model_and_artifact):
     assert reads[MODEL] == reads[BATCHED] - {"user_index"}
     assert all(i.dims[0] == 1 for i in manifest.graphs[MODEL].inputs if i.name != "items")
     assert all(i.dims[0] == "U" for i in manifest.graphs[BATCHED].inputs if i.name not in {"items", "user_index"})
-    assert ("history_mask" in reads[MODEL]) == (manifest.model not in {"stec", "dynint", "deepmr", "lr"})
+    assert ("history_mask" in reads[MODEL]) == (manifest.model not in NO_HISTORY)
     assert ("hist_mask" in {i.name for i in manifest.inputs}) == ("history_mask" in reads[MODEL])
     assert packed["history_mask"].dims == ("U", written.schema.history_length)
 
@@ -165,41 +199,31 @@ def test_no_graph_decides_anything_and_each_table_is_one_constant_where_it_is_re
 
 def test_the_artifact_is_complete_and_rebuilds_the_model(model_and_artifact):
     model, written = model_and_artifact
-    manifest = written.manifest
+    manifest, arrays = written.manifest, written.golden.arrays
 
     rebuilt = zoo.build(manifest.model, manifest.config, written.schema)
     rebuilt.load_state_dict(safetensors.torch.load((written.path / "weights.safetensors").read_bytes()))
 
     assert set(manifest.files) >= {MODEL, BATCHED, TORCHSCRIPT, ITEM, "weights.safetensors"}
-    assert manifest.data_hash == "abc"
-    assert written.calibration == Calibration(slope=0.9, intercept=-0.1)
-    np.testing.assert_array_equal(eager(rebuilt, encoded(written.schema)), eager(model, encoded(written.schema)))
+    np.testing.assert_array_equal(eager(rebuilt, arrays), eager(model, arrays))
+
+
+@pytest.mark.parametrize("model_and_artifact", FORMS, indirect=True)
+def test_an_export_leaves_the_model_in_training_mode_and_tells_what_it_was_handed(model_and_artifact):
+    model, written = model_and_artifact
+
+    assert all(module.training for module in model.modules())
+    assert list(map(request_to_json, written.golden.requests)) == list(map(request_to_json, raw_requests()))
+    assert written.calibration == CALIBRATION
+    assert (written.manifest.data_hash, written.manifest.metrics) == ("abc", {"auc": 0.7})
 
 
 @pytest.fixture(scope="session")
-def flat():
-    """A schema, a model in training mode before it was exported, its graphs and golden arrays."""
-    schema = without_history()
-    model = lively("lr", schema).float()
-    return schema, model, export.to_graphs(model, schema), encoded(schema)
-
-
-def test_exporting_leaves_the_model_in_training_mode(tmp_path):
-    schema, model = without_history(), lively("lr", without_history()).float().train()
-
-    export.export(
-        "lr",
-        {},
-        model,
-        schema,
-        calibration=Calibration(),
-        metrics={},
-        golden_requests=raw_requests(),
-        data_hash="",
-        out=tmp_path,
-    )
-
-    assert all(module.training for module in model.modules())
+def flat(tmp_path_factory):
+    """A schema, a model of it, its graphs and golden arrays."""
+    run, written = trained_and_exported(tmp_path_factory, "lr")
+    graphs = {file: (written.path / file).read_bytes() for file in written.manifest.graphs}
+    return written.schema, run.model, graphs, written.golden.arrays
 
 
 @pytest.mark.parametrize(("change", "difference"), [(0.5, "0.5"), (float("nan"), "nan"), (1e-3, "0.001")])
@@ -216,12 +240,14 @@ def test_graphs_of_another_model_are_refused_with_output_case_and_difference(fla
 
 def test_item_rows_of_another_model_are_refused(flat):
     schema, model, graphs, golden = flat
-    other = lively("lr", schema).float()
-    for parameter in other.parameters():
-        parameter.data *= 2
+    other = onnx.load_from_string(graphs[ITEM])
+    for constant in other.graph.initializer:
+        values = onnx.numpy_helper.to_array(constant)
+        if values.dtype == np.float32:
+            constant.CopyFrom(onnx.numpy_helper.from_array(2 * values, constant.name))
 
     with pytest.raises(ExportError, match=r"model\.onnx: logit is up to .* off the model's at the golden requests"):
-        export.check(model, schema, graphs | {ITEM: export.to_graphs(other, schema)[ITEM]}, golden=golden)
+        export.check(model, schema, graphs | {ITEM: other.SerializeToString()}, golden=golden)
 
 
 def test_a_schema_without_item_fields_is_refused():

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -27,53 +26,52 @@ from service.runtime.onnx_cpu import OnnxBackend
 from service.runtime.onnx_cuda import OnnxCudaBackend
 from service.runtime.static_shapes import ALIGNMENT, CaptureLock, Layout, parts
 from service.runtime.torchscript import TorchScriptCudaBackend
-from tests.models.small import lively, with_history
 from tests.service import tiny
+from tests.trained_models import trained_and_exported
 from training import export
 
-SCHEMA = with_history()
-LAYOUT = PackedLayout(SCHEMA)
-MIAN = lively("mian", SCHEMA, emb_dim=4, heads=2).float()
-GRAPHS = export.signatures(MIAN, SCHEMA)
-INPUTS = GRAPHS[BATCHED].inputs
 Example = Callable[[int, int], Arrays]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use on this machine")
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MIAN's, which has inputs of every kind and rank."""
-    folder = tmp_path_factory.mktemp("graphs")
-    for name, content in export.to_graphs(MIAN, SCHEMA).items():
-        (folder / name).write_bytes(content)
-    return folder
+def mian(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A model with inputs of every kind and rank."""
+    _, written = trained_and_exported(tmp_path_factory, "mian")
+    return written
 
 
 @pytest.fixture(scope="module")
-def example(graphs: Path) -> Example:
+def inputs(mian: Artifact) -> tuple[Input, ...]:
+    return mian.manifest.graphs[BATCHED].inputs
+
+
+@pytest.fixture(scope="module")
+def example(mian: Artifact) -> Example:
     """Packed tensors of so many requests and candidates, item rows included."""
-    items = OnnxBackend(graphs / ITEM, fed=[i.name for i in GRAPHS[ITEM].inputs], outputs=["items"])
+    layout, fed = PackedLayout(mian.schema), [i.name for i in mian.manifest.graphs[ITEM].inputs]
+    items = OnnxBackend(mian.path / ITEM, fed=fed, outputs=["items"])
 
     def packed(users: int, candidates: int) -> Arrays:
-        arrays = LAYOUT.pack(export.example(SCHEMA, users, candidates))
+        arrays = layout.pack(export.example(mian.schema, users, candidates))
         return {**arrays, "items": items.run(arrays)}
 
     return packed
 
 
 @pytest.fixture(scope="module")
-def plain(graphs: Path) -> OnnxBackend:
-    return OnnxBackend(graphs / BATCHED, fed=[i.name for i in INPUTS])
+def plain(mian: Artifact, inputs: tuple[Input, ...]) -> OnnxBackend:
+    return OnnxBackend(mian.path / BATCHED, fed=[i.name for i in inputs])
 
 
 @pytest.fixture(scope="module")
-def bound_onnx(graphs: Path) -> OnnxCudaBackend:
-    return OnnxCudaBackend(graphs / BATCHED, inputs=INPUTS, device="cpu")
+def bound_onnx(mian: Artifact, inputs: tuple[Input, ...]) -> OnnxCudaBackend:
+    return OnnxCudaBackend(mian.path / BATCHED, inputs=inputs, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def bound_torchscript(graphs: Path) -> TorchScriptCudaBackend:
-    return TorchScriptCudaBackend(graphs / TORCHSCRIPT, inputs=INPUTS, device="cpu")
+def bound_torchscript(mian: Artifact, inputs: tuple[Input, ...]) -> TorchScriptCudaBackend:
+    return TorchScriptCudaBackend(mian.path / TORCHSCRIPT, inputs=inputs, device="cpu")
 
 
 sizes = given(users=st.sampled_from([1, 2, 5, 17, 40]), candidates=st.integers(1, 1100))
@@ -145,12 +143,12 @@ def test_torchscript_at_fixed_sizes_is_run_by_several_threads_and_mixes_nothing_
 
 
 def test_a_model_is_loaded_beside_one_that_serves(
-    graphs: Path, plain: OnnxBackend, bound_onnx: OnnxCudaBackend, example: Example
+    mian: Artifact, inputs: tuple[Input, ...], plain: OnnxBackend, bound_onnx: OnnxCudaBackend, example: Example
 ) -> None:
     arrays = example(1, 100)
     wanted = plain.run(arrays)
     with ThreadPoolExecutor(3) as pool:
-        loading = pool.submit(OnnxCudaBackend, graphs / BATCHED, inputs=INPUTS, device="cpu")
+        loading = pool.submit(OnnxCudaBackend, mian.path / BATCHED, inputs=inputs, device="cpu")
         serving = [pool.submit(bound_onnx.run, arrays) for _ in range(200)]
 
         assert all(np.allclose(run.result(timeout=60), wanted, rtol=1e-5, atol=1e-5) for run in serving)
@@ -253,8 +251,8 @@ def test_the_parts_of_a_request_are_all_of_it_and_none_is_too_large(
     assert found.tolist() == [(100 + user) * 1000 + row for row, user in enumerate(user_index)]
 
 
-def test_inputs_lie_beside_each_other_and_aligned() -> None:
-    layout = Layout(INPUTS, 4, 16)
+def test_inputs_lie_beside_each_other_and_aligned(inputs: tuple[Input, ...]) -> None:
+    layout = Layout(inputs, 4, 16)
     buffer = np.zeros(layout.num_bytes, dtype=np.uint8)
     views = layout.views(buffer)
 
@@ -263,12 +261,12 @@ def test_inputs_lie_beside_each_other_and_aligned() -> None:
 
     assert all((view.view(np.uint8) == number).all() for number, view in enumerate(views.values(), start=1))
     assert all(slot.offset % ALIGNMENT == 0 for slot in layout.slots)
-    assert [view.shape[0] for view in views.values()] == [4 if i.dims[0] == "U" else 16 for i in INPUTS]
+    assert [view.shape[0] for view in views.values()] == [4 if i.dims[0] == "U" else 16 for i in inputs]
 
 
-def test_no_graph_decides_anything_as_no_cuda_graph_can(graphs: Path) -> None:
+def test_no_graph_decides_anything_as_no_cuda_graph_can(mian: Artifact) -> None:
     for name in (MODEL, BATCHED):
-        operators = {node.op_type for node in onnx.load(graphs / name).graph.node}
+        operators = {node.op_type for node in onnx.load(mian.path / name).graph.node}
         assert operators & {"If", "Loop", "Scan"} == set()
 
 
@@ -301,9 +299,13 @@ def test_a_wheel_that_finds_no_gpu_is_no_gpu(both_kinds: Artifact, monkeypatch: 
 @needs_gpu
 @pytest.mark.parametrize("kind", [OnnxCudaBackend, TorchScriptCudaBackend])
 def test_a_gpu_scores_as_the_cpu(
-    graphs: Path, plain: OnnxBackend, kind: type[OnnxCudaBackend | TorchScriptCudaBackend], example: Example
+    mian: Artifact,
+    inputs: tuple[Input, ...],
+    plain: OnnxBackend,
+    kind: type[OnnxCudaBackend | TorchScriptCudaBackend],
+    example: Example,
 ) -> None:
-    backend = kind(graphs / (BATCHED if kind is OnnxCudaBackend else TORCHSCRIPT), inputs=INPUTS)
+    backend = kind(mian.path / (BATCHED if kind is OnnxCudaBackend else TORCHSCRIPT), inputs=inputs)
 
     for users, candidates in ((1, 1), (1, 100), (1, 1000), (5, 300), (20, 1100)):
         arrays = example(users, candidates)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from service.store.local_server import RedisServer
 from tests.service.running_process import started
+from tests.trained_models import prepared_data, trained_and_exported
 
 ROOT = Path(__file__).parents[2]
 ARMS = [
@@ -38,16 +40,13 @@ def run(*arguments: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A simulated log, both models trained a little on it, exported, and their offline scores."""
+    """A simulated log, the artifacts of two models that were trained a little on it, and their offline scores."""
     folder: Path = tmp_path_factory.mktemp("trained")
-    small = ("--users", "300", "--items", "100", "--rows", "8000", "--seed", "3")
-    run("-m", "training", "simulate", "--out", folder / "log", *small)
-    run("-m", "training", "prepare", "simulated", "--source", folder / "log", "--out", folder / "data")
+    (folder / "data").symlink_to(prepared_data(tmp_path_factory).path)
     for model in ("mian", "stec"):
-        own = folder / model
-        run("-m", "training", "train", model, "--data", folder / "data", "--out", own, "--set", "max_epochs=1")
-        run("-m", "training", "export", own, "--out", folder / "artifacts")
-        run("-m", "training", "evaluate", own, "--predictions", folder / f"{model}.parquet")
+        offline, written = trained_and_exported(tmp_path_factory, model)
+        shutil.copytree(written.path.parent, folder / "artifacts" / model)
+        run("-m", "training", "evaluate", offline.path, "--predictions", folder / f"{model}.parquet")
     return folder
 
 

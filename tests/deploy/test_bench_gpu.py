@@ -14,14 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.artifact import folder as artifact
 from models.artifact.calibration import Calibration
-from models.artifact.folder import Golden
 from models.artifact.manifest import BATCHED, TORCHSCRIPT
-from models.features.arrays import concat
-from models.features.encoder import Encoder
-from tests.models.small import lively, raw_requests, with_history
+from tests.trained_models import trained_and_exported
 from training import export
 
-SCHEMA = with_history()
 FEW = ["--device", "cpu", "--sizes", "3,20", "--repeats", "4"]
 
 
@@ -35,19 +31,17 @@ def gpu() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Writes artifacts of LR in ONNX and, in TorchScript, of the model that it is given."""
-    model = lively("lr", SCHEMA).float()
-    graphs, signatures = export.to_graphs(model, SCHEMA), export.signatures(model, SCHEMA)
-    requests = raw_requests()
-    arrays = concat([Encoder(SCHEMA).encode(request) for request in requests])
+    run, exported = trained_and_exported(tmp_path_factory, "lr")
+    model, schema, signatures = run.model, exported.schema, exported.manifest.graphs
+    graphs = {file: (exported.path / file).read_bytes() for file in signatures}
 
     def write(of_torchscript: Any = model) -> Path:
         signature = signatures[TORCHSCRIPT]
-        traced = export._to_torchscript(export._ScoringGraph(of_torchscript, signature), signature, SCHEMA)
+        traced = export._to_torchscript(export._ScoringGraph(of_torchscript, signature), signature, schema)
         return artifact.write(
-            tmp_path_factory.mktemp("artifacts"), model="lr", config={}, schema=SCHEMA,
-            calibration=Calibration(slope=1.0, intercept=0.0), metrics={},
-            golden=Golden(requests=tuple(requests), arrays=arrays, logits=np.zeros(len(arrays["user_index"]))),
-            inputs=[i.name for i in export.used_inputs(model, SCHEMA)], graphs=signatures, data_hash="none",
+            tmp_path_factory.mktemp("artifacts"), model="lr", config={}, schema=schema,
+            calibration=Calibration(slope=1.0, intercept=0.0), metrics={}, golden=exported.golden,
+            inputs=[i.name for i in export.used_inputs(model, schema)], graphs=signatures, data_hash="none",
             files={**graphs, TORCHSCRIPT: traced},
         )  # fmt: skip
 
@@ -71,12 +65,12 @@ def test_the_table_has_a_line_for_each_runtime_and_size(gpu, written, tmp_path, 
         assert over == pytest.approx(ms / max(memory_ms, launch_ms), rel=0.1, abs=0.06)
 
 
-def test_a_runtime_that_scores_otherwise_fails_the_command(gpu, written, capsys):
-    other = lively("lr", SCHEMA).float()
-    for parameter in other.parameters():
+def test_a_runtime_that_scores_otherwise_fails_the_command(gpu, written, capsys, tmp_path_factory):
+    other, _ = trained_and_exported(tmp_path_factory, "lr")
+    for parameter in other.model.parameters():
         parameter.data += 0.01
 
-    assert gpu.main([str(written(other)), *FEW]) == 1
+    assert gpu.main([str(written(other.model)), *FEW]) == 1
     assert float(capsys.readouterr().out.splitlines()[5].split(" | ")[2]) > 1e-5
 
 

@@ -1,14 +1,18 @@
 """A small prepared data set, drawn from a law in which history, user and item all matter."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from models.features.encoder import Encoder
 from models.features.field import FieldSpec
 from models.features.schema import SchemaSpec
+from training.evaluation import run_report
 
 ITEMS, USERS, GENRES, LENGTH = 40, 60, 4, 5
 
@@ -79,6 +83,15 @@ def write_prepared(folder: Path, *, num_rows: int = 2000, seed: int = 0) -> Path
     (folder / "schema.json").write_text(schema.to_json())
     (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "data_hash": f"seed {seed}"}))
     return folder
+
+
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Runs that are trained and not drawn: two pictures take as long as a few steps of training."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plot in ("plot_curves", "plot_reliability"):
+            patch.setattr(run_report, plot, lambda *_: None)
+        yield
 
 
 # A program that is killed just before its n-th file takes its name: in the middle of a checkpoint, or of a cell.

@@ -20,6 +20,7 @@ from training.__main__ import main
 from training.data.batches import Prepared
 from training.evaluation import metrics, significance
 
+pytestmark = pytest.mark.usefixtures("undrawn_runs")
 QUICK = ["--threads", "1", "--set", "batch_size=100", "max_epochs=2"]
 
 

@@ -11,6 +11,7 @@ from training.errors import ConstantModelError
 from training.evaluation import metrics
 from training.fit import constant_check
 
+pytestmark = pytest.mark.usefixtures("undrawn_runs")
 ABSURD = ["max_epochs=6", "patience=2", "batch_size=50", "lr=0.001"]
 
 

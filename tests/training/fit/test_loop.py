@@ -25,6 +25,11 @@ def run(**changes):
     return Run(**{"model": "stec", **options, **changes})
 
 
+def quick(**changes):
+    """A run of a model that is trained in a moment, for laws of the loop alone."""
+    return run(model="fm", **changes)
+
+
 def fit(data, settings, folder):
     torch.manual_seed(settings.seed)
     model = zoo.build(settings.model, settings.model_config, data.schema)
@@ -80,7 +85,7 @@ def test_with_a_decay_the_moving_average_of_the_weights_is_validated_and_kept(da
 
 @pytest.mark.parametrize("monitor", ["auc", "logloss"])
 def test_the_best_epochs_weights_are_kept_and_training_stops_without_patience(data, tmp_path, monitor):
-    model, state = fit(data, run(max_epochs=30, lr=0.05, monitor=monitor), tmp_path / "run")
+    model, state = fit(data, quick(max_epochs=30, lr=0.05, monitor=monitor), tmp_path / "run")
 
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     figures = [line[f"valid_{monitor}"] for line in log]
@@ -96,7 +101,7 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_without_patience(da
 
 
 def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tmp_path):
-    settings = run(max_epochs=16, patience=16, lr=0.1, min_lr=0.002, plateau_factor=0.1)
+    settings = quick(max_epochs=16, patience=16, lr=0.1, min_lr=0.002, plateau_factor=0.1)
 
     _, state = fit(data, settings, tmp_path / "run")
 
@@ -111,7 +116,7 @@ def test_the_learning_rate_falls_after_each_bad_epoch_down_to_its_floor(data, tm
 
 
 def test_evaluations_by_steps_come_every_so_many_steps_and_after_the_last(data, tmp_path):
-    _, state = fit(data, run(max_epochs=2, patience=99, eval_every_steps=5), tmp_path / "run")
+    _, state = fit(data, quick(max_epochs=2, patience=99, eval_every_steps=5), tmp_path / "run")
 
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [5, 10, 15, 20, 24]  # 12 steps an epoch
@@ -144,7 +149,7 @@ def _with_steps(log):
 
 
 def test_patience_counts_evaluations(data, tmp_path):
-    _, state = fit(data, run(max_epochs=30, lr=0.05, patience=2, eval_every_steps=5), tmp_path / "run")
+    _, state = fit(data, quick(max_epochs=30, lr=0.05, patience=2, eval_every_steps=5), tmp_path / "run")
 
     assert state.step == state.best_evaluation["step"] + 10 < 30 * 12
 
@@ -153,7 +158,7 @@ def test_patience_counts_evaluations(data, tmp_path):
 def test_the_learning_rate_can_fall_on_a_plateau_of_the_log_loss_while_the_auc_decides_the_end(
     data, tmp_path, patience
 ):
-    settings = run(
+    settings = quick(
         max_epochs=10, patience=10, lr=0.1, plateau_monitor="logloss", plateau_patience=patience, plateau_factor=0.5
     )
 
@@ -172,7 +177,7 @@ def test_the_learning_rate_can_fall_on_a_plateau_of_the_log_loss_while_the_auc_d
 
 
 def test_a_learning_rate_below_the_floor_is_left_as_it_is(data, tmp_path):
-    _, state = fit(data, run(max_epochs=6, patience=6, lr=1e-9, min_lr=1e-6), tmp_path / "run")
+    _, state = fit(data, quick(max_epochs=6, patience=6, lr=1e-9, min_lr=1e-6), tmp_path / "run")
 
     assert {line["lr"] for line in state.log} == {1e-9}
     assert state.bad_evals
