@@ -22,6 +22,7 @@ class Fault(StrEnum):
     NOAUTH = "noauth"  # no password, or a wrong one
     NOPERM = "noperm"  # the access list forbids the command or the key
     CLUSTERDOWN = "clusterdown"  # no server of the cluster serves the slot now
+    TRYAGAIN = "tryagain"  # the keys of one command lie apart while their slot migrates
     TIMEOUT = "timeout"
     CONNECTION = "connection"
     OTHER = "other"
@@ -50,7 +51,7 @@ _BY_WORD = {
     "WRONGPASS": Fault.NOAUTH,
     "NOPERM": Fault.NOPERM,
     "CLUSTERDOWN": Fault.CLUSTERDOWN,
-    "TRYAGAIN": Fault.CLUSTERDOWN,
+    "TRYAGAIN": Fault.TRYAGAIN,
 }
 
 

@@ -25,6 +25,8 @@ NUM_PRIMARIES = 3
 SERVICE = "clickserve"  # by which the Sentinels know their primary
 _SLOTS = [(0, 5460), (5461, 10922), (10923, 16383)]
 _NUM_SENTINELS = 3
+# A failover in a second. They wait four publish periods before they make a replica that was promoted one again.
+_PERIODS_MS = {"ping-period": 100, "ask-period": 100, "info-period": 200, "publish-period": 500}
 _TCP = {"bind": HOST, "appendonly": "no", "repl-diskless-sync-delay": "0"}
 
 
@@ -157,8 +159,8 @@ def start_watched() -> Iterator[WatchedServers]:
             configuration = Path(folder) / f"{sentinel.port}.conf"
             configuration.write_text("\n".join(lines) + "\n")
             sentinel.start(str(configuration), "--sentinel")
-            for period in ("info-period", "ping-period", "publish-period", "ask-period"):
-                sentinel.ask("SENTINEL", "DEBUG", period, 100)
+            for name, period_ms in _PERIODS_MS.items():
+                sentinel.ask("SENTINEL", "DEBUG", name, period_ms)
         for sentinel in sentinels:
             wait_until(partial(_has_quorum, sentinel))
         hosts = ",".join(f"{HOST}:{port}" for port in sentinel_ports)

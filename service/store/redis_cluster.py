@@ -5,6 +5,7 @@ import time
 from functools import partial
 from typing import Any
 
+import hiredis
 from redis.crc import key_slot
 
 from service.cancellation import cancel
@@ -18,6 +19,7 @@ RETRY_S = 0.005
 REST_AFTER = 5  # failures in a row
 REST_S = 0.25
 _ASKING = packed(b"ASKING")
+_SLOT_DOWN = "Hash slot not served"
 _PASSING = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN")  # worth another try while there is time
 
 
@@ -100,13 +102,43 @@ class ClusterSender:
                 self._map.refresh_soon()
             self._send(self._node(address), command, is_asking=word == "ASK")
             return
+        if word == "TRYAGAIN" and self._read_one_by_one(command):
+            return
         fault = fault_of(reply)
-        if word != "TRYAGAIN" and (fault in UNAVAILABLE or fault is Fault.READONLY):
+        if fault in UNAVAILABLE or fault is Fault.READONLY:
             self._map.refresh_soon()
         if word in _PASSING or isinstance(reply, ConnectionError):
             self._try_again_or_fail(command, reply)
         else:
             command.on_reply(reply)
+
+    def _read_one_by_one(self, command: "_Command") -> bool:
+        """If it is an MGET of several keys. While their slot migrates, a server answers it only if it has all of them,
+        and a key that exists nowhere would keep the others from being read until the migration is over.
+        """
+        reader = hiredis.Reader()
+        reader.feed(command.content)
+        name, *keys = reader.gets()
+        if name != b"MGET" or len(keys) < 2:
+            return False
+        values: list[Any] = [None] * len(keys)
+        missing = set(range(len(keys)))
+
+        def on_value(place: int, reply: Any) -> None:
+            if not missing:  # another key has failed
+                return
+            if isinstance(reply, Exception):
+                missing.clear()
+                command.on_reply(reply)
+                return
+            values[place] = reply[0]
+            missing.discard(place)
+            if not missing:
+                command.on_reply(values)
+
+        for place, key in enumerate(keys):
+            self._try(_Command(command.slot, packed(b"MGET", key), partial(on_value, place), command.expires_at))
+        return True
 
     def _try_again_or_fail(self, command: "_Command", error: Exception) -> None:
         left_s = command.expires_at - time.monotonic()
@@ -122,6 +154,7 @@ class ClusterSender:
         if self._is_closed or time.monotonic() >= command.expires_at:
             self._try_again_or_fail(command, error)
         else:
+            command.redirections = 0
             self._try(command, last=error)
 
     def _node(self, address: Address) -> "_Node":
@@ -145,6 +178,8 @@ class ClusterSender:
         """One server's failure is the store's only where no other server answers."""
         if error is not None:
             self._on_failure(error)
+        if error is not None and _SLOT_DOWN in str(error):  # which says nothing of the server's other slots
+            return
         if error is not None and fault_of(error) in UNAVAILABLE:
             node.fail(error)
             others = [self._nodes.get(address) for address in self._map.primaries]

@@ -21,7 +21,7 @@ ROLE_EVERY_S = 1.0
 
 class PrimarySender:
     """On one connection, which leaves a server that turned out to be a replica: it would answer reads for ever, from a
-    past that stands still. While commands come, it is asked every second.
+    past that stands still. While commands come, it is asked every second, and its Sentinels too.
     """
 
     def __init__(self, server: OneServer, *, timeout_s: float, on_outcome: OnOutcome, on_failure: OnFailure) -> None:
@@ -50,6 +50,7 @@ class PrimarySender:
         if now - self._role_asked_at >= ROLE_EVERY_S and self._connection.is_open:
             self._role_asked_at = now
             self._connection.send(HELLO, self._on_role)
+            self._server.look_again_soon()
         self._connection.send(content, on_reply, timeout_s=timeout_s)
 
     async def probe(self, key: bytes) -> None:

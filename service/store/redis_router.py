@@ -87,7 +87,7 @@ class RedisRouter:
 
     async def aclose(self) -> None:
         await self._sender.aclose()
-        if self._owns_topology and isinstance(self.topology, ClusterMap):
+        if self._owns_topology:
             await self.topology.aclose()
 
     def _note(self, error: Exception) -> None:

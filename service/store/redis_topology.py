@@ -41,6 +41,7 @@ class OneServer:
         self._primary: Address | None = None  # where it was when the Sentinels were asked last
         self._on_left: set[Callable[[], None]] = set()
         self._left_at = -LEAVE_EVERY_S
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -58,15 +59,39 @@ class OneServer:
         if now - self._left_at >= LEAVE_EVERY_S:
             self._left_at = now
             log.warning("the store's server is no primary", extra={"server": self.name})
-            for on_left in list(self._on_left):
-                on_left()
+            self._tell()
 
     async def find_primary(self) -> Address:
-        """Raises ConnectionError."""
+        """Asks the Sentinels. If it is another one than before, the one before is left. Raises ConnectionError."""
         command = packed(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self.url.service.encode())
         sentinels = {sentinel: self.url.of_sentinel(sentinel) for sentinel in self.url.servers}
-        self._primary = await _first(sentinels, command, _watched)
-        return self._primary
+        primary = await _first(sentinels, command, _watched)
+        before, self._primary = self._primary, primary
+        if before is not None and before != primary:
+            log.warning("the store's primary is another server", extra={"server": str(primary), "before": str(before)})
+            self._tell()
+        return primary
+
+    def look_again_soon(self) -> None:
+        """For Sentinels. They take some seconds until they demote a primary that they replaced while it was up."""
+        if self.url.kind is ServerKind.SENTINEL and self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look_again())
+
+    async def aclose(self) -> None:
+        if self._looking is not None:
+            await cancel(self._looking)
+
+    async def _look_again(self) -> None:
+        try:
+            await self.find_primary()
+        except ConnectionError as err:  # without Sentinels the primary serves on
+            log.debug("no Sentinel answers", extra={"error": str(err)})
+        finally:
+            self._looking = None
+
+    def _tell(self) -> None:
+        for on_left in list(self._on_left):
+            on_left()
 
     async def check(self) -> None:
         """Raises SettingsError where another kind of server answers than the URL says; else what _asked raises."""
