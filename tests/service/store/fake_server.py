@@ -1,6 +1,7 @@
 """A server that speaks RESP on a real port, and answers as a test wants."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -60,10 +61,10 @@ class FakeServer:
 
 @asynccontextmanager
 async def listening(
-    script: Script = Connection.echo, *, host: str = "127.0.0.1", port: int = 0
+    script: Script = Connection.echo, *, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[FakeServer]:
     server = FakeServer(script)
-    listener = await asyncio.get_running_loop().create_server(partial(Connection, server), host, port)
+    listener = await asyncio.get_running_loop().create_server(partial(Connection, server), host, port, ssl=tls)
     server.port = listener.sockets[0].getsockname()[1]
     try:
         yield server
@@ -72,3 +73,16 @@ async def listening(
             connection.transport.abort()
         listener.close()
         await listener.wait_closed()
+
+
+def pretending(script: Script) -> Script:
+    """The script of a server that is all of a Cluster."""
+
+    def all_slots_first(connection: Connection, command: list[bytes]) -> None:
+        if command[:2] == [b"CLUSTER", b"SLOTS"]:
+            port = connection.transport.get_extra_info("sockname")[1]
+            connection.reply(b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:%d" % port)
+        else:
+            script(connection, command)
+
+    return all_slots_first

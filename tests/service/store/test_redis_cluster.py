@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from service.store import redis_cluster
@@ -18,7 +20,7 @@ from service.store.redis_connection import ReplyError, packed
 from service.store.redis_router import RedisRouter
 from service.store.redis_topology import NUM_SLOTS, ClusterMap
 from service.store.redis_url import Address
-from tests.service.store.fake_server import Connection, FakeServer, listening
+from tests.service.store.fake_server import Connection, FakeServer, listening, pretending
 from tests.service.store.router_client import BUDGET_S, Client, opened
 
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
@@ -200,22 +202,64 @@ async def _answers(client: Client, keys: list[str]) -> bool:
 # --- what a Cluster may say, said by one server that pretends to be all of it ---
 
 
-Answer = Callable[[Connection, list[bytes]], None]
-
-
-def pretending(answer: Answer) -> Answer:
-    def script(connection: Connection, command: list[bytes]) -> None:
-        if command[:2] == [b"CLUSTER", b"SLOTS"]:
-            port = connection.transport.get_extra_info("sockname")[1]
-            connection.reply(b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:%d" % port)
-        else:
-            answer(connection, command)
-
-    return script
-
-
 def url_of(server: FakeServer) -> str:
     return f"redis+cluster://127.0.0.1:{server.port}"
+
+
+@settings(max_examples=40)
+@given(
+    fates=st.lists(st.lists(st.sampled_from(["MOVED", "ASK", "TRYAGAIN", "LOADING", "lost"]), max_size=4), max_size=20),
+    departures=st.sets(st.integers(0, 20)),
+)
+async def test_every_caller_gets_its_own_reply_once_wherever_the_cluster_sends_its_command(
+    fates: list[list[str]], departures: set[int]
+):
+    """A command is redirected, put off or lost some times, by either of two servers, before it is answered."""
+    remaining = {b"%d" % number: list(fate) for number, fate in enumerate(fates)}
+    num_faults = sum(fate.count("lost") + fate.count("LOADING") for fate in fates)
+    replies: dict[int, list[Any]] = {number: [] for number in range(len(fates))}
+    all_replied = asyncio.Event()
+    servers: list[FakeServer] = []
+
+    def script(connection: Connection, command: list[bytes]) -> None:
+        if command[0] == b"ASKING":
+            connection.reply(b"+OK")
+            return
+        key = command[1]
+        fate = remaining[key].pop(0) if remaining[key] else ""
+        port = connection.transport.get_extra_info("sockname")[1]
+        other = next(server.port for server in servers if server.port != port)
+        if fate == "lost":
+            connection.transport.abort()
+        elif fate in {"MOVED", "ASK"}:
+            connection.reply(b"-%b %d 127.0.0.1:%d" % (fate.encode(), key_slot(key), other))
+        elif fate:
+            connection.reply(f"-{fate} not now".encode())
+        else:
+            connection.reply(b"*1\r\n$%d\r\n%b" % (len(key), key))
+
+    def on_reply(number: int, reply: Any) -> None:
+        replies[number].append(reply)
+        if all(replies.values()):
+            all_replied.set()
+
+    async with listening(pretending(script)) as one, listening(pretending(script)) as other:
+        servers += [one, other]
+        async with opened(url_of(one), timeout_s=10.0) as client:
+            for number in range(len(fates)):
+                timeout_s = 0.0 if number in departures else None
+                command = packed(b"MGET", b"%d" % number)
+                client.router.send(b"%d" % number, command, partial(on_reply, number), timeout_s=timeout_s)
+            if fates:
+                async with asyncio.timeout(20):
+                    await all_replied.wait()
+
+    for number, (reply,) in replies.items():
+        assert (
+            reply == [b"%d" % number]
+            or (number in departures and isinstance(reply, TimeoutError | ConnectionError))
+            or (num_faults >= redis_cluster.REST_AFTER and isinstance(reply, ReplyError | ConnectionError))
+        )
 
 
 @pytest.mark.parametrize(

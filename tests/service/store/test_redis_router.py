@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ from service.store.local_cluster import LocalCluster, WatchedServers
 from service.store.local_server import RedisServer
 from service.store.redis_connection import ReplyError, packed
 from service.store.redis_router import RedisRouter
-from tests.service.store.fake_server import Connection, listening
+from tests.service.store.fake_server import Connection, listening, pretending
 from tests.service.store.router_client import Client, opened
 
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
@@ -262,6 +265,40 @@ async def test_a_peer_that_vanished_is_found_out_while_nothing_is_asked():
 
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
+
+
+# --- TLS ---
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of `localhost`, signed by itself, with its key in the same file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
+    made = subprocess.run(
+        ["openssl", "req", *kind, *names, "-keyout", str(path.with_suffix(".key")), "-out", str(path)],
+        capture_output=True,
+    )
+    assert made.returncode == 0, made.stderr.decode()
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
+async def test_over_tls_a_server_is_spoken_to_if_its_certificate_is_one_that_the_url_trusts(
+    scheme: str, certificate: Path
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    script = pretending(lambda connection, _: connection.reply(b"*1\r\n$1\r\nv"))
+    async with listening(script, tls=context) as server:
+        url = f"{scheme}://localhost:{server.port}"
+        async with opened(f"{url}?ssl_ca_certs={certificate}", timeout_s=5.0) as client:
+            assert await client.get() == b"v"
+        async with opened(url, timeout_s=1.0) as client:
+            assert await client.fault(client.get()) is Fault.CONNECTION
 
 
 # --- Sentinels ---
