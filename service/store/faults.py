@@ -40,6 +40,7 @@ UNAVAILABLE = frozenset(
     {Fault.LOADING, Fault.MASTERDOWN, Fault.BUSY, Fault.CLUSTERDOWN, Fault.TIMEOUT, Fault.CONNECTION}
 )
 
+_NOPERM_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")  # Valkey's and Redis 7.0's words
 _BY_WORD = {
     "READONLY": Fault.READONLY,
     "MISCONF": Fault.MISCONF,
@@ -60,7 +61,7 @@ def fault_of(error: BaseException) -> Fault:
     error = first_cause(error)
     if isinstance(error, ReplyError):
         text = str(error)
-        if "ACL failure in script" in text:
+        if any(words in text for words in _NOPERM_IN_SCRIPT):
             return Fault.NOPERM
         return _BY_WORD.get(text.partition(" ")[0], Fault.OTHER)
     if isinstance(error, TimeoutError):

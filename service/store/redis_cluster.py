@@ -68,15 +68,14 @@ class ClusterSender:
             await node.connection.aclose()
         await cancel(*self._closing)
 
-    def _try(self, command: "_Command", *, last: Exception | None = None) -> None:
+    def _try(self, command: "_Command") -> None:
         address = self._map.primary(command.slot)
         if address is not None:
             self._send(self._node(address), command)
             return
         self._map.refresh_soon()
-        if last is None:
-            last = self._map.error or ConnectionError("no connection to the store: the Cluster has not been found yet")
-        self._try_again_or_fail(command, last)
+        unknown = ConnectionError("no connection to the store: the Cluster has not been found yet")
+        self._try_again_or_fail(command, self._map.error or command.error or unknown)
 
     def _send(self, node: "_Node", command: "_Command", *, is_asking: bool = False) -> None:
         now = time.monotonic()
@@ -107,6 +106,8 @@ class ClusterSender:
         fault = fault_of(reply)
         if fault in UNAVAILABLE or fault is Fault.READONLY:
             self._map.refresh_soon()
+        if isinstance(reply, TimeoutError) and command.error is not None:
+            reply = command.error  # its time ended during another try, and that tells less
         if word in _PASSING or isinstance(reply, ConnectionError):
             self._try_again_or_fail(command, reply)
         else:
@@ -154,8 +155,8 @@ class ClusterSender:
         if self._is_closed or time.monotonic() >= command.expires_at:
             self._try_again_or_fail(command, error)
         else:
-            command.redirections = 0
-            self._try(command, last=error)
+            command.redirections, command.error = 0, error
+            self._try(command)
 
     def _node(self, address: Address) -> "_Node":
         node = self._nodes.get(address)
@@ -191,7 +192,7 @@ class ClusterSender:
 
 
 class _Command:
-    __slots__ = ("content", "expires_at", "on_reply", "redirections", "slot")
+    __slots__ = ("content", "error", "expires_at", "on_reply", "redirections", "slot")
 
     def __init__(self, slot: int, content: bytes, on_reply: OnReply, expires_at: float) -> None:
         self.slot = slot
@@ -199,6 +200,7 @@ class _Command:
         self.on_reply = on_reply
         self.expires_at = expires_at
         self.redirections = 0
+        self.error: Exception | None = None  # why it is tried again
 
 
 class _Node:

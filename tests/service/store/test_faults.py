@@ -16,6 +16,7 @@ from service.store.redis_connection import ReplyError
         (ReplyError("OOM command not allowed when used memory > 'maxmemory'."), Fault.OOM, True),
         (ReplyError("NOPERM User reader has no permissions to run the 'mget' command"), Fault.NOPERM, False),
         (ReplyError("ERR ACL failure in script: User reader has no permissions"), Fault.NOPERM, False),
+        (ReplyError("ERR The user executing the script can't run this command or subcommand"), Fault.NOPERM, False),
         (ReplyError("NOAUTH Authentication required."), Fault.NOAUTH, False),
         (ReplyError("WRONGPASS invalid username-password pair"), Fault.NOAUTH, False),
         (ReplyError("LOADING Valkey is loading the dataset in memory"), Fault.LOADING, False),

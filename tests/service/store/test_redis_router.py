@@ -8,7 +8,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from service.settings import SettingsError
-from service.store import redis_primary, redis_topology
+from service.store import local_cluster, redis_primary, redis_topology
 from service.store.faults import Fault
 from service.store.feature_store import StoreUnavailable
 from service.store.local_cluster import LocalCluster, WatchedServers
@@ -29,16 +29,23 @@ from tests.service.store.router_client import Client, opened
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 
+@pytest.fixture(scope="module")
+def replaceable(session_redis: RedisServer) -> Iterator[WatchedServers]:
+    """For two tests, in their order: a primary in its place, and then one that is replaced."""
+    with local_cluster.start_watched() as servers:
+        yield servers
+
+
 # --- kinds of servers ---
 
 
 async def test_a_url_of_another_kind_than_the_server_is_refused_with_one_sentence(
-    session_redis: RedisServer, cluster: LocalCluster, watched: WatchedServers
+    session_redis: RedisServer, cluster: LocalCluster, replaceable: WatchedServers
 ):
-    sentinel, primary = watched.sentinels[0].port, watched.primary.port
+    sentinel, primary = replaceable.sentinels[0].port, replaceable.primary.port
     refused = {
         f"redis://127.0.0.1:{cluster.servers[0].port}": "is part of a Cluster",
-        f"redis://127.0.0.1:{watched.replica.port}": "is a replica",
+        f"redis://127.0.0.1:{replaceable.replica.port}": "is a replica",
         f"redis://127.0.0.1:{sentinel}": "is a Sentinel",
         f"redis+cluster://127.0.0.1:{primary}": "a URL of a Cluster, but .* is none",
         f"redis+cluster://127.0.0.1:{sentinel}": "a URL of a Cluster, but .* is none",
@@ -51,7 +58,7 @@ async def test_a_url_of_another_kind_than_the_server_is_refused_with_one_sentenc
             with pytest.raises(SettingsError, match=rf"^setting redis_url: [^\n]*{sentence}"):
                 await client.router.check()
 
-    for url in (session_redis.url, cluster.url, watched.url, f"redis://127.0.0.1:{primary}"):
+    for url in (session_redis.url, cluster.url, replaceable.url, f"redis://127.0.0.1:{primary}"):
         async with opened(url) as client:
             await client.router.check()
             assert await client.writes() and await client.reads()
@@ -281,6 +288,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run(
         ["openssl", "req", *kind, *names, "-keyout", str(path.with_suffix(".key")), "-out", str(path)],
         capture_output=True,
+        check=False,
     )
     assert made.returncode == 0, made.stderr.decode()
     return path
@@ -297,7 +305,7 @@ async def test_over_tls_a_server_is_spoken_to_if_its_certificate_is_one_that_the
         url = f"{scheme}://localhost:{server.port}"
         async with opened(f"{url}?ssl_ca_certs={certificate}", timeout_s=5.0) as client:
             assert await client.get() == b"v"
-        async with opened(url, timeout_s=1.0) as client:
+        async with opened(url) as client:
             assert await client.fault(client.get()) is Fault.CONNECTION
 
 
@@ -305,31 +313,31 @@ async def test_over_tls_a_server_is_spoken_to_if_its_certificate_is_one_that_the
 
 
 async def test_a_primary_that_was_replaced_while_it_is_up_is_left_by_readers_and_writers(
-    watched: WatchedServers, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+    replaceable: WatchedServers, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(redis_primary, "ROLE_EVERY_S", 0.05)
-    url = watched.url
+    url = replaceable.url
     async with opened(url, timeout_s=1.0) as reader, opened(url, timeout_s=1.0, beside=reader) as writer:
         assert await writer.writes() and await reader.get() == b"v"
-        assert reader.router.state.addresses == (f"127.0.0.1:{watched.primary.port}",)
-        watched.sentinels[0].kill()  # the others are asked
-        watched.sentinels[1].ask("SENTINEL", "FAILOVER", "clickserve")
+        assert reader.router.state.addresses == (f"127.0.0.1:{replaceable.primary.port}",)
+        replaceable.sentinels[0].kill()  # the others are asked
+        replaceable.sentinels[1].ask("SENTINEL", "FAILOVER", "clickserve")
 
         async def both_follow() -> bool:
             now = str(time.monotonic())
             try:
                 await writer.set("by", now)
-                return bool(watched.replica.ask("GET", "by") == await reader.get("by") == now.encode())
+                return bool(replaceable.replica.ask("GET", "by") == await reader.get("by") == now.encode())
             except (ReplyError, OSError):
                 return False
 
         async def is_promoted() -> bool:
-            return bool(watched.replica.ask("ROLE")[0] == b"master")
+            return bool(replaceable.replica.ask("ROLE")[0] == b"master")
 
         await eventually(is_promoted)
         await eventually(both_follow)
         for client in (reader, writer):
-            assert client.router.state.addresses == (f"127.0.0.1:{watched.replica.port}",)
+            assert client.router.state.addresses == (f"127.0.0.1:{replaceable.replica.port}",)
 
 
 async def test_a_killed_primary_is_left_for_the_one_that_the_sentinels_name(
