@@ -1,6 +1,7 @@
 """Commands to a Redis Cluster: each to the primary of its slot, and again where the Cluster says it has moved."""
 
 import asyncio
+import re
 import time
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ REST_AFTER = 5  # failures in a row
 REST_S = 0.25
 _ASKING = packed(b"ASKING")
 _SLOT_DOWN = "Hash slot not served"
+_REDIRECTION = re.compile(r"(?:MOVED|ASK) \d+ (?P<host>\S*):(?P<port>\d{1,5})")
 _PASSING = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN")  # worth another try while there is time
 
 
@@ -92,15 +94,18 @@ class ClusterSender:
         if not isinstance(reply, Exception):
             command.on_reply(reply)
             return
-        word, *rest = str(reply).split() if isinstance(reply, ReplyError) else [type(reply).__name__]
+        word = str(reply).partition(" ")[0] if isinstance(reply, ReplyError) else ""
         if word in {"MOVED", "ASK"} and command.redirections < MAX_REDIRECTIONS:
-            command.redirections += 1
-            address = _redirected(rest[1], node.address)
-            if word == "MOVED":
-                self._map.move(int(rest[0]), address)
-                self._map.refresh_soon()
-            self._send(self._node(address), command, is_asking=word == "ASK")
-            return
+            redirection = _REDIRECTION.fullmatch(str(reply))
+            if redirection is not None:
+                command.redirections += 1
+                # An empty host is that of the server which redirects.
+                address = Address(redirection["host"].strip("[]") or node.address.host, int(redirection["port"]))
+                if word == "MOVED":
+                    self._map.move(command.slot, address)
+                    self._map.refresh_soon()
+                self._send(self._node(address), command, is_asking=word == "ASK")
+                return
         if word == "TRYAGAIN" and self._read_one_by_one(command):
             return
         fault = fault_of(reply)
@@ -228,12 +233,6 @@ class _Node:
             return True
         self._rests_until = now + REST_S
         return False
-
-
-def _redirected(to: str, source: Address) -> Address:
-    """`host:port` of MOVED and ASK; an empty host is that of the server which redirects."""
-    host, _, port = to.rpartition(":")
-    return Address(host.strip("[]") or source.host, int(port))
 
 
 def _ignore(_: Any) -> None:

@@ -148,7 +148,7 @@ class MultiplexedConnection:
         try:
             async with asyncio.timeout(CONNECT_S):
                 wire = await self._opened()
-        except (OSError, TimeoutError, ReplyError, hiredis.HiredisError) as err:
+        except (OSError, ReplyError, hiredis.HiredisError, ValueError, OverflowError) as err:  # the last: no such port
             self._connecting = None
             error = ConnectionError(f"no connection to the store: {str(err) or 'it took too long'}")
             error.__cause__ = err
@@ -341,9 +341,11 @@ def _keep_alive(connection: Any) -> None:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def introduction(hello: Sequence[Any]) -> dict[bytes, Any]:
+def introduction(hello: Any) -> dict[bytes, Any]:
     """A server's reply to HELLO: `mode` (standalone, sentinel or cluster), `role` (master or replica), `version`."""
-    return dict(zip(hello[::2], hello[1::2], strict=True))
+    if not isinstance(hello, list):  # it speaks RESP, and is something else
+        return {}
+    return {name: value for name, value in zip(hello[::2], hello[1::2], strict=False) if isinstance(name, bytes)}
 
 
 async def _expect_primary(wire: _Wire) -> None:

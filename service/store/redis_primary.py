@@ -61,7 +61,7 @@ class PrimarySender:
         await self._connection.aclose()
 
     def _on_role(self, reply: Any) -> None:
-        if isinstance(reply, list) and introduction(reply).get(b"role") == b"replica":
+        if introduction(reply).get(b"role") == b"replica":
             self._on_failure(ReplyError(f"READONLY {self._server.name} is a replica"))
             self._server.leave()
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from service.cancellation import cancel
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 NUM_SLOTS = 16384
 ASK_S = 0.8  # how long a server may take to be connected to and to say what it knows
+LOOK_EVERY_S = 1.0  # at the Sentinels' primary
 LEAVE_EVERY_S = 1.0  # a demoted primary is left at once, and while it is all there is, no oftener than this
 REFRESH_EVERY_S = 0.1
 _NUM_ASKED = 3  # of the Cluster's servers, at once: one may be frozen, and one cut off from the others
@@ -41,7 +42,9 @@ class OneServer:
         self._primary: Address | None = None  # where it was when the Sentinels were asked last
         self._on_left: set[Callable[[], None]] = set()
         self._left_at = -LEAVE_EVERY_S
+        self._sentinels: dict[Address, MultiplexedConnection] = {}
         self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -LOOK_EVERY_S
 
     @property
     def name(self) -> str:
@@ -64,8 +67,11 @@ class OneServer:
     async def find_primary(self) -> Address:
         """Asks the Sentinels. If it is another one than before, the one before is left. Raises ConnectionError."""
         command = packed(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self.url.service.encode())
-        sentinels = {sentinel: self.url.of_sentinel(sentinel) for sentinel in self.url.servers}
-        primary = await _first(sentinels, command, _watched)
+        for sentinel in self.url.servers:
+            if sentinel not in self._sentinels:
+                self._sentinels[sentinel] = _connection(self.url.of_sentinel(sentinel))
+        asked = {sentinel: connection.ask(command) for sentinel, connection in self._sentinels.items()}
+        primary = await _first(asked, _watched)
         before, self._primary = self._primary, primary
         if before is not None and before != primary:
             log.warning("the store's primary is another server", extra={"server": str(primary), "before": str(before)})
@@ -74,12 +80,17 @@ class OneServer:
 
     def look_again_soon(self) -> None:
         """For Sentinels. They take some seconds until they demote a primary that they replaced while it was up."""
-        if self.url.kind is ServerKind.SENTINEL and self._looking is None:
+        now = time.monotonic()
+        is_due = self._looking is None and now - self._looked_at >= LOOK_EVERY_S
+        if self.url.kind is ServerKind.SENTINEL and is_due:
+            self._looked_at = now
             self._looking = asyncio.get_running_loop().create_task(self._look_again())
 
     async def aclose(self) -> None:
         if self._looking is not None:
             await cancel(self._looking)
+        for connection in self._sentinels.values():
+            await connection.aclose()
 
     async def _look_again(self) -> None:
         try:
@@ -193,9 +204,10 @@ class ClusterMap:
             known = list(self._servers)
             random.shuffle(known)
             for first in range(0, len(known), _NUM_ASKED):
-                asked = {address: self.url.of(address) for address in known[first : first + _NUM_ASKED]}
+                few = known[first : first + _NUM_ASKED]
+                asked = {address: _asked(self.url.of(address), _CLUSTER_SLOTS) for address in few}
                 try:
-                    slots, servers = await _first(asked, _CLUSTER_SLOTS, _slots_and_servers)
+                    slots, servers = await _first(asked, _slots_and_servers)
                 except ConnectionError as err:
                     self.error = err
                 else:
@@ -227,11 +239,11 @@ def _slots_and_servers(reply: Any, source: Address) -> tuple[list[Address | None
     return slots, servers
 
 
-async def _first(asked: Mapping[Address, str], command: bytes, read: Callable[[Any, Address], T]) -> T:
+async def _first(asked: Mapping[Address, Coroutine[Any, Any, Any]], read: Callable[[Any, Address], T]) -> T:
     """What the first of the servers knows, all being asked at once. Raises ConnectionError with a refusal as its cause
     if there was one: what one server says tells more than that another is silent.
     """
-    tasks = {asyncio.create_task(_asked(url, command)): address for address, url in asked.items()}
+    tasks = {asyncio.create_task(reply): address for address, reply in asked.items()}
     pending: set[asyncio.Task[Any]] = set(tasks)
     error: ConnectionError | None = None
     try:
@@ -244,6 +256,8 @@ async def _first(asked: Mapping[Address, str], command: bytes, read: Callable[[A
                     if error is None or isinstance(err, ReplyError | UnknownService):
                         error = ConnectionError(f"{tasks[task]}: {str(err) or 'no answer in time'}")
                         error.__cause__ = err
+                except (AttributeError, IndexError, TypeError, ValueError):
+                    error = error or ConnectionError(f"{tasks[task]}: a reply that cannot be read")
     finally:
         if pending:
             await cancel(*pending)
@@ -253,8 +267,12 @@ async def _first(asked: Mapping[Address, str], command: bytes, read: Callable[[A
 
 async def _asked(url: str, command: bytes) -> Any:
     """The reply on a connection made for it. Raises ReplyError, ConnectionError and TimeoutError."""
-    connection = MultiplexedConnection(url, timeout_s=ASK_S, on_outcome=lambda _: None)
+    connection = _connection(url)
     try:
         return await connection.ask(command)
     finally:
         await connection.aclose()
+
+
+def _connection(url: str) -> MultiplexedConnection:
+    return MultiplexedConnection(url, timeout_s=ASK_S, on_outcome=lambda _: None)

@@ -74,6 +74,14 @@ async def test_a_server_that_does_not_answer_is_of_no_wrong_kind(url: str):
             assert await client.fault(client.get()) is Fault.CONNECTION
 
 
+@pytest.mark.parametrize(("kind", "name"), [("cluster", ""), ("sentinel", "name")])
+async def test_a_server_that_replies_what_cannot_be_read_is_as_good_as_none(kind: str, name: str):
+    async with listening() as server, opened(f"redis+{kind}://127.0.0.1:{server.port}/{name}") as client:
+        with pytest.raises(StoreUnavailable, match="a reply that cannot be read"):
+            await client.router.check()
+        assert not await client.reads()
+
+
 async def test_a_router_shares_what_it_knows_with_routers_of_its_url_only():
     async with opened("redis://a") as one:
         with pytest.raises(ValueError, match="one URL"):
@@ -315,7 +323,8 @@ async def test_over_tls_a_server_is_spoken_to_if_its_certificate_is_one_that_the
 async def test_a_primary_that_was_replaced_while_it_is_up_is_left_by_readers_and_writers(
     replaceable: WatchedServers, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(redis_primary, "ROLE_EVERY_S", 0.05)
+    for module, name in ((redis_primary, "ROLE_EVERY_S"), (redis_topology, "LOOK_EVERY_S")):
+        monkeypatch.setattr(module, name, 0.05)
     url = replaceable.url
     async with opened(url, timeout_s=1.0) as reader, opened(url, timeout_s=1.0, beside=reader) as writer:
         assert await writer.writes() and await reader.get() == b"v"
