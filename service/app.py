@@ -35,6 +35,7 @@ from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store import redis_store
 from service.store.control_store import ControlStore, MemoryControlStore
+from service.store.faults import Fault, FaultState
 from service.store.feature_store import FeatureStore, StoreUnavailable
 from service.store.memory_store import MemoryStore
 from service.store.redis_control_store import RedisControlStore
@@ -106,9 +107,10 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         stack.enter_context(metrics.shared())
         experiment = assignment.from_setting(settings.experiment)
         running = Running(experiment)
-        store = _store(settings)
+        store = _store(settings, metrics)
         stack.push_async_callback(store.aclose)
         try:
+            await store.check()
             await store.ping()
         except StoreUnavailable as err:
             log.warning("starting without the store", extra={"error": str(err)})
@@ -186,9 +188,14 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         )
 
 
-def _store(settings: Settings) -> FeatureStore:
+def _store(settings: Settings, metrics: Metrics) -> FeatureStore:
+    metrics.declare_causes(Fault)
     if settings.redis_url is not None:
-        return redis_store.opened(settings)
+        faults = FaultState(
+            on_change=lambda fault, stands: metrics.store_state(fault).set(int(stands)),
+            on_failure=lambda fault: metrics.store_failures(fault).inc(),
+        )
+        return redis_store.opened(settings, faults=faults)
     log.warning("no redis_url: clicks are kept in this process, and lost with it")
     return MemoryStore(max_clicks=settings.keep_behaviours, max_bytes=settings.keep_behaviours_bytes)
 

@@ -94,7 +94,7 @@ class Admin:
         try:
             await parts.changes.load(arm, sent.version, changed_by=name, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_arm(arm), parts.control)
 
     async def roll_back(self, request: Request, arm: str) -> Response:
@@ -102,7 +102,7 @@ class Admin:
         try:
             await parts.changes.roll_back(arm, changed_by=name, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_arm(arm), parts.control)
 
     async def experiment(self, name: str) -> Response:
@@ -121,7 +121,7 @@ class Admin:
         try:
             await parts.changes.set_shares(edit, changed_by=changed_by, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_experiment(), parts.control)
 
     async def audit(self, request: Request, name: str) -> Response:
@@ -130,14 +130,14 @@ class Admin:
         try:
             return _json(await parts.control_store.audit())
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
 
     async def user(self, request: Request, user: str) -> Response:
         parts, _ = self._allowed(request)
         try:
             fetched = await parts.store.fetch(user, [], before=math.inf, limit=MAX_CLICKS)
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         clicks = [
             {
                 "item": click.item,
@@ -155,7 +155,7 @@ class Admin:
         try:
             await parts.store.delete_user(user, at=time.time())
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         log.warning("a user was deleted", extra={"changed_by": name})
         return Response(status_code=204)
 

@@ -141,7 +141,7 @@ class Api:
         try:
             outcomes = await self._open().events.record(list(events.values()))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(msgspec.json.encode(receipt_of(events, outcomes, rejected)), status=202)
 
     async def healthz(self) -> Response:
@@ -154,8 +154,11 @@ class Api:
             return _json(b'{"status":"starting"}', status=503)
         failure = await self._store_failure(service.store)
         refusing = self.stopping or (failure is not None and self._settings.require_store)
-        status = "stopping" if self.stopping else "ready" if failure is None else "degraded"
-        store = {"ok": True} if failure is None else {"ok": False, "detail": failure}
+        store: dict[str, Any] = {"ok": True} if failure is None else {"ok": False, "detail": failure}
+        failing = {each.fault.value: each.message for each in service.store.failures()}
+        if failing:
+            store["failing"] = failing
+        status = "stopping" if self.stopping else "ready" if failure is None and not failing else "degraded"
         arms = {name: model.version for name, model in service.registry.models.items()}
         document = {"status": status, "store": store, "arms": arms, "control": service.control.describe()}
         return _json(msgspec.json.encode(document), status=503 if refusing else 200)

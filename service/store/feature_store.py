@@ -8,6 +8,7 @@ from typing import Protocol
 
 from models.features.values import Row
 from service.store.codec import Click, ClickHistory, Mark
+from service.store.faults import Failure
 
 # How long a repeated event is recognised; a click still in the past is recognised as long as it is there.
 EVENT_TAGS_TTL_S = 2 * 86_400
@@ -100,6 +101,13 @@ class FeatureStore(Protocol):
 
     async def changed_items(self, since: str | None) -> "ItemChanges":
         """The items whose features were put after the position `since`; None begins at the present one."""
+
+    async def check(self) -> None:
+        """Is it what the settings say? Raises SettingsError if not, StoreUnavailable if nothing answers."""
+
+    def failures(self) -> Sequence[Failure]:
+        """Of each fault that stands, the latest failure."""
+        return ()
 
     async def ping(self) -> None: ...
 

@@ -116,6 +116,9 @@ class MemoryStore(FeatureStore):
         read = int(since) - self._forgotten
         return ItemChanges(items=self._changes[read:] if read >= 0 else None, position=position)
 
+    async def check(self) -> None:
+        return
+
     async def ping(self) -> None:
         return
 

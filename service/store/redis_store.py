@@ -29,6 +29,7 @@ from service.store.codec import (
     unpack_history,
     unpack_row,
 )
+from service.store.faults import Failure, FaultState
 from service.store.feature_store import (
     EVENT_TAGS_TTL_S,
     FeatureStore,
@@ -40,7 +41,7 @@ from service.store.feature_store import (
 )
 from service.store.keys import DAY_S, KeySpace, day_of
 from service.store.redis_connection import OnReply, ReplyError, packed_command
-from service.store.redis_router import RedisRouter
+from service.store.redis_router import RedisRouter, Topology
 from service.store.words import UnknownWordError, WordTable
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
@@ -63,7 +64,9 @@ class Limits:
     features_s: float = 90 * DAY_S
 
 
-def opened(settings: Settings, *, write_timeout_s: float | None = None) -> "RedisStore":
+def opened(
+    settings: Settings, *, write_timeout_s: float | None = None, faults: FaultState | None = None
+) -> "RedisStore":
     """The store that the settings name. Raises SettingsError."""
     if settings.redis_url is None:
         raise SettingsError("no store: set redis_url in --config or CLICKSERVE_REDIS_URL")
@@ -79,6 +82,7 @@ def opened(settings: Settings, *, write_timeout_s: float | None = None) -> "Redi
         write_timeout_s=write_timeout_s or settings.store_write_timeout_ms / 1000,
         prefix=settings.redis_prefix,
         limits=limits,
+        faults=faults,
     )
 
 
@@ -89,7 +93,8 @@ class RedisStore(FeatureStore):
     wait longer. Each has its circuit breaker: a server too slow for predictions may still take events.
     """
 
-    def __init__(self, reads: "_Side", writes: "_Side", *, keys: KeySpace, limits: Limits) -> None:
+    def __init__(self, reads: "_Side", writes: "_Side", *, keys: KeySpace, limits: Limits, faults: FaultState) -> None:
+        self._faults = faults
         self._reads = reads
         self._writes = writes
         self._keys = keys
@@ -107,13 +112,16 @@ class RedisStore(FeatureStore):
         write_timeout_s: float | None = None,
         prefix: str = "cs",
         limits: Limits | None = None,
+        faults: FaultState | None = None,
     ) -> Self:
-        """Connects on first use. Raises SettingsError for a URL that is none."""
+        """Connects on first use. Raises SettingsError for a URL that is none. `faults` hears of what goes wrong."""
+        faults = faults or FaultState(lambda _fault, _stands: None, lambda _fault: None)
         keys = KeySpace(prefix)
-        reads, writes = (
-            _Side(url, timeout_s=seconds, probe_key=keys.words) for seconds in (timeout_s, write_timeout_s or timeout_s)
-        )
-        return cls(reads, writes, keys=keys, limits=limits or Limits())
+        reads = _Side(url, timeout_s=timeout_s, probe_key=keys.words, faults=faults)
+        write_timeout_s = write_timeout_s or timeout_s
+        shared = reads.router.topology
+        writes = _Side(url, timeout_s=write_timeout_s, probe_key=keys.words, faults=faults, topology=shared)
+        return cls(reads, writes, keys=keys, limits=limits or Limits(), faults=faults)
 
     # --- reading ---
 
@@ -215,7 +223,10 @@ class RedisStore(FeatureStore):
             in_full = [(scripts[i][0], packed_command(b"EVAL", [_APPEND, *scripts[i][1]])) for i in again]
             for i, reply in zip(again, await self._writes.replies(in_full), strict=True):
                 replies[i] = reply
-        return [_value(reply) for reply in replies]
+        answers = [_value(reply) for reply in replies]
+        if self._faults.standing:
+            self._faults.written()
+        return answers
 
     def _append_arguments(self, events: Sequence[Click | Mark]) -> tuple[str, list[str | bytes]]:
         """One of the keys, and what follows the script."""
@@ -319,30 +330,43 @@ class RedisStore(FeatureStore):
         """On the connection of the predictions, which is open then before the first of them comes."""
         await self._reads.ask(self._keys.words, packed_command(b"PING", []))
 
+    async def check(self) -> None:
+        await self._reads.router.check()
+
+    def failures(self) -> Sequence[Failure]:
+        return list(self._faults.standing.values())
+
     async def aclose(self) -> None:
-        for side in (self._reads, self._writes):
+        for side in (self._writes, self._reads):  # the topology is that of the last
             await side.aclose()
 
 
 class _Side:
-    """The way to the server of those who wait equally long, and its circuit breaker."""
+    """The way to the servers of those who wait equally long, and its circuit breaker."""
 
-    def __init__(self, url: str, *, timeout_s: float, probe_key: str) -> None:
-        self._breaker = CircuitBreaker(self._probe)
-        try:
-            self._router = RedisRouter(url, timeout_s=timeout_s, on_outcome=self._breaker.record)
-        except (ValueError, TypeError) as err:
-            raise SettingsError(f"setting redis_url: {err}") from None
-        self._probe_key = probe_key
+    def __init__(
+        self, url: str, *, timeout_s: float, probe_key: str, faults: FaultState, topology: Topology | None = None
+    ) -> None:
+        self._probe_key = probe_key.encode()
+        self._faults = faults
+        self.breaker = CircuitBreaker(self._probe)
+        self.router = RedisRouter(
+            url, timeout_s=timeout_s, on_outcome=self._record, on_failure=faults.failed, topology=topology
+        )
+
+    def _record(self, error: Exception | None) -> None:
+        self.breaker.record(error)
+        if error is None and self._faults.standing:
+            self._faults.answered()
 
     def slot(self, key: str) -> int:
-        return self._router.slot(key.encode())
+        return self.router.slot(key.encode())
 
     def send(self, key: str, content: bytes, on_reply: OnReply, timeout_s: float | None) -> None:
-        if self._breaker.is_open:
+        if self.breaker.is_open:
             on_reply(StoreUnavailable(BREAKER_OPEN))
         else:
-            self._router.send(key.encode(), content, on_reply, timeout_s=timeout_s)
+            self.router.send(key.encode(), content, on_reply, timeout_s=timeout_s)
 
     def send_mget(self, keys: Sequence[str], on_values: OnReply, *, timeout_s: float | None = None) -> None:
         """The values in the order of the keys, in one command for each slot; or the first exception."""
@@ -411,12 +435,11 @@ class _Side:
         return replies
 
     async def _probe(self) -> None:
-        """What a prediction does: a server that refuses all else may still answer it."""
-        await self._router.ask(self._probe_key.encode(), packed_command(b"EXISTS", [self._probe_key]))
+        await self.router.probe(self._probe_key)
 
     async def aclose(self) -> None:
-        await self._breaker.aclose()
-        await self._router.aclose()
+        await self.breaker.aclose()
+        await self.router.aclose()
 
 
 def unavailable(err: Exception) -> StoreUnavailable:

@@ -20,12 +20,14 @@ from service.store.redis_store import Limits, RedisStore
 NOW = 2e9
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[FeatureStore]:
     if request.param == "memory":
         store: FeatureStore = MemoryStore(max_clicks=10)
     else:
-        store = RedisStore.connect(request.getfixturevalue("redis_url"), timeout_s=5.0, limits=Limits(max_clicks=10))
+        on_cluster = request.param == "cluster"
+        url = request.getfixturevalue("cluster").url if on_cluster else request.getfixturevalue("redis_url")
+        store = RedisStore.connect(url, timeout_s=5.0, limits=Limits(max_clicks=10))
     yield store
     await store.aclose()
 

@@ -241,11 +241,11 @@ async def test_nothing_a_client_sends_is_an_exception_but_a_problem(sent: list[A
 class DownForClicks(MemoryStore):
     """Fails its first append after having stored the first event of it."""
 
-    failures = 1
+    failures_left = 1
 
     async def append(self, events: Any) -> list[Outcome]:
-        if self.failures:
-            self.failures -= 1
+        if self.failures_left:
+            self.failures_left -= 1
             await super().append(events[:1])
             raise StoreUnavailable("down")
         return await super().append(events)

@@ -25,7 +25,7 @@ Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 def wire_of(store: RedisStore) -> Any:
     """The connection of the predictions, if it is open."""
-    return store._reads._router._connection._wire
+    return store._reads.router._sender._connection._wire  # type: ignore[union-attr]
 
 
 async def test_a_dead_server_is_said_to_be_unavailable_at_once():
@@ -57,7 +57,7 @@ async def test_an_event_loop_that_stood_still_is_no_silence_of_the_server(redis_
 
         assert all(answer.user == {"age": 1} for answer in answers)
         assert wire is not None and wire_of(store) is wire
-        assert not store._reads._breaker.is_open
+        assert not store._reads.breaker.is_open
 
 
 async def test_a_server_far_away_is_connected_to_though_that_takes_longer_than_an_answer_may(
@@ -226,4 +226,4 @@ async def test_what_is_sent_on_a_connection_that_was_just_lost_is_sent_on_anothe
 
         assert [answer.user for answer in fetched] == [{"age": 1}] * 8
         assert wire_of(store) not in (None, lost)
-        assert not store._reads._breaker.is_open
+        assert not store._reads.breaker.is_open

@@ -81,7 +81,9 @@ async def test_everything_that_can_grow_expires(store: RedisStore, server: redis
         KEYS.event_tags("u1", 0): 2,
         KEYS.profile("u1"): 90,
         KEYS.item("ad1"): 90,
-        KEYS.words: -1,  # bounded by itself, and needed as long as any past is there
+        # Bounded by themselves; words are needed as long as any past is there.
+        KEYS.words: -1,
+        KEYS.item_changes: -1,
     }
 
 
