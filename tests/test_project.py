@@ -169,6 +169,7 @@ def exposed_metrics() -> dict[str, frozenset[str]]:
     metrics.declare_routes(["/predict"])
     metrics.arm("a").scored(np.array([0.5]))
     metrics.model_serves(arm="a", model="m", version="1")
+    metrics.declare_causes(["oom"])
     labels: dict[str, frozenset[str]] = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         if METRIC.match(family.name):
