@@ -5,6 +5,7 @@ All keys of one user share a hash tag and so a slot of a Cluster; ids of any len
 
 import hashlib
 from base64 import urlsafe_b64encode
+from functools import lru_cache
 
 DAY_S = 86_400
 
@@ -38,6 +39,7 @@ def day_of(ts: float) -> int:
     return int(ts // DAY_S)
 
 
+@lru_cache(maxsize=4096)  # asked for several times of each event
 def _user_tag(user: str) -> str:
     """96 bits: of a billion users no two share a tag, but for a chance of 1e-11."""
     return urlsafe_b64encode(hashlib.blake2b(user.encode(), digest_size=12).digest()).decode()
