@@ -355,11 +355,11 @@ async def _expect_primary(wire: _Wire) -> None:
 
 def packed_command(name: bytes, arguments: Sequence[str | bytes]) -> bytes:
     """A command as it goes over the connection."""
-    return hiredis.pack_command(cast("Any", (name, *arguments)))
+    return cast("bytes", hiredis.pack_command(cast("Any", (name, *arguments))))
 
 
 def packed(*parts: bytes) -> bytes:
-    return hiredis.pack_command(cast("Any", parts))  # its stub knows no tuple of several
+    return cast("bytes", hiredis.pack_command(cast("Any", parts)))  # its stub knows no tuple of several
 
 
 HELLO = packed(b"HELLO", b"2")
