@@ -52,7 +52,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         host = Host(command=WORKER, reload=lambda: _serve_settings(arguments), ended=multiprocess.leave)
         await supervisor.serve(_serve_settings(arguments), host, serve_here)
         return
-    store = redis_store.opened(settings.load(arguments.config), timeout_s=LOADING_TIMEOUT_S)
+    store = redis_store.opened(settings.load(arguments.config), write_timeout_s=LOADING_TIMEOUT_S)
     try:
         if arguments.command == "load-behaviours":
             print(f"{await bulk_load.load_behaviours(arguments.file, store)} new clicks")

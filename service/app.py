@@ -30,10 +30,12 @@ from service.registry.registry import ModelRegistry
 from service.registry.warmup import ModelWarmer
 from service.runtime.scheduler import Scheduler
 from service.scoring.explainer import Explainer
+from service.scoring.item_changes import ItemChangeFollower
 from service.scoring.scorer import Scorer
 from service.settings import Settings
 from service.store import redis_store
 from service.store.control_store import ControlStore, MemoryControlStore
+from service.store.faults import Fault, FaultState
 from service.store.feature_store import FeatureStore, StoreUnavailable
 from service.store.memory_store import MemoryStore
 from service.store.redis_control_store import RedisControlStore
@@ -105,10 +107,10 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         stack.enter_context(metrics.shared())
         experiment = assignment.from_setting(settings.experiment)
         running = Running(experiment)
-        store, writing = _stores(settings)
-        for opened in (store, writing):
-            stack.push_async_callback(opened.aclose)
+        store = _store(settings, metrics)
+        stack.push_async_callback(store.aclose)
         try:
+            await store.check()
             await store.ping()
         except StoreUnavailable as err:
             log.warning("starting without the store", extra={"error": str(err)})
@@ -166,12 +168,14 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         )
         await control.join(start)
         await stack.enter_async_context(control.following())
+        item_changes = ItemChangeFollower(store=store, models=registry.loaded_models)
+        await stack.enter_async_context(item_changes.following())
         yield OpenService(
             scorer=scorer,
             scheduler=scheduler,
             explainer=explainer,
             events=EventRecorder(
-                store=writing, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
+                store=store, arm_of=lambda ts, unit: running.at(ts).assign(unit).name, metrics=metrics
             ),
             running=running,
             changes=Changes(
@@ -184,17 +188,16 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Op
         )
 
 
-def _stores(settings: Settings) -> tuple[FeatureStore, FeatureStore]:
-    """One store by two ways: for predictions, which cannot wait for it, and for events, which can and must be kept."""
-    if settings.redis_url is None:
-        log.warning("no redis_url: clicks are kept in this process, and lost with it")
-        memory = MemoryStore(keep=settings.keep_behaviours)
-        return memory, memory
-    reading, writing = (
-        redis_store.opened(settings, timeout_s=timeout_ms / 1000)
-        for timeout_ms in (settings.store_timeout_ms, settings.store_write_timeout_ms)
-    )
-    return reading, writing
+def _store(settings: Settings, metrics: Metrics) -> FeatureStore:
+    metrics.declare_causes(Fault)
+    if settings.redis_url is not None:
+        faults = FaultState(
+            on_change=lambda fault, stands: metrics.store_state(fault).set(int(stands)),
+            on_failure=lambda fault: metrics.store_failures(fault).inc(),
+        )
+        return redis_store.opened(settings, faults=faults)
+    log.warning("no redis_url: clicks are kept in this process, and lost with it")
+    return MemoryStore(max_clicks=settings.keep_behaviours, max_bytes=settings.keep_behaviours_bytes)
 
 
 def _control_store(settings: Settings, experiment: str) -> ControlStore:

@@ -180,8 +180,8 @@ class ModelFailed(Unavailable):
 class StoreDown(Unavailable):
     reason = Reason.STORE_UNAVAILABLE
 
-    def __init__(self) -> None:
-        super().__init__("the store does not answer; nothing is lost by sending the same call again")
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"{cause}; nothing is lost by sending the same call again")
 
 
 class NotOpen(Unavailable):

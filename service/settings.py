@@ -77,16 +77,29 @@ class Settings(BaseSettings):
         description="Candidates, and as many clicks, that are kept encoded for each loaded model.",
     )
     item_cache_s: float = Field(
-        default=10,
+        default=300,
         ge=0,
         le=86_400,
-        description="Seconds for which stored features of a candidate count as fresh; 0 keeps none.",
+        description="Seconds for which stored features of a candidate are kept if no change of them is announced; 0"
+        " keeps none.",
     )
     keep_behaviours: int = Field(
-        default=200, ge=1, le=10_000, description="Clicks of a user that the store keeps, the newest."
+        default=100, ge=1, le=10_000, description="Clicks of a user that the store keeps, the newest."
+    )
+    keep_behaviours_bytes: int = Field(
+        default=32_768, ge=4096, le=2**20, description="Bytes that they may take: of the newest, as many as fit."
     )
     keep_behaviours_days: float = Field(
-        default=30, gt=0, le=3650, description="Days for which Redis keeps a user's clicks after the last one."
+        default=30,
+        gt=0,
+        le=36_500,
+        description="Days for which Redis keeps a user's clicks after the last one; older events are not taken.",
+    )
+    keep_features_days: float = Field(
+        default=90, gt=0, le=3650, description="Days for which Redis keeps features of a user or item after a load."
+    )
+    redis_prefix: str = Field(
+        default="cs", pattern=r"^[A-Za-z0-9_.-]{1,32}$", description="What this deployment's keys begin with."
     )
     require_store: bool = Field(default=False, description="Whether a service is unready while the store is down.")
     max_connection_s: float = Field(

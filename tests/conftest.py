@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from service.store import local_server
+from service.store import local_cluster, local_server
+from service.store.local_cluster import LocalCluster, WatchedServers
 from service.store.local_server import NoRedisServer, RedisServer
 
 # A law holds however slow the machine is.
@@ -48,6 +49,28 @@ def redis_url(session_redis: RedisServer) -> str:
     with redis.Redis.from_url(session_redis.url) as client:
         client.flushall()
     return session_redis.url
+
+
+@pytest.fixture(scope="session")
+def session_cluster(session_redis: RedisServer) -> Iterator[LocalCluster]:
+    with local_cluster.start_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(session_cluster: LocalCluster) -> LocalCluster:
+    """An empty Cluster, for a test to kill servers of; they are started again for the next one."""
+    session_cluster.mend()
+    for server in session_cluster.primaries:
+        server.ask("FLUSHALL")
+    return session_cluster
+
+
+@pytest.fixture
+def watched(session_redis: RedisServer) -> Iterator[WatchedServers]:
+    """A primary, its replica and three Sentinels, for one test."""
+    with local_cluster.start_watched() as servers:
+        yield servers
 
 
 Condition = Callable[[], Awaitable[bool]]

@@ -169,6 +169,7 @@ def exposed_metrics() -> dict[str, frozenset[str]]:
     metrics.declare_routes(["/predict"])
     metrics.arm("a").scored(np.array([0.5]))
     metrics.model_serves(arm="a", model="m", version="1")
+    metrics.declare_causes(["oom"])
     labels: dict[str, frozenset[str]] = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         if METRIC.match(family.name):
@@ -224,7 +225,7 @@ def test_the_api_reference_has_every_route() -> None:
     from service.settings import Settings
 
     routes = Api(Settings(), Metrics()).router().routes
-    paths = {re.sub(r"\{\w+\}", "{}", route.path) for route in routes}  # type: ignore[attr-defined] # all have one
+    paths = {re.sub(r"\{\w+(:path)?\}", "{}", route.path) for route in routes}  # type: ignore[attr-defined] # all have one
     text = (ROOT / "docs/api.md").read_text()
 
     named = {re.sub(r"\{\w+\}", "{}", path) for path in re.findall(r"(?:GET|POST|PUT|DELETE) (/[\w/{}.]*)", text)}

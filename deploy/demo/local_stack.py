@@ -37,6 +37,7 @@ def online(data: Path, runs: Mapping[str, Path], folder: Path, *, port: int) -> 
             "CLICKSERVE_PORT": str(port),
             # The machine was training a moment ago and replays at full speed, and no ad waits.
             "CLICKSERVE_STORE_TIMEOUT_MS": "2000",
+            "CLICKSERVE_KEEP_BEHAVIOURS_DAYS": "36500",  # a replay's clicks may be of any year
             "CLICKSERVE_TIMEOUT_MS": "10000",
         }
         for kind in ("users", "items"):

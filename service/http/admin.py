@@ -1,6 +1,9 @@
-"""Admin routes: what should serve, read and changed by operators who have a token."""
+"""Admin routes: what should serve and what is stored of a user, read and changed by operators who have a token."""
 
 import hmac
+import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Protocol
 
@@ -20,7 +23,11 @@ from service.registry import control
 from service.registry.changes import Changes, check_experiment
 from service.registry.follower import ControlFollower
 from service.store.control_store import ControlStore
-from service.store.feature_store import StoreUnavailable
+from service.store.feature_store import FeatureStore, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+MAX_CLICKS = 10_000  # the most that any store keeps of a user
 
 Percent = Annotated[float, Meta(ge=0, le=100)]
 
@@ -52,6 +59,8 @@ class ControlParts(Protocol):
     def control_store(self) -> ControlStore: ...
     @property
     def running(self) -> Running: ...
+    @property
+    def store(self) -> FeatureStore: ...
 
 
 class Admin:
@@ -76,6 +85,8 @@ class Admin:
         add("/experiments/{name}", self.experiment, **openapi.EXPERIMENT)
         add("/experiments/{name}", self.set_shares, methods=["PUT"], **openapi.SET_SHARES)
         add("/experiments/{name}/audit", self.audit, **openapi.AUDIT)
+        add("/users/{user:path}", self.user, **openapi.USER)
+        add("/users/{user:path}", self.delete_user, methods=["DELETE"], **openapi.DELETE_USER)
 
     async def load(self, request: Request, arm: str) -> Response:
         parts, name = self._allowed(request)
@@ -83,7 +94,7 @@ class Admin:
         try:
             await parts.changes.load(arm, sent.version, changed_by=name, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_arm(arm), parts.control)
 
     async def roll_back(self, request: Request, arm: str) -> Response:
@@ -91,7 +102,7 @@ class Admin:
         try:
             await parts.changes.roll_back(arm, changed_by=name, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_arm(arm), parts.control)
 
     async def experiment(self, name: str) -> Response:
@@ -110,7 +121,7 @@ class Admin:
         try:
             await parts.changes.set_shares(edit, changed_by=changed_by, expected=_expected(request))
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
         return _json(parts.control.describe_experiment(), parts.control)
 
     async def audit(self, request: Request, name: str) -> Response:
@@ -119,7 +130,34 @@ class Admin:
         try:
             return _json(await parts.control_store.audit())
         except StoreUnavailable as err:
-            raise StoreDown from err
+            raise StoreDown(str(err)) from err
+
+    async def user(self, request: Request, user: str) -> Response:
+        parts, _ = self._allowed(request)
+        try:
+            fetched = await parts.store.fetch(user, [], before=math.inf, limit=MAX_CLICKS)
+        except StoreUnavailable as err:
+            raise StoreDown(str(err)) from err
+        clicks = [
+            {
+                "item": click.item,
+                "ts": click.ts,
+                "features": click.features,
+                "context": click.context,
+                "item_features": click.item_features,
+            }
+            for click in fetched.behaviours
+        ]
+        return _json({"user": user, "features": fetched.user, "behaviours": clicks})
+
+    async def delete_user(self, request: Request, user: str) -> Response:
+        parts, name = self._allowed(request)
+        try:
+            await parts.store.delete_user(user, at=time.time())
+        except StoreUnavailable as err:
+            raise StoreDown(str(err)) from err
+        log.warning("a user was deleted", extra={"changed_by": name})
+        return Response(status_code=204)
 
     def _allowed(self, request: Request) -> tuple[ControlParts, str]:
         """The open service, and the name of whoever asks. Before the body is read.

@@ -229,6 +229,23 @@ AUDIT: Json = {
         the_store_does_not_answer_or_the_service_starts_or_stops_503=_PROBLEM,
     ),
 }
+_TOKEN: Json = {"security": [{"token": []}]}
+_USER_REFUSALS: Json = {
+    "without_a_token_401": _PROBLEM,
+    "no_token_is_set_403": _PROBLEM,
+    "the_store_does_not_answer_or_the_service_starts_or_stops_503": _PROBLEM,
+}
+USER: Json = {
+    "summary": "Everything that is stored of a user",
+    "openapi_extra": _TOKEN,
+    "responses": _answers(stored_200={"type": "object"}, **_USER_REFUSALS),
+}
+DELETE_USER: Json = {
+    "summary": "Remove everything that is stored of a user",
+    "description": "Clicks of before that come later stay out of the history.",
+    "openapi_extra": _TOKEN,
+    "responses": _answers(gone_204={}, **_USER_REFUSALS),
+}
 _PERCENT = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0, "maximum": 100}}
 SET_SHARES: Json = {
     "summary": "Other shares, and the kill switch",

@@ -16,7 +16,7 @@ from service.errors import NotOpen, StoreDown
 from service.experiments.assignment import Running
 from service.http import openapi
 from service.http.admin import Admin
-from service.http.event_schemas import EventsDecoder, Receipt
+from service.http.event_schemas import EventsDecoder, receipt_of
 from service.http.middleware import ARRIVED_AT, CancelOnDisconnect
 from service.http.open_inference import OpenInference
 from service.http.predict import PredictEndpoint
@@ -75,7 +75,7 @@ class Api:
         self._service: OpenService | None = None
         self._settings = settings
         self._metrics = metrics
-        self._events_decoder = EventsDecoder()
+        self._events_decoder = EventsDecoder(max_age_s=settings.keep_behaviours_days * 86_400)
 
     @property
     def service(self) -> OpenService | None:
@@ -139,11 +139,10 @@ class Api:
     async def events(self, request: Request) -> Response:
         events, rejected = self._events_decoder.decode(await self._body(request.scope, request.receive))
         try:
-            accepted = await self._open().events.record(events)
+            outcomes = await self._open().events.record(list(events.values()))
         except StoreUnavailable as err:
-            raise StoreDown from err
-        receipt = Receipt(accepted=accepted, duplicates=len(events) - accepted, rejected=rejected)
-        return _json(msgspec.json.encode(receipt), status=202)
+            raise StoreDown(str(err)) from err
+        return _json(msgspec.json.encode(receipt_of(events, outcomes, rejected)), status=202)
 
     async def healthz(self) -> Response:
         return _json(b'{"status":"alive"}')
@@ -155,8 +154,11 @@ class Api:
             return _json(b'{"status":"starting"}', status=503)
         failure = await self._store_failure(service.store)
         refusing = self.stopping or (failure is not None and self._settings.require_store)
-        status = "stopping" if self.stopping else "ready" if failure is None else "degraded"
-        store = {"ok": True} if failure is None else {"ok": False, "detail": failure}
+        store: dict[str, Any] = {"ok": True} if failure is None else {"ok": False, "detail": failure}
+        failing = {each.fault.value: each.message for each in service.store.failures()}
+        if failing:
+            store["failing"] = failing
+        status = "stopping" if self.stopping else "ready" if failure is None and not failing else "degraded"
         arms = {name: model.version for name, model in service.registry.models.items()}
         document = {"status": status, "store": store, "arms": arms, "control": service.control.describe()}
         return _json(msgspec.json.encode(document), status=503 if refusing else 200)

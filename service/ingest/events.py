@@ -6,8 +6,8 @@ from typing import Literal
 
 from models.features.values import Row
 from service.observability.metrics import Metrics
-from service.store.codec import Click
-from service.store.feature_store import FeatureStore
+from service.store.codec import Click, Mark
+from service.store.feature_store import FeatureStore, Outcome
 
 ArmOf = Callable[[float, str], str]
 """The arm of a unit under the shares that held at a time."""
@@ -41,39 +41,33 @@ class EventRecorder:
         self._arm_of = arm_of
         self._metrics = metrics
 
-    async def record(self, events: Sequence[Event]) -> int:
-        """How many of them are new; the others are duplicates.
+    async def record(self, events: Sequence[Event]) -> list[Outcome]:
+        """What became of each: those that are new are counted.
 
         Clicks of users enter their histories, and the very next fetch sees them; everything else is only remembered as
         known and counted. Raises StoreUnavailable with a part of the events possibly taken: make the same call again,
         what was taken is then a duplicate. The counters may miss what was taken by a call that failed; they and the
         result, what the server took just before a connection was lost: that call is made once more by itself.
         """
-        clicks = [e for e in events if e.type == "click" and e.user is not None]
-        others = [e for e in events if e.type != "click" or e.user is None]
-        return await self._mark(others) + await self._append(clicks)
-
-    async def _mark(self, events: Sequence[Event]) -> int:
         if not events:
-            return 0
-        with self._metrics.store_call("mark"):
-            new = await self._store.mark([(e.unit, e.event_id) for e in events])
-        return self._count(events, new)
-
-    async def _append(self, events: Sequence[Event]) -> int:
-        if not events:
-            return 0
-        clicks = [
-            Click(event_id=e.event_id, user=e.unit, item=e.item, ts=e.ts, features=e.features, context=e.context)
-            for e in events
-        ]
+            return []
         with self._metrics.store_call("append"):
-            new = await self._store.append(clicks)
-        return self._count(events, new)
-
-    def _count(self, events: Sequence[Event], new: Sequence[bool]) -> int:
+            outcomes = await self._store.append([_stored(event) for event in events])
         counters = {"impression": self._metrics.impressions, "click": self._metrics.clicks}
-        for event, is_new in zip(events, new, strict=True):
-            if is_new:
+        for event, outcome in zip(events, outcomes, strict=True):
+            if outcome is Outcome.NEW:
                 counters[event.type](self._arm_of(event.ts, event.unit)).inc()
-        return sum(new)
+        return outcomes
+
+
+def _stored(event: Event) -> Click | Mark:
+    if event.type == "impression" or event.user is None:
+        return Mark(type=event.type, event_id=event.event_id, owner=event.unit, ts=event.ts)
+    return Click(
+        event_id=event.event_id,
+        user=event.unit,
+        item=event.item,
+        ts=event.ts,
+        features=event.features,
+        context=event.context,
+    )

@@ -24,7 +24,7 @@ from service.worker import WorkerInfo
 
 Stage = Literal["parse", "fetch", "encode", "queue", "infer", "respond"]
 STAGES: tuple[Stage, ...] = ("parse", "fetch", "encode", "queue", "infer", "respond")
-STORE_OPS = ("fetch", "mark", "append", "ping")
+STORE_OPS = ("fetch", "append", "ping")
 
 NO_ARM = "none"  # a request that was refused before an arm was drawn, or that needs none
 OTHER_FIELD = OTHER  # a feature no model of the arm knows: clients name those, so they cannot be labels
@@ -85,6 +85,10 @@ class Metrics:
             "clickserve_store_seconds", "Calls to the store.", "op", edges=_SECONDS
         )
         self._store_errors = families.counter("clickserve_store_errors", "Failed calls to the store.", "op")
+        store_failures = families.counter("clickserve_store_failures", "Failed commands to the store.", "cause")
+        store_state = families.gauge(
+            "clickserve_store_state", "1 while commands to the store fail by this cause.", "cause", combine="max"
+        )
         unknown_values = families.counter("clickserve_unknown_values", "Values never seen in training.", "field")
         impressions = families.counter("clickserve_impressions", "Impressions reported.", "arm")
         clicks = families.counter("clickserve_clicks", "Clicks reported.", "arm")
@@ -119,6 +123,7 @@ class Metrics:
         self.impressions = impressions.labels
         self.clicks = clicks.labels
         self.arm = cache(self._arm)
+        self.store_failures, self.store_state = store_failures.labels, store_state.labels
         self._store_ops = {op: self._store_op(op) for op in STORE_OPS}
         for reason in Reason:
             self.rejected(reason)
@@ -146,6 +151,12 @@ class Metrics:
             self.request_seconds(route, NO_ARM)
             for status in _NO_ARM_STATUSES.get(route, ("404",) if route == OTHER else ("200",)):
                 self.requests(route, status, NO_ARM)
+
+    def declare_causes(self, causes: Iterable[str]) -> None:
+        """Why commands to the store fail."""
+        for cause in causes:
+            self.store_failures(cause)
+            self.store_state(cause).set(0)
 
     def declare_fields(self, fields: Iterable[str]) -> None:
         """The fields with a vocabulary, of a model that serves."""

@@ -86,7 +86,7 @@ class ModelRegistry:
 
     def read(self, arm: str, version: str) -> LoadedModel:
         """That version for the arm, loaded and verified, or the one that is loaded already. Raises ArtifactError."""
-        return self._loader.load(self.arms[arm], version, loaded=self._loaded())
+        return self._loader.load(self.arms[arm], version, loaded=self.loaded_models())
 
     def get(self, arm: str) -> LoadedModel:
         return self.models[arm]
@@ -126,7 +126,7 @@ class ModelRegistry:
 
     def release(self, *models: LoadedModel) -> None:
         """Closes those that no arm has, once none of their requests is under way."""
-        used = {id(model) for model in self._loaded()} | {id(model) for model in self._retiring.values()}
+        used = {id(model) for model in self.loaded_models()} | {id(model) for model in self._retiring.values()}
         for model in models:
             if id(model) not in used:
                 task = asyncio.get_running_loop().create_task(_retire(model))
@@ -142,10 +142,11 @@ class ModelRegistry:
         """For when no request is under way and the runner has ended."""
         late = list(self._retiring.items())
         await cancel(*(task for task, _ in late))
-        for model in {id(m): m for m in (*self._loaded(), *(m for t, m in late if t.cancelled()))}.values():
+        for model in {id(m): m for m in (*self.loaded_models(), *(m for t, m in late if t.cancelled()))}.values():
             model.close()
 
-    def _loaded(self) -> list[LoadedModel]:
+    def loaded_models(self) -> list[LoadedModel]:
+        """Those that serve, and those before them that are kept."""
         return [*self.models.values(), *(model for models in self._previous.values() for model in models)]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ Key = str | tuple[str, bytes]
 ItemGraph = Callable[[Arrays], NDArray[np.float32]]
 """The item half [C, W] of packed item tensors."""
 
+MAX_FETCH_S = 60.0  # no answer of the store comes later
 MAX_KEY_BYTES = 2048  # a row under a longer id, or more features, is made anew each time: no client fills the memory
 
 
@@ -44,6 +45,7 @@ class CacheLookup:
     source_bytes: Mapping[int, bytes | None]  # what the store had of those that are too old when they were made
     sent_rows: Mapping[Key, Row]  # what the client said of the missing ones
     missing_ids: list[str]  # the items that the store has to be asked for
+    found_at: float
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,8 +63,8 @@ class CandidateRows:
 class CandidateCache:
     """One model version's item rows: the ids and weights of an ad's fields, and the item half made of them.
 
-    They are kept for `fresh_s` seconds, as the store may change; 0 keeps none. A row of which the client sent every
-    feature does not depend on the store, and is kept until its slot is needed.
+    They are kept for `fresh_s` seconds, or until they `expire` as the store has changed; 0 keeps none. A row of which
+    the client sent every feature does not depend on the store, and is kept until its slot is needed.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class CandidateCache:
         columns["item_ids"] = (np.int64, self._group.num_columns)
         if self._group.is_weighted:
             columns["item_weights"] = (np.float32, self._group.num_columns)
-        self._table = RowTable(columns, capacity=capacity, empty={})
+        self._table = RowTable(columns, capacity=capacity, empty={}, group_of=_item_of)
+        self._changed_at: dict[str, float] = {}  # of the last changes
+        self._all_changed_at = -np.inf
         self._packed_names = self._group.input_names
         self._fresh_s = fresh_s
         self._now = now
@@ -97,9 +101,9 @@ class CandidateCache:
             if all(_is_complete(columns.get(f.name)) for f in self._fields):
                 return _NO_LOOKUP
             with_ids = True  # what the columns bring is put over them
-        keys = candidates.keys()
+        keys, now = candidates.keys(), self._now()
         slots = self._table.find(keys, len(keys))
-        missing = self._table.stale(slots, self._now())
+        missing = self._table.stale(slots, now)
         arrays = {name: self._table.take(name, slots) for name in (self._packed_names if with_ids else ())}
         arrays["items"] = self._table.take("items", slots)
         sent_rows: dict[Key, Row] = {}
@@ -122,7 +126,23 @@ class CandidateCache:
             source_bytes=source_bytes,
             sent_rows=sent_rows,
             missing_ids=list(missing_ids),
+            found_at=now,
         )
+
+    def expire(self, items: Iterable[str] | None) -> None:
+        """Has these items' rows read again when they are asked for; None: everybody's."""
+        now = self._now()
+        if items is None:
+            self._table.expire_all()
+            self._all_changed_at = now
+            return
+        self._changed_at = {item: at for item, at in self._changed_at.items() if at > now - MAX_FETCH_S}
+        self._changed_at.update(dict.fromkeys(items, now))
+        self._table.expire(items)
+
+    def _is_outdated(self, item: str, found_at: float) -> bool:
+        """Whether the item may have changed since the store was asked."""
+        return max(self._all_changed_at, self._changed_at.get(item, -np.inf)) >= found_at
 
     def rows(
         self, candidates: Candidates, lookup: CacheLookup, stored: Mapping[str, bytes | None] | None
@@ -175,7 +195,7 @@ class CandidateCache:
             if row in made.warnings:
                 warnings[position] = made.warnings[row]
         rows.has_gaps = stored is None and self._has_gaps(candidates, positions, row_of, made)
-        self._keep(keys, made, stored)
+        self._keep(keys, made, stored, lookup.found_at)
         return warnings
 
     def _changed(
@@ -186,7 +206,8 @@ class CandidateCache:
         for position in lookup.missing.tolist():
             packed = stored.get(candidates.ids[position])
             if position in lookup.source_bytes and lookup.source_bytes[position] == packed:
-                same[lookup.keys[position]] = packed
+                if not self._is_outdated(candidates.ids[position], lookup.found_at):
+                    same[lookup.keys[position]] = packed
             else:
                 changed.append(position)
         self._table.extend_ttl(same, until=self._now() + self._fresh_s)
@@ -233,14 +254,16 @@ class CandidateCache:
     def _pack(self, arrays: Arrays, num_rows: int) -> Arrays:
         return self._group.pack(arrays, (num_rows,))
 
-    def _keep(self, keys: Sequence[Key], made: "_Made", stored: Mapping[str, bytes | None] | None) -> None:
+    def _keep(
+        self, keys: Sequence[Key], made: "_Made", stored: Mapping[str, bytes | None] | None, found_at: float
+    ) -> None:
         """Where the store is down only those rows are kept that it would have nothing to say of."""
         if not self._fresh_s:
             return
         rows = [
             row
             for row, key in enumerate(keys)
-            if (stored is not None or made.is_complete[row])
+            if (made.is_complete[row] or (stored is not None and not self._is_outdated(_item_of(key), found_at)))
             and len(key if isinstance(key, str) else key[1]) <= MAX_KEY_BYTES
         ]
         until = self._now() + self._fresh_s
@@ -325,6 +348,7 @@ _NO_LOOKUP = CacheLookup(
     source_bytes={},
     sent_rows={},
     missing_ids=[],
+    found_at=0.0,
 )
 
 

@@ -1,7 +1,7 @@
 """Model inputs: what the store knows of a request, merged with what the client sent, as packed tensors."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.artifact.folder import Artifact
@@ -68,6 +68,10 @@ class ModelInputBuilder:
         self._user_names = frozenset(f.name for f in schema.group("user"))
         self._context_names = frozenset(f.name for f in schema.group("context"))
         self._has_request_fields = bool(encoder.layout.request.fields)
+
+    def expire_items(self, items: Iterable[str] | None) -> None:
+        """Has these items' features read again when they are asked for; None: everybody's."""
+        self._candidates.expire(items)
 
     def find(self, request: ScoringRequest, *, with_ids: bool = False) -> InputLookup:
         """Raises MalformedFeatures."""

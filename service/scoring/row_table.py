@@ -1,6 +1,6 @@
 """Row table: encoded rows by key in preallocated arrays, many taken at once; a ring, so the oldest are replaced."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -32,8 +32,17 @@ class RowTable:
     A slot is good until something else is put: take what was found before anything is awaited.
     """
 
-    def __init__(self, columns: Mapping[str, tuple[DTypeLike, int]], *, capacity: int, empty: Arrays) -> None:
-        """`empty` is what the slot of no row holds, by column."""
+    def __init__(
+        self,
+        columns: Mapping[str, tuple[DTypeLike, int]],
+        *,
+        capacity: int,
+        empty: Arrays,
+        group_of: Callable[[Any], Hashable] | None = None,
+    ) -> None:
+        """`empty` is what the slot of no row holds, by column; `group_of` a key's group, to be expired together."""
+        self._group_of = group_of
+        self._slots_of_group: dict[Hashable, set[int]] = {}
         self._warnings: dict[int, RowWarnings] = {}
         self._has_warnings = np.zeros(capacity + 1, dtype=np.bool_)
         self._slot_of: dict[Hashable, int] = {}
@@ -75,6 +84,16 @@ class RowTable:
             if slot != EMPTY_SLOT and self._sources[slot] == source:
                 self._fresh_until[slot] = until
 
+    def expire(self, groups: Iterable[Hashable]) -> None:
+        """Ends the time of these groups' rows, but of those that are kept for ever."""
+        for group in groups:
+            for slot in self._slots_of_group.get(group, ()):
+                if self._fresh_until[slot] < np.inf:
+                    self._fresh_until[slot] = -np.inf
+
+    def expire_all(self) -> None:
+        self._fresh_until[self._fresh_until < np.inf] = -np.inf
+
     def put(
         self,
         keys: Sequence[Hashable],
@@ -107,7 +126,18 @@ class RowTable:
         slot = self._next
         self._next = slot + 1 if slot + 1 < len(self._keys) else EMPTY_SLOT + 1
         if self._keys[slot] is not None:
-            del self._slot_of[self._keys[slot]]
+            self._forget(slot)
         self._keys[slot] = key
         self._slot_of[key] = slot
+        if self._group_of is not None:
+            self._slots_of_group.setdefault(self._group_of(key), set()).add(slot)
         return slot
+
+    def _forget(self, slot: int) -> None:
+        key = self._keys[slot]
+        del self._slot_of[key]
+        if self._group_of is not None:
+            group = self._group_of(key)
+            self._slots_of_group[group].discard(slot)
+            if not self._slots_of_group[group]:
+                del self._slots_of_group[group]

@@ -89,6 +89,8 @@ class MemoryControlStore:
         return self._document
 
     async def replace(self, document: ControlDocument, *, expected: ControlDocument | None) -> bool:
+        if self._document is not None and self._document.revision == document.revision:
+            return True
         if (self._document and self._document.revision) != (expected and expected.revision):
             return False
         self._document = document

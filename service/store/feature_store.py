@@ -3,13 +3,24 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 from models.features.values import Row
-from service.store.codec import Click, ClickHistory
+from service.store.codec import Click, ClickHistory, Mark
+from service.store.faults import Failure
 
 # How long a repeated event is recognised; a click still in the past is recognised as long as it is there.
-MARK_TTL_S = 86_400
+EVENT_TAGS_TTL_S = 2 * 86_400
+
+
+class Outcome(IntEnum):
+    """What became of an event."""
+
+    KNOWN = 0
+    NEW = 1
+    UNREADABLE = 2
+    """What is stored of its user is of a newer layout, or of somebody else: it was left as it is, and so the event."""
 
 
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, not of the program
@@ -26,6 +37,14 @@ class Fetched:
     user: Row | None
     behaviours: ClickHistory
     items: Sequence[bytes | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemChanges:
+    items: Sequence[str] | None
+    """None where it is not known any more which ones: any may have changed."""
+    position: str
+    """From where to ask on."""
 
 
 OnFetched = Callable[[Fetched | StoreUnavailable], None]
@@ -65,30 +84,31 @@ class FeatureStore(Protocol):
             raise fetched
         return fetched
 
-    async def append(self, clicks: Sequence[Click]) -> list[bool]:
-        """Add clicks to their users' pasts, False for a click already known by its user and event id.
+    async def append(self, events: Sequence[Click | Mark]) -> list[Outcome]:
+        """Take events, each once by its owner, type and id; clicks into their users' pasts.
 
         The past of a user is the same for any order, repetition and grouping of appends: the newest clicks by
-        (ts, item). So after an error, which may have stored a part, the whole call is simply made again.
+        (ts, item), as many as fit its bounds, in number and in bytes. So after an error, which may have stored a part,
+        the whole call is simply made again. What is wrong with one user's keys fails that user's events alone.
         """
 
-    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
-        """Remember events that leave no other trace, as (owner, event id); False for one already known."""
+    async def delete_user(self, user: str, *, at: float) -> None:
+        """Remove everything about a user. Clicks of before `at`, in Unix seconds, stay out when they come later."""
 
     async def put_users(self, rows: Mapping[str, Row]) -> None: ...
 
     async def put_items(self, rows: Mapping[str, Row]) -> None: ...
 
+    async def changed_items(self, since: str | None) -> "ItemChanges":
+        """The items whose features were put after the position `since`; None begins at the present one."""
+
+    async def check(self) -> None:
+        """Is it what the settings say? Raises SettingsError if not, StoreUnavailable if nothing answers."""
+
+    def failures(self) -> Sequence[Failure]:
+        """Of each fault that stands, the latest failure."""
+        return ()
+
     async def ping(self) -> None: ...
 
     async def aclose(self) -> None: ...
-
-
-# --- keys. One user's keys share a hash tag, and so a slot of a cluster; ids of any length and spelling are safe. ---
-
-
-# --- values. Features: a msgpack map. A user's past: a header and one framed record per click, oldest first. ---
-# header  version 1 (u8), number of records (u16)
-# record  size of all of it (u16), length of the item (u16), ts (big-endian double), item (UTF-8), event tag (8 bytes),
-#         features (see pack_click_features), size again (u16), so that it can be walked from either end
-# The bytes from ts to the tag order as (ts, item, tag) do: append.lua compares them and reads nothing else.

@@ -1,4 +1,4 @@
-"""A real Redis-compatible server as a child process: for the demo and the tests, where nobody set one up."""
+"""Real Redis-compatible servers as child processes: for the demo and the tests, where nobody set one up."""
 
 import ctypes
 import shutil
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,45 +65,52 @@ def start(directory: Path | None = None, *, durable: bool = False) -> Iterator[R
             yield server
         return
     address = directory / "redis.sock"
-    log = directory / "redis.log"
     options = {
-        "--port": "0",
-        "--unixsocket": str(address),
-        "--unixsocketperm": "700",
-        "--dir": str(directory),
-        "--logfile": str(log),
-        "--save": "",
-        "--appendonly": "yes" if durable else "no",
-        "--appendfsync": "everysec",
+        "port": "0",
+        "unixsocket": str(address),
+        "unixsocketperm": "700",
+        "appendonly": "yes" if durable else "no",
+        "appendfsync": "everysec",
     }
-    command = [str(binary()), *(word for option in options.items() for word in option)]
+    with running(directory, options, lambda: answers(address)) as process:
+        yield RedisServer(url=f"unix://{address}", pid=process.pid)
+
+
+@contextmanager
+def running(
+    directory: Path, options: Mapping[str, str], is_ready: Callable[[], bool], *arguments: str
+) -> "Iterator[subprocess.Popen[bytes]]":
+    log = directory / "redis.log"
+    every_server = {"dir": str(directory), "logfile": str(log), "save": ""}
+    words = [word for name, value in (every_server | dict(options)).items() for word in (f"--{name}", value)]
     process = subprocess.Popen(  # noqa: S603
-        command,
+        [str(binary()), *arguments, *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
     )
     try:
-        _wait_until_ready(process, address, log)
-        yield RedisServer(url=f"unix://{address}", pid=process.pid)
+        _wait_until_ready(process, is_ready, log)
+        yield process
     finally:
         _stop(process)
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", address: Path, log: Path) -> None:
+def _wait_until_ready(process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + START_S
-    while not _answers(address):
+    while not is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
             said = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-            raise NoRedisServer(f"the Redis server in {address.parent} did not come up: {' '.join(said) or 'no log'}")
+            raise NoRedisServer(f"the Redis server in {log.parent} did not come up: {' '.join(said) or 'no log'}")
         time.sleep(0.01)
 
 
-def _answers(address: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as connection:
+def answers(address: Path | int) -> bool:
+    """Whether a server answers at a socket file, or at a port of this machine."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET) as connection:
         connection.settimeout(1.0)
         try:
-            connection.connect(str(address))
+            connection.connect(str(address) if isinstance(address, Path) else ("127.0.0.1", address))
             connection.sendall(b"PING\r\n")
             return connection.recv(64).startswith(b"+PONG")
         except OSError:

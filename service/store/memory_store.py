@@ -2,24 +2,48 @@
 
 import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from models.features.values import Row
-from service.store.codec import Click, ClickHistory, enriched, order, pack_click_features, pack_row, unpack_row
-from service.store.feature_store import FeatureStore, Fetched, OnFetched
+from service.store.codec import (
+    NO_WORDS,
+    Click,
+    ClickHistory,
+    Mark,
+    OrderKey,
+    enriched,
+    event_tag,
+    order,
+    pack_click,
+    pack_row,
+    unpack_row,
+)
+from service.store.feature_store import FeatureStore, Fetched, ItemChanges, OnFetched, Outcome
+
+MAX_CHANGES = 10_000  # that are remembered
+
+
+@dataclass(kw_only=True, slots=True)
+class _Past:
+    clicks: list[Click] = field(default_factory=list)
+    floor: OrderKey | None = None  # what is not later is not taken
 
 
 class MemoryStore(FeatureStore):
     """The store without a server: for tests, demos and development.
 
-    A user's past is bounded as in Redis; the numbers of users, items and marked events are not, and nothing expires.
+    A user's past is bounded as in Redis; the numbers of users, items and known events are not, and nothing expires.
     """
 
-    def __init__(self, *, keep: int = 200) -> None:
-        self._keep = keep
+    def __init__(self, *, max_clicks: int = 100, max_bytes: int = 32_768) -> None:
+        self._max_clicks = max_clicks
+        self._max_bytes = max_bytes
         self._users: dict[str, Row] = {}
         self._items: dict[str, bytes] = {}
-        self._pasts: dict[str, list[Click]] = {}
-        self._known: set[tuple[str, str]] = set()
+        self._pasts: dict[str, _Past] = {}
+        self._known: dict[str, set[bytes]] = {}
+        self._changes: list[str] = []
+        self._forgotten = 0
 
     def fetch_soon(
         self,
@@ -31,39 +55,69 @@ class MemoryStore(FeatureStore):
         limit: int,
         timeout_s: float | None = None,  # noqa: ARG002 - it answers at once
     ) -> None:
-        earlier = [c for c in self._pasts.get(user or "", ()) if c.ts < before]
-        past = earlier[max(len(earlier) - limit, 0) :]
+        past = self._pasts.get(user or "", _Past())
+        earlier = [c for c in past.clicks if c.ts < before]
+        last = earlier[max(len(earlier) - limit, 0) :]
         on_fetched(
             Fetched(
                 user=self._users.get(user) if user is not None else None,
                 behaviours=ClickHistory(
-                    [c.item for c in past], [c.ts for c in past], [pack_click_features(c) for c in past]
+                    [c.item for c in last], [c.ts for c in last], [NO_WORDS.pack(c.rows) for c in last]
                 ),
                 items=[self._items.get(item) for item in items],
             )
         )
 
-    async def append(self, clicks: Sequence[Click]) -> list[bool]:
-        new = await self.mark([(click.user, click.event_id) for click in clicks])
-        for click, is_new in zip(clicks, new, strict=True):
-            if is_new:
-                past = self._pasts.setdefault(click.user, [])
-                bisect.insort(past, enriched(click, unpack_row(self._items.get(click.item))), key=order)
-                del past[: -self._keep]
-        return new
-
-    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
-        new = []
+    async def append(self, events: Sequence[Click | Mark]) -> list[Outcome]:
+        outcomes = []
         for event in events:
-            new.append(event not in self._known)
-            self._known.add(event)
-        return new
+            known = self._known.setdefault(event.owner, set())
+            tag = event_tag(event)
+            outcomes.append(Outcome.KNOWN if tag in known else Outcome.NEW)
+            if tag not in known:
+                known.add(tag)
+                if isinstance(event, Click):
+                    self._insert(enriched(event, unpack_row(self._items.get(event.item))))
+        return outcomes
+
+    def _insert(self, click: Click) -> None:
+        past = self._pasts.setdefault(click.user, _Past())
+        if past.floor is not None and order(click) <= past.floor:
+            return
+        bisect.insort(past.clicks, click, key=order)
+        del past.clicks[: -self._max_clicks]
+        dropped = None
+        while sum(len(pack_click(c, NO_WORDS)) for c in past.clicks) > self._max_bytes:
+            dropped = past.clicks.pop(0)
+        if dropped is not None:
+            past.floor = order(dropped)
+        elif len(past.clicks) == self._max_clicks:
+            past.floor = None
+
+    async def delete_user(self, user: str, *, at: float) -> None:
+        self._users.pop(user, None)
+        self._known.pop(user, None)
+        self._pasts[user] = _Past(floor=(at, "", b""))
 
     async def put_users(self, rows: Mapping[str, Row]) -> None:
         self._users.update(rows)
 
     async def put_items(self, rows: Mapping[str, Row]) -> None:
         self._items.update({item: pack_row(row) for item, row in rows.items()})
+        self._changes += rows
+        if len(self._changes) > MAX_CHANGES:
+            self._forgotten += len(self._changes)
+            self._changes = []
+
+    async def changed_items(self, since: str | None) -> ItemChanges:
+        position = str(self._forgotten + len(self._changes))
+        if since is None:
+            return ItemChanges(items=(), position=position)
+        read = int(since) - self._forgotten
+        return ItemChanges(items=self._changes[read:] if read >= 0 else None, position=position)
+
+    async def check(self) -> None:
+        return
 
     async def ping(self) -> None:
         return

@@ -7,9 +7,10 @@ command is a callback in a queue, and one timer watches the oldest of them.
 import asyncio
 import logging
 import math
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -27,8 +28,17 @@ GRACE_TURNS = 3
 CLOSED = "the connection was closed"
 CONNECT_S = 1.0  # a connection takes several round trips: longer than any request waits for it
 
+# A peer that vanished without a word is found out between two commands, in half a minute, and not by the next one.
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+
 OnReply = Callable[[Any], None]
 """Called once with the reply, or with the exception that stands for it: ReplyError, ConnectionError, TimeoutError."""
+
+OnOutcome = Callable[[Exception | None], None]
+"""Hears of the server: None for an answer, the ReplyError of a refusal, or why no answer came."""
+
+FindPrimary = Callable[[], Awaitable[tuple[str, int]]]
+"""The host and port of the primary, as those who watch over it know. Raises ConnectionError."""
 
 ReplyError = hiredis.ReplyError
 """What the server refuses: a reply like any other, and no reason to doubt the connection."""
@@ -59,18 +69,21 @@ class _Command:
 
 
 class MultiplexedConnection:
-    """Connects on first use, and anew after a loss; what was on its way then is sent once more, as only reads are.
+    """Connects on first use, and anew after a loss; what was on its way then is sent once more: it must be idempotent.
 
-    `timeout_s` is how long the server may stay silent before the connection is given up. `on_outcome` hears of each
-    command whether the server answered it in time.
+    Each connect resolves the host's name again, or asks `find_primary`, and then takes nothing but a primary.
+    `timeout_s` is how long the server may stay silent before the connection is given up.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, on_outcome: Callable[[bool], None]) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, on_outcome: OnOutcome, find_primary: FindPrimary | None = None
+    ) -> None:
         self._options: dict[str, Any] = dict(parse_url(url))
         self._options.pop("connection_class", None)
         self._is_tls = url.startswith("rediss://")
         self._timeout_s = timeout_s
         self._on_outcome = on_outcome
+        self._find_primary = find_primary
         self._unsent: deque[_Command] = deque()
         self._wire: _Wire | None = None
         self._retired: list[_Wire] = []  # silent for too long, with callers whose time is not over
@@ -102,8 +115,17 @@ class MultiplexedConnection:
     async def ask(self, content: bytes) -> Any:
         """The reply to one command. Raises ReplyError, ConnectionError and TimeoutError."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.send(content, partial(_set, reply))
-        return _result(await reply)
+        self.send(content, partial(set_reply, reply))
+        return reply_or_error(await reply)
+
+    @property
+    def is_open(self) -> bool:
+        return self._wire is not None
+
+    def leave(self) -> None:
+        """Connect anew for the next command. Those on their way are answered where they are, if they are in time."""
+        self._retire()
+        self._abort_retired()
 
     async def aclose(self) -> None:
         self._is_closed = True
@@ -126,11 +148,13 @@ class MultiplexedConnection:
         try:
             async with asyncio.timeout(CONNECT_S):
                 wire = await self._opened()
-        except (OSError, TimeoutError, ReplyError, hiredis.HiredisError) as err:
+        except (OSError, ReplyError, hiredis.HiredisError, ValueError, OverflowError) as err:  # the last: no such port
             self._connecting = None
-            self._on_outcome(False)
+            error = ConnectionError(f"no connection to the store: {str(err) or 'it took too long'}")
+            error.__cause__ = err
+            self._on_outcome(error)
             unsent, self._unsent = self._unsent, deque()
-            self._fail(unsent, ConnectionError(f"no connection to the store: {err or type(err).__name__}"))
+            self._fail(unsent, error)
             return
         self._connecting = None
         self._wire = wire
@@ -144,18 +168,22 @@ class MultiplexedConnection:
                 wire.write(command)
 
     async def _opened(self) -> "_Wire":
-        """A connection past its handshake: AUTH and SELECT, as the URL asks."""
+        """A connection past its handshake: AUTH and SELECT, as the URL asks, and what it is connected to."""
         loop, options = asyncio.get_running_loop(), self._options
         if "path" in options:
             _, wire = await loop.create_unix_connection(partial(_Wire, self), options["path"])
         else:
             host, port = options.get("host", "localhost"), int(options.get("port", 6379))
+            if self._find_primary is not None:
+                host, port = await self._find_primary()
             tls = SSLConnection(**{k: v for k, v in options.items() if k.startswith("ssl_")}) if self._is_tls else None
             context = tls.ssl_context.get() if tls is not None else None
             _, wire = await loop.create_connection(partial(_Wire, self), host, port, ssl=context)
         try:
             for handshake in _handshake(options):
                 await wire.ask(handshake)
+            if self._find_primary is not None:
+                await _expect_primary(wire)
         except BaseException:
             wire.transport.abort()
             raise
@@ -163,8 +191,8 @@ class MultiplexedConnection:
             raise ConnectionError("the connection was lost")
         return wire
 
-    def on_reply(self) -> None:
-        self._on_outcome(True)
+    def on_reply(self, reply: Any) -> None:
+        self._on_outcome(reply if isinstance(reply, Exception) else None)
 
     def on_lost(self, wire: "_Wire") -> None:
         """What was on its way on a lost connection is sent once more: a server that restarts closes it unread."""
@@ -181,8 +209,9 @@ class MultiplexedConnection:
             command.is_resent = True
         self._unsent.extendleft(reversed(again))
         if failed:
-            self._on_outcome(False)
-            self._fail(failed, ConnectionError("the connection was lost"))
+            error = ConnectionError("the connection was lost")
+            self._on_outcome(error)
+            self._fail(failed, error)
         if self._unsent:
             self._connect_soon()
 
@@ -208,7 +237,7 @@ class MultiplexedConnection:
             is_silent |= command.silent_at <= now
             command.resolve(TimeoutError("the store did not answer in time"))
         if is_silent:
-            self._on_outcome(False)
+            self._on_outcome(TimeoutError("the store did not answer in time"))
             self._unsent = deque(c for c in self._unsent if c.silent_at > now)
             self._retire()
         self._abort_retired()
@@ -254,6 +283,7 @@ class _Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass
+        _keep_alive(transport.get_extra_info("socket"))
 
     def write(self, command: _Command) -> None:
         self.pending.append(command)
@@ -262,8 +292,8 @@ class _Wire(asyncio.Protocol):
     async def ask(self, content: bytes) -> Any:
         """One command of the handshake, which is bounded as a whole."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.write(_Command(content, partial(_set, reply), expires_at=math.inf, silent_at=math.inf))
-        return _result(await reply)
+        self.write(_Command(content, partial(set_reply, reply), expires_at=math.inf, silent_at=math.inf))
+        return reply_or_error(await reply)
 
     def data_received(self, data: bytes) -> None:
         reader, pending = self._reader, self.pending
@@ -272,7 +302,7 @@ class _Wire(asyncio.Protocol):
             while (reply := reader.gets()) is not False:
                 command = pending.popleft()
                 if self.is_open:  # a server that refuses the handshake has answered nobody
-                    self._owner.on_reply()
+                    self._owner.on_reply(reply)
                 command.resolve(reply)
         except (hiredis.ProtocolError, IndexError) as err:  # no Redis at the other end, or one reply too many
             log.warning("the store speaks another protocol", extra={"error": str(err)})
@@ -282,12 +312,12 @@ class _Wire(asyncio.Protocol):
         self._owner.on_lost(self)
 
 
-def _set(reply: "asyncio.Future[Any]", value: Any) -> None:
+def set_reply(reply: "asyncio.Future[Any]", value: Any) -> None:
     if not reply.done():  # else the caller has gone
         reply.set_result(value)
 
 
-def _result(reply: Any) -> Any:
+def reply_or_error(reply: Any) -> Any:
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -303,7 +333,34 @@ def _handshake(options: dict[str, Any]) -> list[bytes]:
     return commands
 
 
-def packed_command(name: bytes, arguments: Sequence[str]) -> bytes:
+def _keep_alive(connection: Any) -> None:
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def introduction(hello: Any) -> dict[bytes, Any]:
+    """A server's reply to HELLO: `mode` (standalone, sentinel or cluster), `role` (master or replica), `version`."""
+    if not isinstance(hello, list):  # it speaks RESP, and is something else
+        return {}
+    return {name: value for name, value in zip(hello[::2], hello[1::2], strict=False) if isinstance(name, bytes)}
+
+
+async def _expect_primary(wire: _Wire) -> None:
+    if introduction(await wire.ask(HELLO)).get(b"role") == b"replica":
+        raise ConnectionError("what the Sentinels name is a replica, not yet or no longer the primary")
+
+
+def packed_command(name: bytes, arguments: Sequence[str | bytes]) -> bytes:
     """A command as it goes over the connection."""
-    encoded = [name, *(argument.encode() for argument in arguments)]
-    return b"".join([b"*%d\r\n" % len(encoded), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded]])
+    return cast("bytes", hiredis.pack_command(cast("Any", (name, *arguments))))
+
+
+def packed(*parts: bytes) -> bytes:
+    return cast("bytes", hiredis.pack_command(cast("Any", parts)))  # its stub knows no tuple of several
+
+
+HELLO = packed(b"HELLO", b"2")
+"""What kind of server this is, and whether it is a primary. No access list can forbid the question."""

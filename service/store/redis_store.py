@@ -1,17 +1,16 @@
 """The store in Redis (or Valkey): one MGET a request, one script an append, no waiting beyond its timeout."""
 
 import asyncio
+import hashlib
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from redis import exceptions
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+import msgspec
 
 from models.features.values import Row
 from service.settings import Settings, SettingsError
@@ -19,82 +18,112 @@ from service.store.circuit_breaker import CircuitBreaker
 from service.store.codec import (
     NO_HISTORY,
     Click,
-    behaviours_key,
+    ClickHistory,
+    Mark,
     enriched,
-    item_key,
-    mark_key,
+    event_tag,
     order,
     pack_click,
     pack_row,
+    tombstone,
     unpack_history,
     unpack_row,
-    user_key,
 )
-from service.store.feature_store import MARK_TTL_S, FeatureStore, Fetched, OnFetched, StoreUnavailable
-from service.store.redis_connection import MultiplexedConnection, ReplyError, packed_command
+from service.store.faults import Failure, FaultState
+from service.store.feature_store import (
+    EVENT_TAGS_TTL_S,
+    FeatureStore,
+    Fetched,
+    ItemChanges,
+    OnFetched,
+    Outcome,
+    StoreUnavailable,
+)
+from service.store.keys import DAY_S, KeySpace, day_of
+from service.store.redis_connection import OnReply, ReplyError, packed_command
+from service.store.redis_router import RedisRouter, Topology
+from service.store.words import UnknownWordError, WordTable
 
 _APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
-_ROWS_A_COMMAND = 1000
+_APPEND_SHA = hashlib.sha1(_APPEND.encode(), usedforsecurity=False).hexdigest()
+EVENTS_A_SCRIPT = 32  # nothing else is answered while one runs
+ITEMS_A_CHANGE = 1000
+MAX_CHANGES = 1000  # that the stream holds, or a few more
+MAX_CHANGES_READ = 500  # in one go: well before they are trimmed
+MAX_READABLE = 100_000  # features of clicks that are known to have no unknown word
 BREAKER_OPEN = "the store has stopped answering and is being probed"
 
 
-def opened(settings: Settings, *, timeout_s: float) -> "RedisStore":
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much the store keeps, and for how long. Seconds count from the last change."""
+
+    max_clicks: int = 100  # of a user
+    max_bytes: int = 32_768  # of a user's clicks
+    behaviours_s: float = 30 * DAY_S
+    features_s: float = 90 * DAY_S
+
+
+def opened(
+    settings: Settings, *, write_timeout_s: float | None = None, faults: FaultState | None = None
+) -> "RedisStore":
     """The store that the settings name. Raises SettingsError."""
     if settings.redis_url is None:
         raise SettingsError("no store: set redis_url in --config or CLICKSERVE_REDIS_URL")
-    days = settings.keep_behaviours_days
+    limits = Limits(
+        max_clicks=settings.keep_behaviours,
+        max_bytes=settings.keep_behaviours_bytes,
+        behaviours_s=settings.keep_behaviours_days * DAY_S,
+        features_s=settings.keep_features_days * DAY_S,
+    )
     return RedisStore.connect(
-        settings.redis_url, timeout_s=timeout_s, keep=settings.keep_behaviours, keep_s=days * 86_400
+        settings.redis_url,
+        timeout_s=settings.store_timeout_ms / 1000,
+        write_timeout_s=write_timeout_s or settings.store_write_timeout_ms / 1000,
+        prefix=settings.redis_prefix,
+        limits=limits,
+        faults=faults,
     )
 
 
 class RedisStore(FeatureStore):
-    """A user's clicks, their features and the items' as three kinds of string values: see features.py for the layout.
+    """A user's clicks, their features and the items' as values of their own: see keys.py, codec.py and words.py.
 
-    One server (a primary with replicas is one). A user's keys share a slot, but `fetch` also reads item keys, so a
-    Redis Cluster would want the items elsewhere.
+    Predictions read by a connection of their own, which waits for `timeout_s`; all else goes by another one, which may
+    wait longer. Each has its circuit breaker: a server too slow for predictions may still take events.
     """
 
-    def __init__(
-        self, client: Redis, *, url: str, connections: int, timeout_s: float, keep: int, keep_s: float
-    ) -> None:
-        self._client = client
-        self._free = asyncio.Semaphore(connections)
-        self._connections = connections
-        self._timeout_s = timeout_s
-        self._kept = [keep, math.ceil(keep_s), MARK_TTL_S]
-        self._append = client.register_script(_APPEND)
-        self._breaker = CircuitBreaker(self._probe)
-        self._reads = MultiplexedConnection(url, timeout_s=timeout_s, on_outcome=self._breaker.record)
+    def __init__(self, reads: "_Side", writes: "_Side", *, keys: KeySpace, limits: Limits, faults: FaultState) -> None:
+        self._faults = faults
+        self._reads = reads
+        self._writes = writes
+        self._keys = keys
+        self._limits = limits
+        self._words = WordTable()
+        self._readable: set[bytes] = set()
+        self._awaiting_words: list[OnReply] = []
 
     @classmethod
     def connect(
-        cls, url: str, *, timeout_s: float, connections: int = 32, keep: int = 200, keep_s: float = 30 * 86_400
+        cls,
+        url: str,
+        *,
+        timeout_s: float,
+        write_timeout_s: float | None = None,
+        prefix: str = "cs",
+        limits: Limits | None = None,
+        faults: FaultState | None = None,
     ) -> Self:
-        """Connects on first use. `timeout_s` bounds the wait for a free connection, and then for each answer.
+        """Connects on first use. Raises SettingsError for a URL that is none. `faults` hears of what goes wrong."""
+        faults = faults or FaultState(lambda _fault, _stands: None, lambda _fault: None)
+        keys = KeySpace(prefix)
+        reads = _Side(url, timeout_s=timeout_s, probe_key=keys.words, faults=faults)
+        write_timeout_s = write_timeout_s or timeout_s
+        shared = reads.router.topology
+        writes = _Side(url, timeout_s=write_timeout_s, probe_key=keys.words, faults=faults, topology=shared)
+        return cls(reads, writes, keys=keys, limits=limits or Limits(), faults=faults)
 
-        Of a user it keeps the newest `keep` clicks, for `keep_s` seconds after the last one came.
-
-        redis-py retries ten times by default, and so hangs for a minute on a frozen server. Here silence is not
-        retried; a connection found closed is made anew once, as a server that restarts leaves a pool full of them.
-        Raises SettingsError for a URL that is none.
-        """
-        # Not BlockingConnectionPool: a waiter cancelled just as it is woken takes the wake-up with it, and the next
-        # one waits out its time beside a free connection. One connection more than callers: the breaker's probe.
-        try:
-            pool = ConnectionPool.from_url(
-                url,
-                max_connections=connections + 1,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=max(timeout_s, 0.05),
-                retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
-                health_check_interval=10,
-            )
-            pool.connection_class(**pool.connection_kwargs)  # or the first request would find out what it cannot take
-        except (ValueError, TypeError, exceptions.RedisError) as err:
-            raise SettingsError(f"setting redis_url: {err}") from None
-        client = Redis.from_pool(pool)
-        return cls(client, url=url, connections=connections, timeout_s=timeout_s, keep=keep, keep_s=keep_s)
+    # --- reading ---
 
     def fetch_soon(
         self,
@@ -106,134 +135,342 @@ class RedisStore(FeatureStore):
         limit: int,
         timeout_s: float | None = None,
     ) -> None:
-        keys = [item_key(item) for item in items]
+        keys = [self._keys.item(item) for item in items]
         if user is not None:
-            keys += [user_key(user), behaviours_key(user)]
+            keys += [self._keys.profile(user), self._keys.behaviours(user)]
         if not keys:
             on_fetched(Fetched(user=None, behaviours=NO_HISTORY, items=[]))
             return
-        if self._breaker.is_open:
-            on_fetched(StoreUnavailable(BREAKER_OPEN))
-            return
 
-        def on_reply(values: Any) -> None:
+        def on_values(values: Any) -> None:
             if isinstance(values, Exception):
-                on_fetched(StoreUnavailable(_description(values)))
+                on_fetched(unavailable(values))
                 return
             profile, past = values[len(items) :] if user is not None else (None, None)
-            on_fetched(
-                Fetched(
-                    user=unpack_row(profile),
-                    behaviours=unpack_history(past, before=before, limit=limit),
-                    items=values[: len(items)],
-                )
-            )
+            history = unpack_history(past, before=before, limit=limit, words=self._words)
+            fetched = Fetched(user=unpack_row(profile), behaviours=history, items=values[: len(items)])
+            if self._is_readable(history):
+                on_fetched(fetched)
+            else:
+                self._read_words(lambda reply: on_fetched(_fetched(reply, fetched)), timeout_s)
 
-        self._reads.send(packed_command(b"MGET", keys), on_reply, timeout_s=timeout_s)
+        self._reads.send_mget(keys, on_values, timeout_s=timeout_s)
 
-    async def append(self, clicks: Sequence[Click]) -> list[bool]:
-        if not clicks:
-            return []
-        first: dict[str, dict[str, int]] = defaultdict(dict)  # where each event of a user stands first
-        for position, click in enumerate(clicks):
-            first[click.user].setdefault(click.event_id, position)
-        by_user = {user: sorted(events.values(), key=lambda p: order(clicks[p])) for user, events in first.items()}
-        async with self._answering():
-            items = await self._items_of(clicks)
-            pipeline = self._client.pipeline(transaction=False)
-            for user, positions in by_user.items():
-                batch = [clicks[p] for p in positions]
-                keys = [behaviours_key(user), *(mark_key(user, click.event_id) for click in batch)]
-                records = [pack_click(enriched(click, items.get(click.item))) for click in batch]
-                await self._append(keys, [*self._kept, *records], client=pipeline)
-            answers = await pipeline.execute()
-        new = [False] * len(clicks)
-        for positions, answer in zip(by_user.values(), answers, strict=True):
-            for position, is_new in zip(positions, answer, strict=True):
-                new[position] = bool(is_new)
-        return new
+    def _is_readable(self, history: ClickHistory) -> bool:
+        """Whether every word of it is known."""
+        for features in history.features:
+            if features and features not in self._readable:
+                try:
+                    self._words.unpack(features)
+                except UnknownWordError:
+                    return False
+                except ValueError:  # is logged where it is used
+                    pass
+                if len(self._readable) >= MAX_READABLE:
+                    self._readable.clear()
+                self._readable.add(features)
+        return True
 
-    async def mark(self, events: Sequence[tuple[str, str]]) -> list[bool]:
-        if not events:
-            return []
-        async with self._answering():
-            pipeline = self._client.pipeline(transaction=False)
-            for owner, event_id in events:
-                pipeline.set(mark_key(owner, event_id), b"", nx=True, ex=MARK_TTL_S)
-            return [bool(answer) for answer in await pipeline.execute()]
+    def _read_words(self, on_read: OnReply, timeout_s: float | None) -> None:
+        """Words that other workers have added since; for all that wait for them in one go."""
 
-    async def put_users(self, rows: Mapping[str, Row]) -> None:
-        await self._put({user_key(user): pack_row(row) for user, row in rows.items()})
+        def on_reply(reply: Any) -> None:
+            waiting, self._awaiting_words = self._awaiting_words, []
+            if not isinstance(reply, Exception):
+                self._words.add(dict(zip(reply[::2], reply[1::2], strict=True)))
+            for call in waiting:
+                call(reply)
 
-    async def put_items(self, rows: Mapping[str, Row]) -> None:
-        await self._put({item_key(item): pack_row(row) for item, row in rows.items()})
+        self._awaiting_words.append(on_read)
+        if len(self._awaiting_words) == 1:
+            self._reads.send(self._keys.words, packed_command(b"HGETALL", [self._keys.words]), on_reply, timeout_s)
 
-    async def ping(self) -> None:
-        """On the connection of the predictions, which is open then before the first of them comes."""
-        if self._breaker.is_open:
-            raise StoreUnavailable(BREAKER_OPEN)
-        try:
-            await self._reads.ask(packed_command(b"PING", []))
-        except (ReplyError, OSError) as err:  # TimeoutError and ConnectionError are OSErrors
-            raise StoreUnavailable(_description(err)) from err
+    # --- events ---
 
-    async def aclose(self) -> None:
-        await self._breaker.aclose()
-        await self._reads.aclose()
-        await self._client.aclose()
+    async def append(self, events: Sequence[Click | Mark]) -> list[Outcome]:
+        stored: list[Click | Mark] = list(events)
+        clicks = [position for position, event in enumerate(events) if isinstance(event, Click)]
+        if clicks:
+            items = await self._items_of([events[p] for p in clicks])  # type: ignore[misc]
+            for position in clicks:
+                click = events[position]
+                assert isinstance(click, Click)
+                stored[position] = enriched(click, items.get(click.item))
+            await self._add_words([stored[p] for p in clicks])  # type: ignore[misc]
+        positions = sorted(range(len(stored)), key=lambda p: _script_order(stored[p]))
+        by_slot: dict[int, list[int]] = defaultdict(list)
+        for position in positions:
+            by_slot[self._writes.slot(self._keys.behaviours(stored[position].owner))].append(position)
+        calls = [
+            group[start : start + EVENTS_A_SCRIPT]
+            for group in by_slot.values()
+            for start in range(0, len(group), EVENTS_A_SCRIPT)
+        ]
+        answers = await self._run_append([[stored[p] for p in call] for call in calls])
+        outcomes = [Outcome.KNOWN] * len(stored)
+        for call, answer in zip(calls, answers, strict=True):
+            for position, outcome in zip(call, answer, strict=True):
+                outcomes[position] = Outcome(outcome)
+        return outcomes
 
-    async def _probe(self) -> None:
-        await self._client.ping()
+    async def _run_append(self, calls: Sequence[Sequence[Click | Mark]]) -> list[Sequence[int]]:
+        """The script's answer to each group of events."""
+        scripts = [self._append_arguments(events) for events in calls]
+        by_hash = [(key, packed_command(b"EVALSHA", [_APPEND_SHA, *parts])) for key, parts in scripts]
+        replies = await self._writes.replies(by_hash)
+        again = [i for i, reply in enumerate(replies) if _has_no_script(reply)]
+        if again:
+            in_full = [(scripts[i][0], packed_command(b"EVAL", [_APPEND, *scripts[i][1]])) for i in again]
+            for i, reply in zip(again, await self._writes.replies(in_full), strict=True):
+                replies[i] = reply
+        answers = [_value(reply) for reply in replies]
+        if self._faults.standing:
+            self._faults.written()
+        return answers
+
+    def _append_arguments(self, events: Sequence[Click | Mark]) -> tuple[str, list[str | bytes]]:
+        """One of the keys, and what follows the script."""
+        keys: dict[str, int] = {}
+        limits = self._limits
+        numbers = (limits.max_clicks, limits.max_bytes, math.ceil(limits.behaviours_s), EVENT_TAGS_TTL_S)
+        arguments: list[str | bytes] = [str(number) for number in numbers]
+        for event in events:
+            tags = keys.setdefault(self._keys.event_tags(event.owner, day_of(event.ts)), len(keys) + 1)
+            arguments += [str(tags), event_tag(event)]
+            if isinstance(event, Click):
+                past = keys.setdefault(self._keys.behaviours(event.user), len(keys) + 1)
+                arguments += [str(past), pack_click(event, self._words)]
+            else:
+                arguments += ["0", b""]
+        return next(iter(keys)), [str(len(keys)), *keys, *arguments]
 
     async def _items_of(self, clicks: Sequence[Click]) -> dict[str, Row | None]:
         items = list({click.item for click in clicks})
-        values: Sequence[Any] = await self._client.mget([item_key(item) for item in items])
+        num_words = self._writes.ask(self._keys.words, packed_command(b"HLEN", [self._keys.words]))
+        values, stored_words = await asyncio.gather(
+            self._writes.mget([self._keys.item(item) for item in items]), num_words
+        )
+        if stored_words < len(self._words):  # they were lost: a server came back without its last writes, or empty
+            await self._put_words(self._words.words)
         return {item: unpack_row(value) for item, value in zip(items, values, strict=True)}
 
+    async def _add_words(self, clicks: Sequence[Click]) -> None:
+        """Gives the words of these clicks their codes: those of their values, then of their shapes."""
+        for _ in range(2):
+            new: dict[bytes, bytes] = {}
+            for click in clicks:
+                new.update(self._words.new_words(click.rows))
+            if not new:
+                return
+            codes = list(new)
+            stored = await self._words_at(codes)
+            absent = {code: new[code] for code in codes if stored[code] is None}
+            if absent:
+                await self._put_words(absent)
+                stored = await self._words_at(codes)
+            self._words.add({code: word for code, word in stored.items() if word is not None})
+            self._words.add_collided(word for code, word in new.items() if stored[code] != word)
+
+    async def _words_at(self, codes: Sequence[bytes]) -> dict[bytes, bytes | None]:
+        words = await self._writes.ask(self._keys.words, packed_command(b"HMGET", [self._keys.words, *codes]))
+        return dict(zip(codes, words, strict=True))
+
+    async def _put_words(self, words: Mapping[bytes, bytes]) -> None:
+        """Those whose code no other word has."""
+        key = self._keys.words
+        await self._writes.ask_all(
+            [(key, packed_command(b"HSETNX", [key, code, word])) for code, word in words.items()]
+        )
+
+    # --- features, and the end of a user ---
+
+    async def delete_user(self, user: str, *, at: float) -> None:
+        keys, today = self._keys, day_of(at)
+        kept_days = math.ceil(self._limits.behaviours_s / DAY_S) + 2
+        gone = [keys.profile(user), *(keys.event_tags(user, day) for day in range(today - kept_days, today + 2))]
+        past = keys.behaviours(user)
+        ttl = str(math.ceil(self._limits.behaviours_s))
+        await self._writes.ask(past, packed_command(b"SET", [past, tombstone(at), "EX", ttl]))
+        await self._writes.ask(past, packed_command(b"UNLINK", gone))
+
+    async def put_users(self, rows: Mapping[str, Row]) -> None:
+        await self._put({self._keys.profile(user): pack_row(row) for user, row in rows.items()})
+
+    async def put_items(self, rows: Mapping[str, Row]) -> None:
+        await self._put({self._keys.item(item): pack_row(row) for item, row in rows.items()})
+        ids, changes = list(rows), self._keys.item_changes
+        for start in range(0, len(ids), ITEMS_A_CHANGE):
+            some = msgspec.msgpack.encode(ids[start : start + ITEMS_A_CHANGE])
+            bound = [changes, "MAXLEN", "~", str(MAX_CHANGES), "*", "items"]
+            await self._writes.ask(changes, packed_command(b"XADD", [*bound, some]))
+
+    async def changed_items(self, since: str | None) -> ItemChanges:
+        """The stream says which entry was its last: if that is not later than `since`, it was lost and begun anew."""
+        key = self._keys.item_changes
+        last = await self._writes.ask(key, packed_command(b"XREVRANGE", [key, "+", "-", "COUNT", "1"]))
+        position = last[0][0].decode() if last else "0-0"
+        if since is None or position == since:
+            return ItemChanges(items=(), position=position)
+        if _stream_position(position) < _stream_position(since):
+            return ItemChanges(items=None, position=position)
+        count = str(MAX_CHANGES_READ + 1)
+        entries = await self._writes.ask(key, packed_command(b"XRANGE", [key, f"({since}", position, "COUNT", count]))
+        if len(entries) > MAX_CHANGES_READ:
+            return ItemChanges(items=None, position=position)
+        items = [item for _, (_, packed) in entries for item in msgspec.msgpack.decode(packed, type=list[str])]
+        return ItemChanges(items=items, position=position)
+
     async def _put(self, values: Mapping[str, bytes]) -> None:
-        pairs = list(values.items())
-        for first in range(0, len(pairs), _ROWS_A_COMMAND):
-            async with self._answering():
-                await self._client.mset(dict(pairs[first : first + _ROWS_A_COMMAND]))
+        ttl = str(math.ceil(self._limits.features_s))
+        await self._writes.ask_all(
+            [(key, packed_command(b"SET", [key, value, "EX", ttl])) for key, value in values.items()]
+        )
 
-    @asynccontextmanager
-    async def _answering(self) -> AsyncIterator[None]:
-        """Bounds the calls at once, turns whatever redis-py raises into StoreUnavailable, and feeds the breaker.
+    async def ping(self) -> None:
+        """On the connection of the predictions, which is open then before the first of them comes."""
+        await self._reads.ask(self._keys.words, packed_command(b"PING", []))
 
-        Only silence counts for the breaker: a server that refuses writes (full, read-only) still answers reads.
-        """
-        if self._breaker.is_open:
-            raise StoreUnavailable(BREAKER_OPEN)
-        await self._take_connection()
-        try:
-            yield
-        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as err:
-            self._breaker.failed()
-            raise StoreUnavailable(_description(err)) from err
-        except exceptions.RedisError as err:
-            self._breaker.succeeded()
-            if isinstance(err, exceptions.ReadOnlyError):
-                # After a failover this was the primary: the address must be looked up again.
-                await self._client.connection_pool.disconnect(inuse_connections=False)
-            raise StoreUnavailable(_description(err)) from err
+    async def check(self) -> None:
+        await self._reads.router.check()
+
+    def failures(self) -> Sequence[Failure]:
+        return list(self._faults.standing.values())
+
+    async def aclose(self) -> None:
+        for side in (self._writes, self._reads):  # the topology is that of the last
+            await side.aclose()
+
+
+class _Side:
+    """The way to the servers of those who wait equally long, and its circuit breaker."""
+
+    def __init__(
+        self, url: str, *, timeout_s: float, probe_key: str, faults: FaultState, topology: Topology | None = None
+    ) -> None:
+        self._probe_key = probe_key.encode()
+        self._faults = faults
+        self.breaker = CircuitBreaker(self._probe)
+        self.router = RedisRouter(
+            url, timeout_s=timeout_s, on_outcome=self._record, on_failure=faults.failed, topology=topology
+        )
+
+    def _record(self, error: Exception | None) -> None:
+        self.breaker.record(error)
+        if error is None and self._faults.standing:
+            self._faults.answered()
+
+    def slot(self, key: str) -> int:
+        return self.router.slot(key.encode())
+
+    def send(self, key: str, content: bytes, on_reply: OnReply, timeout_s: float | None) -> None:
+        if self.breaker.is_open:
+            on_reply(StoreUnavailable(BREAKER_OPEN))
         else:
-            self._breaker.succeeded()
-        finally:
-            self._free.release()
+            self.router.send(key.encode(), content, on_reply, timeout_s=timeout_s)
 
-    async def _take_connection(self) -> None:
-        try:
-            if self._free.locked():
-                async with asyncio.timeout(self._timeout_s):
-                    await self._free.acquire()
+    def send_mget(self, keys: Sequence[str], on_values: OnReply, *, timeout_s: float | None = None) -> None:
+        """The values in the order of the keys, in one command for each slot; or the first exception."""
+        by_slot: dict[int, list[int]] = defaultdict(list)
+        for position, key in enumerate(keys):
+            by_slot[self.slot(key)].append(position)
+        if len(by_slot) == 1:
+            self.send(keys[0], packed_command(b"MGET", keys), on_values, timeout_s)
+            return
+        values: list[Any] = [None] * len(keys)
+        outstanding, failure = len(by_slot), None
+
+        def on_some(positions: Sequence[int], reply: Any) -> None:
+            nonlocal outstanding, failure
+            outstanding -= 1
+            if isinstance(reply, Exception):
+                failure = failure or reply
             else:
-                await self._free.acquire()
-        except TimeoutError:
-            raise StoreUnavailable(f"all {self._connections} connections to the store are busy") from None
+                for position, value in zip(positions, reply, strict=True):
+                    values[position] = value
+            if not outstanding:
+                on_values(values if failure is None else failure)
+
+        for positions in by_slot.values():
+            some = [keys[p] for p in positions]
+            content = packed_command(b"MGET", some)
+            self.send(some[0], content, partial(on_some, positions), timeout_s)
+
+    async def mget(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        """Raises StoreUnavailable, as all that follow."""
+        outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def on_values(values: Any) -> None:
+            if not outcome.done():  # else the caller has gone
+                outcome.set_result(values)
+
+        self.send_mget(keys, on_values)
+        values: Sequence[bytes | None] = _value(await outcome)
+        return values
+
+    async def ask(self, key: str, content: bytes) -> Any:
+        (reply,) = await self.ask_all([(key, content)])
+        return reply
+
+    async def ask_all(self, commands: Sequence[tuple[str, bytes]]) -> list[Any]:
+        """The replies to commands by their key, sent in one go."""
+        return [_value(reply) for reply in await self.replies(commands)]
+
+    async def replies(self, commands: Sequence[tuple[str, bytes]]) -> list[Any]:
+        """The same, with what went wrong with one command in place of its reply."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        replies: list[Any] = [None] * len(commands)
+        outstanding = len(commands)
+
+        def on_reply(position: int, reply: Any) -> None:
+            nonlocal outstanding
+            replies[position] = reply
+            outstanding -= 1
+            if not outstanding and not done.done():
+                done.set_result(None)
+
+        for position, (key, content) in enumerate(commands):
+            self.send(key, content, partial(on_reply, position), None)
+        if commands:
+            await done
+        return replies
+
+    async def _probe(self) -> None:
+        await self.router.probe(self._probe_key)
+
+    async def aclose(self) -> None:
+        await self.breaker.aclose()
+        await self.router.aclose()
 
 
-def _description(err: Exception) -> str:
+def unavailable(err: Exception) -> StoreUnavailable:
     """What kept the store from answering, in a sentence: it refused, or it did not answer."""
-    if isinstance(err, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
-        return f"no answer from the store: {type(err).__name__}: {err}"
-    return f"the store refused: {type(err).__name__}: {err}"
+    if isinstance(err, StoreUnavailable):
+        return err
+    if isinstance(err, OSError):
+        return StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}")
+    return StoreUnavailable(f"the store refused: {err}")
+
+
+def _fetched(reply: Any, fetched: Fetched) -> Fetched | StoreUnavailable:
+    return unavailable(reply) if isinstance(reply, Exception) else fetched
+
+
+def _script_order(event: Click | Mark) -> tuple[Any, ...]:
+    """One owner's events together, and clicks in the order of a past."""
+    return (event.owner, *order(event)) if isinstance(event, Click) else (event.owner, event.ts, "", b"")
+
+
+def _value(reply: Any) -> Any:
+    if isinstance(reply, Exception):
+        raise unavailable(reply)
+    return reply
+
+
+def _stream_position(entry: str) -> tuple[int, int]:
+    milliseconds, _, number = entry.partition("-")
+    return int(milliseconds), int(number)
+
+
+def _has_no_script(reply: Any) -> bool:
+    """Whether the server does not have the script yet, or no more."""
+    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")

@@ -111,7 +111,13 @@ def test_the_document_names_every_route_and_limit_of_the_contract(url: str) -> N
 
     paths = document["paths"]
     tensors = {path + end for path in V2 for end in ("", "/ready", "/infer")}
-    admin = {"/experiments/{name}", "/experiments/{name}/audit", "/models/{arm}/load", "/models/{arm}/rollback"}
+    admin = {
+        "/experiments/{name}",
+        "/experiments/{name}/audit",
+        "/models/{arm}/load",
+        "/models/{arm}/rollback",
+        "/users/{user}",
+    }
     assert set(paths) == {"/predict", "/explain", "/events", *READS, *tensors, *admin}
     assert openapi.PREDICT["responses"].keys() <= {200, 400, 408, 409, 413, 415, 422, 503, 504}
     for name, limit in (("PredictRequest", 1000), ("ExplainRequest", 20)):

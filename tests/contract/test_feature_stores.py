@@ -3,27 +3,31 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis import Redis
 
 from models.features.history import Event, history
 from models.features.values import Row
-from service.store.codec import MAX_FEATURES_BYTES, Click, pack_click_features, pack_row, unpack_features, unpack_row
-from service.store.feature_store import FeatureStore
+from service.store.codec import MAX_FEATURES_BYTES, Click, EventType, Mark, order, pack_row, unpack_row
+from service.store.feature_store import FeatureStore, Outcome
 from service.store.memory_store import MemoryStore
-from service.store.redis_store import RedisStore
+from service.store.redis_store import Limits, RedisStore
 
 NOW = 2e9
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[FeatureStore]:
     if request.param == "memory":
-        store: FeatureStore = MemoryStore(keep=10)
+        store: FeatureStore = MemoryStore(max_clicks=10)
     else:
-        store = RedisStore.connect(request.getfixturevalue("redis_url"), timeout_s=5.0, keep=10)
+        on_cluster = request.param == "cluster"
+        url = request.getfixturevalue("cluster").url if on_cluster else request.getfixturevalue("redis_url")
+        store = RedisStore.connect(url, timeout_s=5.0, limits=Limits(max_clicks=10))
     yield store
     await store.aclose()
 
@@ -101,15 +105,15 @@ async def test_only_clicks_strictly_before_count_and_the_last_ones_of_those(stor
 async def test_users_do_not_see_each_other(store: FeatureStore):
     new = await store.append([click(1, user="u1"), click(1, user="u2", item="ad2"), click(2, user="u1")])
 
-    assert new == [True, True, True]
+    assert new == [Outcome.NEW, Outcome.NEW, Outcome.NEW]
     assert [event.item for event in await past(store, "u1")] == ["ad1", "ad1"]
     assert [event.item for event in await past(store, "u2")] == ["ad2"]
 
 
 async def test_a_repeated_event_is_told_and_changes_nothing(store: FeatureStore):
-    assert await store.append([click(1), click(2), click(1)]) == [True, True, False]
+    assert await store.append([click(1), click(2), click(1)]) == [Outcome.NEW, Outcome.NEW, Outcome.KNOWN]
 
-    assert await store.append([click(2), click(3), click(1)]) == [False, True, False]
+    assert await store.append([click(2), click(3), click(1)]) == [Outcome.KNOWN, Outcome.NEW, Outcome.KNOWN]
 
     assert [event.ts for event in await past(store)] == [1, 2, 3]
 
@@ -146,22 +150,6 @@ async def test_a_click_keeps_what_its_event_brought_apart_from_what_its_item_cal
     assert events[0].features == {"coins": 12.5, "gadgets": ["bow", 7], "vip": True}
 
 
-def test_a_click_of_which_the_event_brought_nothing_is_stored_as_it_always_was() -> None:
-    plain = Click(event_id="e", user="u", item="ad1", ts=1.0, item_features={"price": 9.5})
-
-    assert pack_click_features(plain) == pack_row({"price": 9.5})
-    assert unpack_row(pack_click_features(plain)) == {"price": 9.5}
-
-
-def test_code_that_knows_no_features_of_events_refuses_them_instead_of_misreading(caplog) -> None:
-    packed = pack_click_features(event_click(1, features={"coins": 3}))
-
-    assert unpack_row(packed) is None  # what that code reads a click's features with
-    assert "unreadable features" in caplog.text
-    assert unpack_features(packed) == ({}, {"coins": 3}, {})
-    assert unpack_features(b"\x91\x80") == ({}, {}, {})
-
-
 async def test_a_clicks_own_features_and_its_items_may_each_be_as_large_as_a_row(store: FeatureStore):
     large = "x" * (MAX_FEATURES_BYTES - 100)
     await store.put_items({"ad1": {"text": large}})
@@ -171,18 +159,58 @@ async def test_a_clicks_own_features_and_its_items_may_each_be_as_large_as_a_row
     assert [(e.item_features, e.features) for e in await past(store)] == [({"text": large}, {"own": large})]
 
 
-async def test_marks_tell_the_first_time_from_the_next(store: FeatureStore):
-    assert await store.mark([("u1", "a"), ("u1", "b"), ("u1", "a"), ("u2", "a")]) == [True, True, False, True]
-    assert await store.mark([("u1", "b"), ("u1", "c")]) == [False, True]
-    assert await store.append([click(1)]) == [True]
-    assert await store.mark([("u1", "e1")]) == [False]
+def mark(event_id: str, *, owner: str = "u1", kind: EventType = "impression", ts: float = 1.0) -> Mark:
+    return Mark(type=kind, event_id=event_id, owner=owner, ts=ts)
+
+
+async def test_an_event_is_known_by_its_owner_its_type_and_its_id(store: FeatureStore):
+    marks = [mark("a"), mark("b"), mark("a"), mark("a", owner="u2"), mark("a", kind="click")]
+    assert await store.append(marks) == [Outcome.NEW, Outcome.NEW, Outcome.KNOWN, Outcome.NEW, Outcome.NEW]
+
+    assert await store.append([click(1), mark("e1"), mark("b")]) == [Outcome.NEW, Outcome.NEW, Outcome.KNOWN]
+    assert await store.append([mark("e1", kind="click"), click(1)]) == [Outcome.KNOWN, Outcome.KNOWN]
+
+
+async def test_a_deleted_user_leaves_nothing_and_clicks_of_before_stay_out(store: FeatureStore):
+    await store.put_users({"u1": {"age": 1}, "u2": {"age": 2}})
+    await store.append([click(1), click(2), click(1, user="u2")])
+
+    await store.delete_user("u1", at=3.0)
+
+    assert (await store.fetch("u1", [], before=NOW, limit=9)).user is None
+    assert await past(store) == []
+    assert await store.append([click(2), click(4), click(9, ts=2.9)]) == [Outcome.NEW, Outcome.NEW, Outcome.NEW]
+    assert [event.ts for event in await past(store)] == [4]
+    assert [event.ts for event in await past(store, "u2")] == [1]
+
+
+async def test_the_items_that_changed_since_are_told(store: FeatureStore):
+    await store.put_items({"before": {"price": 1}})
+    start = await store.changed_items(None)
+    await store.put_items({"ad1": {"price": 1}, "ad2": {}})
+    await store.put_items({"ad1": {"price": 2}})
+
+    changes = await store.changed_items(start.position)
+    after = await store.changed_items(changes.position)
+
+    assert start.items is not None and not start.items
+    assert changes.items == ["ad1", "ad2", "ad1"]
+    assert (list(after.items or ()), after.position) == ([], changes.position)
+
+
+async def test_who_asks_after_too_many_changes_hears_that_any_may_have_changed(store: FeatureStore):
+    start = await store.changed_items(None)
+    for _ in range(600):
+        await store.put_items({str(number): {} for number in range(20)})
+
+    assert (await store.changed_items(start.position)).items is None
 
 
 async def test_nothing_to_do_is_done(store: FeatureStore):
     await store.put_users({})
     await store.put_items({})
 
-    assert await store.append([]) == await store.mark([]) == []
+    assert await store.append([]) == []
     assert (await store.fetch(None, [], before=NOW, limit=5)).items == []
 
 
@@ -221,55 +249,90 @@ def test_a_click_has_a_time(ts: float):
 
 
 # Few values, so that times and items often coincide and a difference in the last byte decides.
-ITEMS = ["a", "aa", "ab", "b", "", "é", "\x00", "日"]
-TIMES = [0.0, -0.0, 0.5, 1.0, 255.0, 256.0, 1e9, 1e9 + 1e-6, 1.7e9]
+ITEMS = ["a", "aa", "ab", "b", "", "é", "\x00", "日", "7", "10", "007", "256", "x" * 30]
+TIMES = [0.0, -0.0, 0.5, 1.0, 255.0, 256.0, 1e9, 1e9 + 1e-4, 1.7e9]
 CLICKS = st.lists(
     st.builds(
-        lambda number, item, ts: click(number, item=item, ts=ts, n=number),
+        lambda number, item, ts, brand: click(number, item=item, ts=ts, n=number, brand=brand),
         st.integers(0, 10**6),
         st.sampled_from(ITEMS),
         st.sampled_from(TIMES),
+        st.sampled_from(["nike", "b" * 300, 9.5]),
     ),
     unique_by=lambda c: c.event_id,
     max_size=30,
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def arrivals(clicks: list[Click], seed: int) -> list[list[Click]]:
+    """The clicks in some order, some of them again, in some grouping."""
+    draw = random.Random(seed)
+    arriving = clicks + draw.choices(clicks, k=len(clicks) // 2) if clicks else []
+    draw.shuffle(arriving)
+    groups = []
+    while arriving:
+        size = draw.randint(1, 7)
+        groups.append(arriving[:size])
+        arriving = arriving[size:]
+    return groups
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(clicks=CLICKS, keep=st.integers(1, 12), seed=st.integers(0, 2**32))
 @pytest.mark.parametrize("kind", ["memory", "redis"])
 async def test_the_past_is_the_newest_clicks_whatever_the_order_repetition_and_grouping(
     kind: str, request: pytest.FixtureRequest, clicks: list[Click], keep: int, seed: int
 ):
-    chance = random.Random(seed)
-    arriving = clicks + chance.choices(clicks, k=len(clicks) // 2) if clicks else []
-    chance.shuffle(arriving)
-    store: FeatureStore
-    if kind == "memory":
-        store = MemoryStore(keep=keep)
-    else:
-        url = request.getfixturevalue("session_redis").url
-        store = RedisStore.connect(url, timeout_s=5.0, keep=keep)
-        await store._client.flushall()
-
-    while arriving:
-        size = chance.randint(1, 7)
-        await store.append(arriving[:size])
-        arriving = arriving[size:]
-    stored = await past(store)
-    await store.aclose()
+    async with aclosing(emptied(kind, request, max_clicks=keep)) as store:
+        for group in arrivals(clicks, seed):
+            await store.append(group)
+        stored = await past(store)
 
     # Written as the contract says it: sort the set of events, keep the newest.
     expected = sorted(clicks, key=lambda c: (c.ts, c.item))[-keep:]
     assert [(event.ts, event.item) for event in stored] == [(c.ts, c.item) for c in expected]
     by_number = {c.features["n"]: c for c in clicks}
     for event in stored:
-        assert (by_number[event.features["n"]].ts, by_number[event.features["n"]].item) == (event.ts, event.item)
+        same = by_number[event.features["n"]]
+        assert (same.ts, same.item, same.features) == (event.ts, event.item, event.features)
     assert stored == history(stored, before=NOW, limit=200)
 
 
+def emptied(kind: str, request: pytest.FixtureRequest, **limits: int) -> MemoryStore | RedisStore:
+    if kind == "memory":
+        return MemoryStore(**limits)
+    url = request.getfixturevalue("session_redis").url
+    with Redis.from_url(url) as server:
+        server.flushall()
+    return RedisStore.connect(url, timeout_s=5.0, limits=Limits(**limits))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(clicks=CLICKS, max_clicks=st.integers(1, 12), max_bytes=st.integers(400, 1200), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+async def test_a_past_bounded_in_bytes_does_not_depend_on_the_order_either(
+    kind: str, request: pytest.FixtureRequest, clicks: list[Click], max_clicks: int, max_bytes: int, seed: int
+):
+    pasts = []
+    for groups in (arrivals(clicks, seed), [[c] for c in sorted(clicks, key=order)]):
+        async with aclosing(emptied(kind, request, max_clicks=max_clicks, max_bytes=max_bytes)) as store:
+            for group in groups:
+                await store.append(group)
+            pasts.append(await past(store))
+
+    assert pasts[0] == pasts[1]
+    newest = sorted(clicks, key=order)[-max_clicks:][::-1]
+    assert [(e.ts, e.item) for e in pasts[0][::-1]] == [(c.ts, c.item) for c in newest[: len(pasts[0])]]
+    # Every one of these clicks fits alone; with a bound of n times the largest, n of them do.
+    assert len(pasts[0]) >= min(len(newest), max_bytes // 400)
+
+
 async def test_both_stores_break_ties_alike(redis_url: str):
-    stores: list[FeatureStore] = [MemoryStore(keep=5), RedisStore.connect(redis_url, timeout_s=5.0, keep=5)]
+    limits = Limits(max_clicks=5)
+    stores: list[FeatureStore] = [
+        MemoryStore(max_clicks=5),
+        RedisStore.connect(redis_url, timeout_s=5.0, limits=limits),
+    ]
     clicks = [click(number, ts=1.0, n=number) for number in range(20)]
     random.Random(1).shuffle(clicks)
 

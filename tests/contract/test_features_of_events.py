@@ -101,7 +101,7 @@ async def served(artifacts: Path, redis_url: str | None) -> AsyncIterator[tuple[
     arms = [{"name": "one", "model": MODEL, "share": 100}]
     settings = Settings(
         artifacts_dir=artifacts, experiment={"experiment": "e", "salt": "s", "arms": arms}, redis_url=redis_url,
-        timeout_ms=60_000, store_timeout_ms=5000,
+        timeout_ms=60_000, store_timeout_ms=5000, keep_behaviours_days=36_500,
     )  # fmt: skip
     app = create_app(settings)
     transport = httpx.ASGITransport(app)

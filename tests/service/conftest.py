@@ -81,7 +81,9 @@ def start(artifacts: Path) -> Start:
 
     @asynccontextmanager
     async def started(**given: Any) -> AsyncIterator[Running]:
-        settings = Settings(**{"artifacts_dir": artifacts, "experiment": TWO_ARMS, "timeout_ms": 30_000, **given})
+        since_1970 = 36_500
+        defaults = {"experiment": TWO_ARMS, "timeout_ms": 30_000, "keep_behaviours_days": since_1970}
+        settings = Settings(**{"artifacts_dir": artifacts, **defaults, **given})
         app = create_app(settings)
         async with (
             app.router.lifespan_context(app),

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from service.store.codec import Click
-from service.store.feature_store import OnFetched, StoreUnavailable
+from service.store.codec import Click, Mark
+from service.store.feature_store import OnFetched, Outcome, StoreUnavailable
 from service.store.memory_store import MemoryStore
 from service.store.redis_store import RedisStore
 
@@ -38,10 +38,10 @@ class BrokenStore(MemoryStore):
         else:
             super().fetch_soon(user, items, on_fetched, **options)
 
-    async def append(self, clicks: Sequence[Click]) -> list[bool]:
+    async def append(self, events: Sequence[Click | Mark]) -> list[Outcome]:
         if self.is_down:
             raise StoreUnavailable("down")
-        return await super().append(clicks)
+        return await super().append(events)
 
     async def ping(self) -> None:
         if self.is_down:

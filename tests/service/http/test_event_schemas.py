@@ -23,6 +23,8 @@ def event(**fields: Any) -> dict[str, Any]:
         (event(ts="now"), '/ts: expected a number >= 0 and < 253402300800, got "now"'),
         (event(ts=-1), "/ts: expected a number >= 0 and < 253402300800, got -1"),
         (event(ts=10**400), "/ts: expected a number >= 0 and < 253402300800, got 1000"),
+        (event(ts=NOW - 31 * 86_400), "/ts: expected at most 30 days ago, as long as the store keeps clicks, got "),
+        (event(ts=20261129), "/ts: expected at most 30 days ago"),
         (event(ts=float("nan")), "/ts: expected a number >= 0 and < 253402300800, got NaN"),
         (event(item=1.5), "/item: expected a string of 1 to 256 characters or an integer, got 1.5"),
         (event(user=""), '/user: expected a string of 1 to 256 characters or an integer, got ""'),
@@ -40,9 +42,9 @@ def event(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_a_rejected_event_says_what_is_wrong_and_where(sent: Any, says: str) -> None:
-    taken, rejected = checked([event(), sent], now=NOW)
+    taken, rejected = checked([event(), sent], now=NOW, max_age_s=30 * 86_400)
 
-    assert len(taken) == 1
+    assert list(taken) == [0]
     assert [rejection.index for rejection in rejected] == [1]
     assert says in rejected[0].reason
 
@@ -59,6 +61,6 @@ EVENTS = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in e
 
 @given(sent=st.lists(EVENTS | st.builds(lambda name, value: event(features={name: value}), TEXT, JSON) | JSON))
 def test_whatever_is_sent_every_event_is_taken_or_rejected(sent: list[Any]) -> None:
-    taken, rejected = checked(sent, now=NOW)
+    taken, rejected = checked(sent, now=NOW, max_age_s=30 * 86_400)
 
     assert len(taken) + len(rejected) == len(sent)

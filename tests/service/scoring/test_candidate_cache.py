@@ -312,6 +312,44 @@ async def test_a_row_that_the_store_still_has_is_kept_for_another_time_and_not_m
     assert encoded == [1]
 
 
+async def test_rows_of_a_changed_item_are_read_again_whatever_the_client_sent_with_it() -> None:
+    now = 0.0
+    items = cache(lambda: now)
+    sent = [{"id": "a1"}, {"id": "a1", "features": {"price": 7}}, {"id": "a2"}]
+    complete = {"id": "a1", "features": {"price": 1, "genres": ["x"]}}  # nothing of it is the store's to say
+    candidates = Reader().request({"candidates": [*sent, complete]}).candidates
+    stored = {"a1": pack_row({"price": 1.0}), "a2": pack_row({"price": 2.0})}
+    items.rows(candidates, items.find(candidates, with_ids=False), stored)
+    now = 1.0
+    assert items.find(candidates, with_ids=False).missing.tolist() == []
+
+    items.expire(["a1", "another"])
+
+    assert items.find(candidates, with_ids=False).missing.tolist() == [0, 1]
+    items.expire(None)
+    assert items.find(candidates, with_ids=False).missing.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("changed", [["a1"], None], ids=["it", "any"])
+@pytest.mark.parametrize("is_cached", [False, True])
+async def test_a_row_that_changed_while_the_store_was_asked_is_not_kept(
+    changed: list[str] | None, is_cached: bool
+) -> None:
+    now = 0.0
+    items = cache(lambda: now)
+    candidates = Reader().request({"candidates": [{"id": "a1"}]}).candidates
+    before = {"a1": pack_row({"price": 1.0})}
+    if is_cached:
+        items.rows(candidates, items.find(candidates, with_ids=False), before)
+        now = 10.1  # its time is over
+
+    lookup = items.find(candidates, with_ids=False)
+    items.expire(changed)
+    items.rows(candidates, lookup, before)
+
+    assert items.find(candidates, with_ids=False).missing_ids == ["a1"]
+
+
 async def test_while_the_store_is_down_behaviours_that_lack_features_are_named() -> None:
     reader = Reader()
     reader.store.is_down = True

@@ -5,7 +5,9 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from service.store.circuit_breaker import CircuitBreaker
+from service.store.faults import Fault
 from service.store.feature_store import StoreUnavailable
+from service.store.redis_connection import ReplyError
 
 Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
@@ -33,6 +35,27 @@ async def test_a_breaker_opens_on_failures_in_a_row_only(eventually: Eventually)
     await eventually(lambda: _is(lambda: not breaker.is_open))
     breaker.failed()
     assert not breaker.is_open
+
+
+async def test_a_refusal_is_an_answer_to_the_breaker_and_a_fault_to_whoever_asks_for_the_last_one():
+    async def probe() -> None:
+        raise StoreUnavailable("down")
+
+    breaker = CircuitBreaker(probe, threshold=2)
+    silence, refusal = TimeoutError("late"), ReplyError("OOM command not allowed")
+    for error in (silence, refusal, silence, None, silence):
+        breaker.record(error)
+    assert not breaker.is_open
+    breaker.record(refusal)
+    breaker.record(ReplyError("NOSCRIPT No matching script"))
+
+    assert breaker.last_failure is not None
+    assert breaker.last_failure.fault is Fault.OOM
+    for error in (silence, ReplyError("LOADING Valkey is loading the dataset in memory")):
+        breaker.record(error)
+    assert breaker.is_open
+    assert breaker.last_failure.fault is Fault.LOADING
+    await breaker.aclose()
 
 
 async def test_a_breaker_closed_for_good_probes_no_more():

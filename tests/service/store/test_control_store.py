@@ -41,12 +41,12 @@ def document(version: int = 1, *, one: float = 50, changed_by: str = "alice") ->
     )
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[ControlStore]:
     if request.param == "memory":
         yield MemoryControlStore()
         return
-    url = request.getfixturevalue("redis_url")
+    url = request.getfixturevalue("redis_url") if request.param == "redis" else request.getfixturevalue("cluster").url
     async with aclosing(RedisControlStore.connect(url, experiment="test", timeout_s=5)) as opened:
         yield opened
 
@@ -127,6 +127,16 @@ async def test_the_audit_trail_is_bounded(store: ControlStore) -> None:
     trail = await store.audit()
 
     assert [entry.version for entry in trail] == list(range(MAX_AUDIT_ENTRIES + 5, 5, -1))
+
+
+async def test_a_change_that_is_sent_again_has_been_made_once(store: ControlStore) -> None:
+    first, second = document(1), document(2)
+    await store.replace(first, expected=None)
+
+    assert await store.replace(second, expected=first)
+    assert await store.replace(second, expected=first)  # its reply was lost
+    assert await store.read() == second
+    assert [entry.version for entry in await store.audit()] == [2, 1]
 
 
 @pytest.fixture

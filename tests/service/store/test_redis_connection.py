@@ -3,87 +3,29 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-import hiredis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.store import redis_connection
 from service.store.redis_connection import MultiplexedConnection, ReplyError, packed_command
-
-Script = Callable[["Connection", list[bytes]], None]
-
-
-class Connection(asyncio.Protocol):
-    """The server's end of one connection."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, server: "FakeServer") -> None:
-        self._server = server
-        self._reader = hiredis.Reader()
-        self.commands: list[list[bytes]] = []
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self._server.connections.append(self)
-
-    def data_received(self, data: bytes) -> None:
-        self._reader.feed(data)
-        while (command := self._reader.gets()) is not False:
-            self.commands.append(command)
-            self._server.script(self, command)
-        self._server.received.set()
-
-    def echo(self, command: list[bytes]) -> None:
-        """The argument as a server replies it, and OK to what has none or belongs to the handshake."""
-        value = command[1] if command[0] == b"ECHO" else b"OK"
-        self.transport.write(b"$%d\r\n%b\r\n" % (len(value), value))
-
-
-class FakeServer:
-    """Speaks RESP; `script` decides what comes of each command, by default its echo."""
-
-    def __init__(self, script: Script = Connection.echo) -> None:
-        self.script = script
-        self.connections: list[Connection] = []
-        self.received = asyncio.Event()
-        self.port = 0
-
-    async def receives(self, num_commands: int) -> None:
-        """Returns when that many commands have come, on all connections together."""
-        async with asyncio.timeout(10):
-            while sum(len(connection.commands) for connection in self.connections) < num_commands:
-                self.received.clear()
-                await self.received.wait()
-
-
-@asynccontextmanager
-async def listening(script: Script = Connection.echo) -> AsyncIterator[FakeServer]:
-    server = FakeServer(script)
-    listener = await asyncio.get_running_loop().create_server(partial(Connection, server), "127.0.0.1", 0)
-    server.port = listener.sockets[0].getsockname()[1]
-    try:
-        yield server
-    finally:
-        for connection in server.connections:
-            connection.transport.abort()
-        listener.close()
-        await listener.wait_closed()
+from tests.service.store.fake_server import Connection, FakeServer, listening
 
 
 class Client:
     """The connection under test, with every outcome it reported."""
 
     def __init__(self, server: FakeServer, *, timeout_s: float, user: str = "", path: str = "") -> None:
-        self.outcomes: list[bool] = []
+        self.outcomes: list[bool] = []  # whether each command was answered
         url = f"redis://{user}127.0.0.1:{server.port}{path}"
-        self.connection = MultiplexedConnection(url, timeout_s=timeout_s, on_outcome=self.outcomes.append)
+        self.connection = MultiplexedConnection(url, timeout_s=timeout_s, on_outcome=self._record)
+
+    def _record(self, error: Exception | None) -> None:
+        self.outcomes.append(error is None or isinstance(error, ReplyError))
 
     async def aclose(self) -> None:
         await self.connection.aclose()
