@@ -20,6 +20,7 @@ from service.store.redis_url import Address, RedisUrl, ServerKind
 log = logging.getLogger(__name__)
 
 NUM_SLOTS = 16384
+MAX_PORT = 65535
 ASK_S = 0.8  # how long a server may take to be connected to and to say what it knows
 LOOK_EVERY_S = 1.0  # at the Sentinels' primary
 LEAVE_EVERY_S = 1.0  # a demoted primary is left at once, and while it is all there is, no oftener than this
@@ -237,6 +238,8 @@ def _slots_and_servers(reply: Any, source: Address) -> tuple[list[Address | None
     for first, last, *entries in reply:
         # An empty host is the one that was asked.
         addresses = [Address(entry[0].decode() if entry[0] else source.host, int(entry[1])) for entry in entries]
+        if not all(0 < address.port <= MAX_PORT for address in addresses):
+            raise ValueError(addresses)
         servers.update(addresses)
         slots[first : last + 1] = [addresses[0]] * (last + 1 - first)
     if not servers:
