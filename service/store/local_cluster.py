@@ -26,7 +26,7 @@ SERVICE = "clickserve"  # by which the Sentinels know their primary
 _SLOTS = [(0, 5460), (5461, 10922), (10923, 16383)]
 _NUM_SENTINELS = 3
 # A failover in a second. They wait four publish periods before they make a replica that was promoted one again.
-_PERIODS_MS = {"ping-period": 100, "ask-period": 100, "info-period": 200, "publish-period": 500}
+_PERIODS_MS = {"ping-period": 100, "ask-period": 100, "info-period": 200, "publish-period": 1000}
 _TCP = {"bind": HOST, "appendonly": "no", "repl-diskless-sync-delay": "0"}
 
 

@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from service.cancellation import cancel
 from service.store.faults import UNAVAILABLE, Fault, OnFailure, fault_of, is_answer
 from service.store.redis_connection import MultiplexedConnection, OnOutcome, OnReply, ReplyError, packed
-from service.store.redis_topology import ClusterMap
+from service.store.redis_topology import MAX_PORT, ClusterMap
 from service.store.redis_url import Address
 
 MAX_REDIRECTIONS = 5
@@ -97,7 +97,7 @@ class ClusterSender:
         word = str(reply).partition(" ")[0] if isinstance(reply, ReplyError) else ""
         if word in {"MOVED", "ASK"} and command.redirections < MAX_REDIRECTIONS:
             redirection = _REDIRECTION.fullmatch(str(reply))
-            if redirection is not None:
+            if redirection is not None and 0 < int(redirection["port"]) <= MAX_PORT:
                 command.redirections += 1
                 # An empty host is that of the server which redirects.
                 address = Address(redirection["host"].strip("[]") or node.address.host, int(redirection["port"]))

@@ -20,6 +20,7 @@ from service.store.redis_url import Address, RedisUrl, ServerKind
 log = logging.getLogger(__name__)
 
 NUM_SLOTS = 16384
+MAX_PORT = 65535
 ASK_S = 0.8  # how long a server may take to be connected to and to say what it knows
 LOOK_EVERY_S = 1.0  # at the Sentinels' primary
 LEAVE_EVERY_S = 1.0  # a demoted primary is left at once, and while it is all there is, no oftener than this
@@ -30,16 +31,13 @@ _CLUSTER_SLOTS = packed(b"CLUSTER", b"SLOTS")
 T = TypeVar("T")
 
 
-class UnknownService(ConnectionError):  # noqa: N818 - what it says is what is missing
-    """The Sentinels watch no primary of the URL's name."""
-
-
 class OneServer:
     """A server by its name, or the primary that Sentinels watch."""
 
     def __init__(self, url: RedisUrl) -> None:
         self.url = url
         self._primary: Address | None = None  # where it was when the Sentinels were asked last
+        self._epoch = 0  # of their configuration then: the next failover's is higher
         self._on_left: set[Callable[[], None]] = set()
         self._left_at = -LEAVE_EVERY_S
         self._sentinels: dict[Address, MultiplexedConnection] = {}
@@ -65,13 +63,20 @@ class OneServer:
             self._tell()
 
     async def find_primary(self) -> Address:
-        """Asks the Sentinels. If it is another one than before, the one before is left. Raises ConnectionError."""
-        command = packed(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self.url.service.encode())
+        """Asks the Sentinels. If it is another one than before, the one before is left. Raises ConnectionError.
+
+        A Sentinel that has not heard of a failover yet is not believed once another one has told of it.
+        """
+        command = packed(b"SENTINEL", b"MASTER", self.url.service.encode())
         for sentinel in self.url.servers:
             if sentinel not in self._sentinels:
                 self._sentinels[sentinel] = _connection(self.url.of_sentinel(sentinel))
         asked = {sentinel: connection.ask(command) for sentinel, connection in self._sentinels.items()}
-        primary = await _first(asked, _watched)
+        try:
+            primary, self._epoch = await _first(asked, self._read)
+        except ConnectionError:
+            self._epoch = 0  # should all be Sentinels that began anew
+            raise
         before, self._primary = self._primary, primary
         if before is not None and before != primary:
             log.warning("the store's primary is another server", extra={"server": str(primary), "before": str(before)})
@@ -100,6 +105,13 @@ class OneServer:
         finally:
             self._looking = None
 
+    def _read(self, reply: Any, sentinel: Address) -> tuple[Address, int]:
+        said = dict(zip(reply[::2], reply[1::2], strict=True))
+        epoch = int(said[b"config-epoch"])
+        if epoch < self._epoch:
+            raise ConnectionError(f"the Sentinel at {sentinel} has not heard of the last failover")
+        return Address(said[b"ip"].decode(), int(said[b"port"])), epoch
+
     def _tell(self) -> None:
         for on_left in list(self._on_left):
             on_left()
@@ -111,7 +123,7 @@ class OneServer:
                 server = self.url.of(await self.find_primary())
             except ConnectionError as err:
                 cause = first_cause(err)
-                if isinstance(cause, UnknownService):
+                if isinstance(cause, ReplyError) and "No such master" in str(cause):
                     raise SettingsError("setting redis_url: the Sentinels watch no primary by the URL's name") from None
                 if isinstance(cause, ReplyError) and "unknown command" in str(cause):
                     raise SettingsError(
@@ -219,12 +231,6 @@ class ClusterMap:
             self._refreshing = None
 
 
-def _watched(reply: Any, sentinel: Address) -> Address:
-    if reply is None:
-        raise UnknownService(f"the Sentinel at {sentinel} watches no primary by that name")
-    return Address(reply[0].decode(), int(reply[1]))
-
-
 def _slots_and_servers(reply: Any, source: Address) -> tuple[list[Address | None], set[Address]]:
     """Of CLUSTER SLOTS: first and last slot, then the servers as (host, port, ...), the primary first."""
     slots: list[Address | None] = [None] * NUM_SLOTS
@@ -232,6 +238,8 @@ def _slots_and_servers(reply: Any, source: Address) -> tuple[list[Address | None
     for first, last, *entries in reply:
         # An empty host is the one that was asked.
         addresses = [Address(entry[0].decode() if entry[0] else source.host, int(entry[1])) for entry in entries]
+        if not all(0 < address.port <= MAX_PORT for address in addresses):
+            raise ValueError(addresses)
         servers.update(addresses)
         slots[first : last + 1] = [addresses[0]] * (last + 1 - first)
     if not servers:
@@ -253,10 +261,10 @@ async def _first(asked: Mapping[Address, Coroutine[Any, Any, Any]], read: Callab
                 try:
                     return read(task.result(), tasks[task])
                 except (ReplyError, OSError) as err:
-                    if error is None or isinstance(err, ReplyError | UnknownService):
+                    if error is None or isinstance(err, ReplyError):
                         error = ConnectionError(f"{tasks[task]}: {str(err) or 'no answer in time'}")
                         error.__cause__ = err
-                except (AttributeError, IndexError, TypeError, ValueError):
+                except (AttributeError, LookupError, TypeError, ValueError):
                     error = error or ConnectionError(f"{tasks[task]}: a reply that cannot be read")
     finally:
         if pending:

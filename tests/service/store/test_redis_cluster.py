@@ -336,7 +336,9 @@ async def test_a_cluster_that_sends_commands_round_in_circles_is_refused_to_foll
     assert commands.count([b"ASKING"]) == redis_cluster.MAX_REDIRECTIONS
 
 
-@pytest.mark.parametrize("reply", [b"-", b"-MOVED", b"-MOVED here", b"-ASK x y:z", b"-ASK 1 h:999999", b"- ASK 1 h:1"])
+@pytest.mark.parametrize(
+    "reply", [b"-", b"-MOVED", b"-MOVED here", b"-ASK x y:z", b"-ASK 1 h:999999", b"-MOVED 1 h:70000", b"- ASK 1 h:1"]
+)
 async def test_a_refusal_that_cannot_be_read_is_handed_on(reply: bytes):
     async with (
         listening(pretending(lambda connection, _: connection.reply(reply))) as server,
@@ -346,12 +348,6 @@ async def test_a_refusal_that_cannot_be_read_is_handed_on(reply: bytes):
             await client.get()
 
     assert str(refused.value).encode() == reply[1:]
-
-
-async def test_an_address_that_cannot_be_connected_to_fails_its_callers_in_time():
-    moved = pretending(lambda connection, _: connection.reply(b"-MOVED 1 127.0.0.1:70000"))
-    async with listening(moved) as server, opened(url_of(server)) as client:
-        assert await client.fault(client.get()) is Fault.CONNECTION
 
 
 async def test_an_address_without_a_host_is_that_of_the_server_which_gives_it():

@@ -23,6 +23,8 @@ from service.store.local_cluster import LocalCluster, WatchedServers
 from service.store.local_server import RedisServer
 from service.store.redis_connection import ReplyError, packed
 from service.store.redis_router import RedisRouter
+from service.store.redis_topology import OneServer
+from service.store.redis_url import Address, RedisUrl
 from tests.service.store.fake_server import Connection, listening, pretending
 from tests.service.store.router_client import Client, opened
 
@@ -345,8 +347,32 @@ async def test_a_primary_that_was_replaced_while_it_is_up_is_left_by_readers_and
 
         await eventually(is_promoted)
         await eventually(both_follow)
+        assert replaceable.primary.ask("ROLE")[0] == b"master"  # the Sentinels have not demoted it yet
         for client in (reader, writer):
             assert client.router.state.addresses == (f"127.0.0.1:{replaceable.replica.port}",)
+
+
+async def test_a_sentinel_that_has_not_heard_of_a_failover_is_not_believed_until_all_began_anew():
+    def says(place: int) -> bytes:
+        parts = [b"ip", b"127.0.0.%d" % place, b"port", b"1", b"config-epoch", b"%d" % epochs[place]]
+        return b"*6\r\n" + b"\r\n".join(b"$%d\r\n%b" % (len(part), part) for part in parts)
+
+    epochs = {1: 7, 2: 8}
+    async with (
+        listening(lambda *_: None) as late,
+        listening(lambda connection, _: connection.reply(says(2))) as early,
+    ):
+        server = OneServer(RedisUrl.parse(f"redis+sentinel://127.0.0.1:{late.port},127.0.0.1:{early.port}/name"))
+        assert await server.find_primary() == Address("127.0.0.2", 1)
+        late.script = lambda connection, _: connection.reply(says(1))
+        for _ in range(20):  # whoever answers first
+            assert await server.find_primary() == Address("127.0.0.2", 1)
+        epochs.update({1: 1, 2: 1})
+        with pytest.raises(ConnectionError, match="has not heard of the last failover"):
+            await server.find_primary()
+
+        assert str(await server.find_primary()).startswith("127.0.0.")
+        await server.aclose()
 
 
 async def test_a_killed_primary_is_left_for_the_one_that_the_sentinels_name(
