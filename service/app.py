@@ -206,4 +206,6 @@ def _control_store(settings: Settings, experiment: str) -> ControlStore:
     if settings.state_dir is None:
         log.warning("no state_dir: a restart while the store is down serves what the experiment file says")
     timeout_s = settings.store_write_timeout_ms / 1000
-    return RedisControlStore.connect(settings.redis_url, experiment=experiment, timeout_s=timeout_s)
+    return RedisControlStore.connect(
+        settings.redis_url, experiment=experiment, timeout_s=timeout_s, prefix=settings.redis_prefix
+    )

@@ -18,6 +18,10 @@ class KeySpace:
         self.words = f"{prefix}:words"
         self.item_changes = f"{prefix}:changes"
 
+    def control(self, experiment: str) -> str:
+        """What should serve; its audit trail has a key beside it."""
+        return f"{self.prefix}:control:{{{experiment}}}"
+
     def profile(self, user: str) -> str:
         """The user's features."""
         return f"{self.prefix}:{{{_user_tag(user)}}}:p"

@@ -7,6 +7,7 @@ import msgspec
 
 from service.store.control_store import MAX_AUDIT_ENTRIES, AuditEntry, ControlDocument, audit_entry
 from service.store.feature_store import StoreUnavailable
+from service.store.keys import KeySpace
 from service.store.redis_connection import ReplyError, packed
 from service.store.redis_router import RedisRouter
 
@@ -16,15 +17,17 @@ _REPLACE = Path(__file__).with_name("replace_control.lua").read_bytes()
 class RedisControlStore:
     """The document of one experiment. Its two keys share a slot of a cluster, and nothing makes them expire."""
 
-    def __init__(self, router: RedisRouter, *, experiment: str) -> None:
+    def __init__(self, router: RedisRouter, *, experiment: str, prefix: str) -> None:
         self._router = router
-        self._key = document_key(experiment).encode()
+        self._key = KeySpace(prefix).control(experiment).encode()
         self._audit_key = self._key + b":audit"
 
     @classmethod
-    def connect(cls, url: str, *, experiment: str, timeout_s: float) -> Self:
+    def connect(cls, url: str, *, experiment: str, timeout_s: float, prefix: str = "cs") -> Self:
         """Connects on first use. Raises SettingsError for a URL that is none."""
-        return cls(RedisRouter(url, timeout_s=timeout_s, on_outcome=lambda _: None), experiment=experiment)
+        return cls(
+            RedisRouter(url, timeout_s=timeout_s, on_outcome=lambda _: None), experiment=experiment, prefix=prefix
+        )
 
     async def revision(self) -> str | None:
         revision = await self._ask(b"HGET", self._key, b"revision")
@@ -58,10 +61,6 @@ class RedisControlStore:
             raise StoreUnavailable(f"the store refused: {err}") from err
         except OSError as err:  # TimeoutError and ConnectionError are OSErrors
             raise StoreUnavailable(f"no answer from the store: {err or type(err).__name__}") from err
-
-
-def document_key(experiment: str) -> str:
-    return f"cs1:control:{{{experiment}}}"
 
 
 def _decoded(content: bytes, kind: Any) -> Any:

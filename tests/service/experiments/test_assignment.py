@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.experiments.assignment import Experiment, ExperimentError, parse, read
 
-USERS = [f"user-{number}" for number in range(1_000_000)]
+USERS = [f"user-{number}" for number in range(200_000)]
 
 
 def experiment(*, salt: str = "2026-11", overrides: dict[str, str] | None = None, **shares: float) -> Experiment:
@@ -30,18 +30,18 @@ def at_50_50() -> list[str]:
     return drawn(experiment(mian=50, stec=50), USERS)
 
 
-def test_a_million_users_split_by_the_shares_and_a_change_moves_only_the_difference(at_50_50: list[str]):
+def test_many_users_split_by_the_shares_and_a_change_moves_only_the_difference(at_50_50: list[str]):
     at_60_40 = drawn(experiment(mian=60, stec=40), USERS)
 
     moves = Counter(zip(at_50_50, at_60_40, strict=True))
-    assert at_50_50.count("mian") / len(USERS) == pytest.approx(0.5, abs=0.002)
-    assert at_60_40.count("mian") / len(USERS) == pytest.approx(0.6, abs=0.002)
-    assert moves["stec", "mian"] / len(USERS) == pytest.approx(0.1, abs=0.002)
+    assert at_50_50.count("mian") / len(USERS) == pytest.approx(0.5, abs=0.004)
+    assert at_60_40.count("mian") / len(USERS) == pytest.approx(0.6, abs=0.004)
+    assert moves["stec", "mian"] / len(USERS) == pytest.approx(0.1, abs=0.004)
     assert moves["mian", "stec"] == 0
 
 
 def test_a_new_arm_takes_its_share_from_all_and_moves_nobody_between_the_others(at_50_50: list[str]):
-    users = USERS[:200_000]
+    users = USERS
 
     with_third = drawn(experiment(mian=40, stec=40, deepfm=20), users)
 
@@ -52,7 +52,7 @@ def test_a_new_arm_takes_its_share_from_all_and_moves_nobody_between_the_others(
 
 
 def test_experiments_with_different_salts_draw_independently(at_50_50: list[str]):
-    users = USERS[:200_000]
+    users = USERS
 
     other = drawn(experiment(mian=50, stec=50, salt="2026-12"), users)
 

@@ -22,8 +22,9 @@ from service.store.control_store import (
     PastShares,
 )
 from service.store.feature_store import StoreUnavailable
+from service.store.keys import KeySpace
 from service.store.local_server import RedisServer
-from service.store.redis_control_store import RedisControlStore, document_key
+from service.store.redis_control_store import RedisControlStore
 
 
 def document(version: int = 1, *, one: float = 50, changed_by: str = "alice") -> ControlDocument:
@@ -158,7 +159,7 @@ async def test_a_document_never_expires(on_redis: RedisControlStore, redis_url: 
 
     with redis.Redis.from_url(redis_url) as client:
         keys: Any = client.keys("*")
-        assert sorted(keys) == [b"cs1:control:{test}", b"cs1:control:{test}:audit"]
+        assert sorted(keys) == [b"cs:control:{test}", b"cs:control:{test}:audit"]
         assert [client.ttl(key) for key in keys] == [-1, -1]
 
 
@@ -168,7 +169,7 @@ async def test_a_document_of_a_later_program_is_read_without_what_is_new(
     later = {**msgspec.to_builtins(document()), "colour": "red", "revision": "r"}
 
     with redis.Redis.from_url(redis_url) as client:
-        client.hset(document_key("test"), mapping={"revision": "r", "document": msgspec.json.encode(later)})
+        client.hset(KeySpace("cs").control("test"), mapping={"revision": "r", "document": msgspec.json.encode(later)})
 
     read = await on_redis.read()
     assert read is not None
@@ -180,7 +181,7 @@ async def test_a_document_that_cannot_be_read_is_as_good_as_no_answer(
     packed: bytes, on_redis: RedisControlStore, redis_url: str
 ) -> None:
     with redis.Redis.from_url(redis_url) as client:
-        client.hset(document_key("test"), mapping={"revision": "r", "document": packed})
+        client.hset(KeySpace("cs").control("test"), mapping={"revision": "r", "document": packed})
 
     with pytest.raises(StoreUnavailable, match="no ControlDocument that can be read"):
         await on_redis.read()
