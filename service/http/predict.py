@@ -13,8 +13,9 @@ from service.http.problems import nested_too_deep
 from service.http.schemas import PredictRequest
 from service.observability.metrics import NO_ARM, Metrics
 from service.scoring.explainer import Explainer
+from service.scoring.pending_score import Outcome, Scored
 from service.scoring.request import MalformedFeatures
-from service.scoring.scorer import Outcome, Scored, Scorer
+from service.scoring.scorer import Scorer
 from service.settings import Settings
 
 ROUTE = "/predict"

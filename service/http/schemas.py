@@ -11,8 +11,8 @@ from models.features.history import Event
 from service.errors import FieldError, InvalidValue, pointer, shown
 from service.ids import MAX_ID_LENGTH, Id, Time, canonical_id, is_id
 from service.scoring.explainer import Explained
+from service.scoring.pending_score import Scored
 from service.scoring.request import Candidates, ScoringRequest
-from service.scoring.scorer import Scored
 
 Features = dict[str, Any]  # what a value may be, the arm's schema says
 

@@ -15,8 +15,9 @@ from service.deadline import Deadline
 from service.errors import DeadlinePassed, ModelFailed, NotExplained, Overloaded, Refusal
 from service.ids import canonical_id
 from service.runtime.backend import BackendError
+from service.scoring.pending_score import PreparedInput, Scored
 from service.scoring.request import ScoringRequest
-from service.scoring.scorer import PreparedInput, Scored, Scorer
+from service.scoring.scorer import Scorer
 
 MAX_PENDING = 4  # one runs, the others wait for it
 

@@ -12,8 +12,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import count
 from typing import Literal
 
@@ -25,11 +24,11 @@ from service.errors import Degraded, ModelFailed, Reason, Refusal, ShadowDropped
 from service.experiments.assignment import Experiment, Running
 from service.ids import canonical_id
 from service.observability.metrics import OTHER_FIELD, Metrics
-from service.runtime.backend import Logits
 from service.runtime.scheduler import Run, RunOutcome, Scheduler, run_once
 from service.scoring.admission import AdmissionController
 from service.scoring.loaded_model import LoadedModel, Models
-from service.scoring.model_inputs import InputLookup, ModelInput
+from service.scoring.model_inputs import ModelInput
+from service.scoring.pending_score import OnOutcome, Outcome, PendingScore, PreparedInput, Scored
 from service.scoring.recent_requests import RecentRequests
 from service.scoring.request import ScoringRequest
 from service.store.codec import NO_HISTORY
@@ -50,112 +49,6 @@ STANDS_IN = {
 }
 
 Fallback = Literal["none", "prior"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """An answer: calibrated click probabilities in the candidates' order, and what it had to do without."""
-
-    request_id: str | int
-    experiment: str
-    arm: str
-    model: str
-    version: str
-    ctr: NDArray[np.float64]
-    degraded: Sequence[Degraded]
-
-
-Outcome = Scored | Exception
-"""A Refusal is the client's to hear; any other exception is an error of ours, MalformedFeatures the body's."""
-OnOutcome = Callable[[Outcome], None]
-
-
-class PendingScore:
-    """One request on its way. Times are perf_counter's but for the deadline."""
-
-    __slots__ = (
-        "arm",
-        "asked_at",
-        "busy_s",
-        "cause",
-        "deadline",
-        "encode_s",
-        "expected_s",
-        "experiment",
-        "fetch_s",
-        "fetched",
-        "infer_s",
-        "input",
-        "is_done",
-        "is_shadow",
-        "logits",
-        "lookup",
-        "model",
-        "on_outcome",
-        "request",
-        "request_id",
-        "run",
-    )
-
-    def __init__(
-        self,
-        request: ScoringRequest,
-        request_id: str | int,
-        deadline: Deadline,
-        on_outcome: OnOutcome,
-        *,
-        experiment: Experiment,
-        arm: str,
-        model: LoadedModel,
-        is_shadow: bool = False,
-        cause: ModelFailed | None = None,
-    ) -> None:
-        self.request = request
-        self.request_id = request_id
-        self.deadline = deadline
-        self.on_outcome = on_outcome
-        self.experiment = experiment
-        self.arm = arm
-        self.model = model
-        self.is_shadow = is_shadow
-        self.cause = cause  # why the arm's own version does not answer, where its previous one is to
-        self.expected_s = 0.0
-        self.asked_at = 0.0
-        self.busy_s = 0.0  # of the event loop and the model
-        self.fetch_s = self.encode_s = self.infer_s = 0.0
-        self.is_done = False
-        self.lookup: InputLookup | None = None
-        self.fetched: Fetched | None = None
-        self.input: ModelInput | None = None
-        self.logits: Logits | None = None
-        self.run: Run | None = None
-
-    @property
-    def num_candidates(self) -> int:
-        return len(self.request.candidates.ids)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedInput:
-    """A request with its model's inputs, not yet run: for explanations."""
-
-    request: ScoringRequest
-    request_id: str | int
-    experiment: Experiment
-    arm: str
-    model: LoadedModel
-    input: ModelInput
-
-    def scored(self, logits: Logits) -> Scored:
-        return Scored(
-            request_id=self.request_id,
-            experiment=self.experiment.name,
-            arm=self.arm,
-            model=self.model.name,
-            version=self.model.version,
-            ctr=self.model.calibration(logits),
-            degraded=self.input.degraded,
-        )
 
 
 class Scorer:

@@ -110,8 +110,8 @@ class Table:
             rows = self._collected(self._rows.select(wrong).collect, engine="streaming").row(0)
             self._check(dict(zip(timed, rows, strict=True)))
         self.notes += [note for reader in readers.values() for note in reader.notes]
-        kept = [ROW, PART] if PART in self.schema else [ROW]
-        return self._rows.select(*kept, **{name: reader.converted() for name, reader in readers.items()})
+        columns = [ROW, PART] if PART in self.schema else [ROW]
+        return self._rows.select(*columns, **{name: reader.converted() for name, reader in readers.items()})
 
     def series(self, name: str, role: Role) -> pl.Series:
         """One column of a small table."""
@@ -316,9 +316,9 @@ class _Reader:
         }
 
     def _text(self) -> pl.Expr:
-        spelled = spelling.as_numbers(self._raw) if self._is_numbers else spelling.as_text(self._raw, self._dtype)
-        assert spelled is not None
-        return spelling.present(spelled, self.reading.null_values)
+        texts = spelling.as_numbers(self._raw) if self._is_numbers else spelling.as_text(self._raw, self._dtype)
+        assert texts is not None
+        return spelling.present(texts, self.reading.null_values)
 
     def _of_lists(self) -> dict[str, pl.Expr]:
         if isinstance(self._dtype, pl.List | pl.Array) or self._dtype == pl.Null:
@@ -377,13 +377,13 @@ class _Reader:
         empty = pl.lit([], dtype=pl.List(pl.String))
         if isinstance(self._dtype, pl.List | pl.Array):
             values = self._raw if isinstance(self._dtype, pl.List) else self._raw.arr.to_list()
-            spelled = spelling.as_text(pl.element(), _inner(self._dtype))
-            assert spelled is not None
-            return values.list.eval(self._present(spelled)).fill_null(empty)
+            texts = spelling.as_text(pl.element(), _inner(self._dtype))
+            assert texts is not None
+            return values.list.eval(self._present(texts)).fill_null(empty)
         if self._dtype != pl.String:
-            spelled = spelling.as_text(self._raw, self._dtype)
-            assert spelled is not None
-            return pl.when(self._raw.is_not_null()).then(pl.concat_list(spelled)).otherwise(empty)
+            texts = spelling.as_text(self._raw, self._dtype)
+            assert texts is not None
+            return pl.when(self._raw.is_not_null()).then(pl.concat_list(texts)).otherwise(empty)
         parts = self._parts()
         if self._is_numbers:
             parts = parts.list.eval(self._present(spelling.as_numbers(pl.element())))
