@@ -70,6 +70,10 @@ class Settings(BaseSettings):
     store_write_timeout_ms: float = Field(
         default=1000, gt=0, le=10_000, description="Events are refused with 503 after so many milliseconds."
     )
+    event_durability: Literal["memory", "disk", "replica"] = Field(
+        default="memory",
+        description="What an event that was taken has reached: the store's memory, its disk or a replica.",
+    )
     item_cache_rows: int = Field(
         default=100_000,
         ge=1,

@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -51,6 +51,7 @@ ITEMS_A_CHANGE = 1000
 MAX_CHANGES = 1000  # that the stream holds, or a few more
 MAX_CHANGES_READ = 500  # in one go: well before they are trimmed
 MAX_READABLE = 100_000  # features of clicks that are known to have no unknown word
+Durability = Literal["memory", "disk", "replica"]
 BREAKER_OPEN = "the store has stopped answering and is being probed"
 
 
@@ -83,6 +84,7 @@ def opened(
         prefix=settings.redis_prefix,
         limits=limits,
         faults=faults,
+        durability=settings.event_durability,
     )
 
 
@@ -93,8 +95,18 @@ class RedisStore(FeatureStore):
     wait longer. Each has its circuit breaker: a server too slow for predictions may still take events.
     """
 
-    def __init__(self, reads: "_Side", writes: "_Side", *, keys: KeySpace, limits: Limits, faults: FaultState) -> None:
+    def __init__(
+        self,
+        reads: "_Side",
+        writes: "_Side",
+        *,
+        keys: KeySpace,
+        limits: Limits,
+        faults: FaultState,
+        durability: Durability,
+    ) -> None:
         self._faults = faults
+        self._durability = durability
         self._reads = reads
         self._writes = writes
         self._keys = keys
@@ -113,6 +125,7 @@ class RedisStore(FeatureStore):
         prefix: str = "cs",
         limits: Limits | None = None,
         faults: FaultState | None = None,
+        durability: Durability = "memory",
     ) -> Self:
         """Connects on first use. Raises SettingsError for a URL that is none. `faults` hears of what goes wrong."""
         faults = faults or FaultState(lambda _fault, _stands: None, lambda _fault: None)
@@ -121,7 +134,7 @@ class RedisStore(FeatureStore):
         write_timeout_s = write_timeout_s or timeout_s
         shared = reads.router.topology
         writes = _Side(url, timeout_s=write_timeout_s, probe_key=keys.words, faults=faults, topology=shared)
-        return cls(reads, writes, keys=keys, limits=limits or Limits(), faults=faults)
+        return cls(reads, writes, keys=keys, limits=limits or Limits(), faults=faults, durability=durability)
 
     # --- reading ---
 
@@ -226,7 +239,20 @@ class RedisStore(FeatureStore):
         answers = [_value(reply) for reply in replies]
         if self._faults.standing:
             self._faults.written()
+        if self._durability != "memory":
+            await self._wait_until_durable({self._writes.slot(key): key for key, _ in scripts}.values())
         return answers
+
+    async def _wait_until_durable(self, keys: Collection[str]) -> None:
+        """Behind the writes on the same connections. Raises StoreUnavailable where it takes too long."""
+        timeout_ms = str(math.floor(self._writes.timeout_s * 500))  # its answer still has to come
+        if self._durability == "disk":
+            wait, what = packed_command(b"WAITAOF", ["1", "0", timeout_ms]), "written to the store's disk"
+        else:
+            wait, what = packed_command(b"WAIT", ["1", timeout_ms]), "with a replica"
+        for reply in await self._writes.ask_all([(key, wait) for key in keys]):
+            if not (reply[0] if isinstance(reply, list) else reply):
+                raise StoreUnavailable(f"the events are not {what} yet")
 
     def _append_arguments(self, events: Sequence[Click | Mark]) -> tuple[str, list[str | bytes]]:
         """One of the keys, and what follows the script."""
@@ -348,6 +374,7 @@ class _Side:
         self, url: str, *, timeout_s: float, probe_key: str, faults: FaultState, topology: Topology | None = None
     ) -> None:
         self._probe_key = probe_key.encode()
+        self.timeout_s = timeout_s
         self._faults = faults
         self.breaker = CircuitBreaker(self._probe)
         self.router = RedisRouter(
