@@ -146,12 +146,17 @@ OrderKey = tuple[float, str, bytes]
 
 def order(click: Click) -> OrderKey:
     """Where a click stands in its user's past."""
-    return click.ts, click.item, event_tag(click)[:RECORD_TAG_BYTES]
+    return click.ts, click.item, record_tag(click.event_id)
 
 
 def event_tag(event: Click | Mark) -> bytes:
     """What stands for an event among those of one owner and day."""
     return _tag(event.type, event.event_id)
+
+
+def record_tag(event_id: str) -> bytes:
+    """What tells a click from others of its user, item and time."""
+    return _tag("click", event_id)[:RECORD_TAG_BYTES]
 
 
 @lru_cache(maxsize=4096)  # asked for three times of each event
@@ -206,7 +211,7 @@ EMPTY_HISTORY = _HEADER.pack(LAYOUT, 0, 0, 0)
 
 def pack_click(click: Click, words: WordTable) -> bytes:
     """The click's record."""
-    return _record(click.ts, event_tag(click)[:RECORD_TAG_BYTES], click.item, words.pack(click.rows))
+    return _record(click.ts, record_tag(click.event_id), click.item, words.pack(click.rows))
 
 
 def pack_records(

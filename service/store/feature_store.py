@@ -45,6 +45,9 @@ OnFetched = Callable[[Fetched | StoreUnavailable], None]
 class FeatureStore(Protocol):
     """Raw values only: ids exist after `encode`. Every coroutine may raise StoreUnavailable."""
 
+    max_clicks: int
+    """Of a user: more are not kept."""
+
     def fetch_soon(
         self,
         user: str | None,

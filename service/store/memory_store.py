@@ -36,7 +36,7 @@ class MemoryStore(FeatureStore):
     """
 
     def __init__(self, *, max_clicks: int = 100, max_bytes: int = 32_768) -> None:
-        self._max_clicks = max_clicks
+        self.max_clicks = max_clicks
         self._max_bytes = max_bytes
         self._users: dict[str, Row] = {}
         self._items: dict[str, bytes] = {}
@@ -105,13 +105,13 @@ class MemoryStore(FeatureStore):
         if at < len(past.clicks) and past.clicks[at][0] == key:
             return False
         past.clicks.insert(at, (key, click))
-        del past.clicks[: -self._max_clicks]
+        del past.clicks[: -self.max_clicks]
         dropped = None
         while sum(len(pack_click(c, NO_WORDS)) for _, c in past.clicks) > self._max_bytes:
             dropped, _ = past.clicks.pop(0)
         if dropped is not None:
             past.floor = dropped
-        elif len(past.clicks) == self._max_clicks:
+        elif len(past.clicks) == self.max_clicks:
             past.floor = None
         return True
 

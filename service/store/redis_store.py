@@ -105,6 +105,7 @@ class RedisStore(FeatureStore):
         self._writes = writes
         self._keys = keys
         self._limits = limits
+        self.max_clicks = limits.max_clicks
         self._words = WordTable()
         self._readable: set[bytes] = set()
         self._awaiting_words: list[OnReply] = []
@@ -238,7 +239,7 @@ class RedisStore(FeatureStore):
         return next(iter(keys)), [str(len(keys)), *keys, *arguments]
 
     async def merge(self, clicks: ClickTable, *, max_per_s: float | None = None) -> list[int | None]:
-        clicks = clicks.newest(self._limits.max_clicks)
+        clicks = clicks.newest(self.max_clicks)
         items = clicks.items.values
         stored = await self._item_rows(items)
         await self._put_lost_words()
