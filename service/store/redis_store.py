@@ -244,8 +244,10 @@ class RedisStore(FeatureStore):
         stored = await self._item_rows(items)
         await self._put_lost_words()
         rows = clicks.rows([stored[item] for item in items])
-        await self._add_words(rows.values)
-        features = Column(values=[self._words.pack(each) for each in rows.values], positions=rows.positions)
+        packed, candidates = self._words.pack_many(rows.values)
+        while await self._add_words(candidates):
+            packed, candidates = self._words.pack_many(rows.values)
+        features = Column(values=packed, positions=rows.positions)
         calls = self._merge_calls(clicks.records(features))
         num_new: dict[str, int | None] = {}
         num_sent, started = 0, time.monotonic()
@@ -307,14 +309,17 @@ class RedisStore(FeatureStore):
         if await self._writes.ask(key, packed_command(b"HLEN", [key])) < len(self._words):
             await self._put_words(self._words.words)
 
-    async def _add_words(self, features: Sequence[Rows]) -> None:
-        """Gives the words of clicks' features their codes: those of their values, then of their shapes."""
-        for _ in range(2):
+    async def _add_words(self, features: Sequence[Rows]) -> bool:
+        """Gives the words of clicks' features their codes: those of their values, then of their shapes.
+
+        Whether there were new ones.
+        """
+        for is_again in (False, True):
             new: dict[bytes, bytes] = {}
             for rows in features:
                 new.update(self._words.new_words(rows))
             if not new:
-                return
+                return is_again
             codes = list(new)
             stored = await self._words_at(codes)
             absent = {code: new[code] for code in codes if stored[code] is None}
@@ -323,6 +328,7 @@ class RedisStore(FeatureStore):
                 stored = await self._words_at(codes)
             self._words.add({code: word for code, word in stored.items() if word is not None})
             self._words.add_collided(word for code, word in new.items() if stored[code] != word)
+        return True
 
     async def _words_at(self, codes: Sequence[bytes]) -> dict[bytes, bytes | None]:
         words = await self._writes.ask(self._keys.words, packed_command(b"HMGET", [self._keys.words, *codes]))

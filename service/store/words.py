@@ -50,6 +50,7 @@ class WordTable:
         self._words_of_feature: dict[str, set[bytes]] = {}
         self._packed: dict[tuple[type, Value], tuple[bytes, bool]] = {}
         self._shape_codes: dict[Shape, bytes | None] = {}
+        self._num_forgotten = 0  # of values and shapes: they were packed, and how was not remembered
         self._values: dict[bytes, Value] = {}  # unpacked, by code
         self._shapes: dict[bytes, Shape] = {}
 
@@ -120,6 +121,20 @@ class WordTable:
             return SPELLED + _encode(rows)
         return b"".join([code, *codes, _encode(values) if values else b""])
 
+    def pack_many(self, features: Iterable[Rows]) -> tuple[list[bytes], list[Rows]]:
+        """The features of many clicks packed, and those among them that may have new words.
+
+        The others have nothing that was not packed since a word was added.
+        """
+        packed: list[bytes] = []
+        candidates: list[Rows] = []
+        for rows in features:
+            num_forgotten = self._num_forgotten
+            packed.append(self.pack(rows))
+            if self._num_forgotten > num_forgotten:
+                candidates.append(rows)
+        return packed, candidates
+
     def unpack(self, packed: bytes) -> Rows:
         """Raises UnknownWordError, and ValueError for what is no click's features."""
         if not packed:
@@ -148,6 +163,7 @@ class WordTable:
         word = _word(value)
         packed = (code_of(word), True) if word is not None and self._is_known(word) else (_encode(value), False)
         if is_remembered:
+            self._num_forgotten += 1
             if len(self._packed) >= MAX_REMEMBERED:
                 self._packed.clear()
             self._packed[type(value), value] = packed
@@ -156,6 +172,7 @@ class WordTable:
     def _shape_code(self, shape: Shape) -> bytes | None:
         """None where it is no known word."""
         if shape not in self._shape_codes:
+            self._num_forgotten += 1
             if len(self._shape_codes) >= MAX_REMEMBERED:
                 self._shape_codes.clear()
             word = _encode(shape)
