@@ -22,14 +22,13 @@ from service.ids import MAX_AHEAD_S
 from service.ingest import partitions
 from service.ingest.click_log import ClickLog
 from service.ingest.parquet_rows import ROW, ParquetRows
-from service.ingest.partitions import ROWS_A_PART
 from service.store.click_table import ClickTable, Column
 from service.store.codec import RECORD_TAG_BYTES, present, record_tag
 from service.store.feature_store import FeatureStore
 
 T = TypeVar("T")
 
-_ROWS_A_BLOCK = 250_000
+_ROWS_A_BLOCK = 150_000
 _FEATURES_A_BLOCK = 50_000
 _FEATURES_AT_ONCE = 1000
 _TAG = " tag"
@@ -58,7 +57,7 @@ async def load_behaviours(
     rows = ParquetRows(path)
     log = ClickLog(rows, latest=now() + MAX_AHEAD_S)
     loading = _Loading(log, store, max_per_s)
-    if log.num_clicks <= ROWS_A_PART:
+    if log.num_clicks <= partitions.ROWS_A_PART:
         clicks = list(log.blocks(_ROWS_A_BLOCK))
         progress = _Progress("clicks", sum(block.height for block in clicks))
         if progress.total:
@@ -93,9 +92,8 @@ async def load_behaviours(
 
 def _folder(rows: ParquetRows, store_name: str) -> Path:
     """Where the parts of a load stand: another one for other content and for another store."""
-    files = rows.files or sorted(rows.path.parent.glob(rows.path.name))
-    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = hashlib.blake2b(repr((facts, store_name)).encode(), digest_size=8).hexdigest()
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in rows.files]
+    name = hashlib.blake2b(repr((str(rows.path.resolve()), facts, store_name)).encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"clickserve-load-{name}"
 
 

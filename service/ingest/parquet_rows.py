@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import polars as pl
@@ -20,11 +21,9 @@ class ParquetRows:
     def __init__(self, path: Path) -> None:
         """Raises LoadError for what is no Parquet file, or holds what is no raw value."""
         self.path = path
-        self.files = _parts(path)
+        self.files = _files(path)
         with self.reading():
-            scan = pl.scan_parquet(
-                self.files or path, hive_partitioning=False, glob=not path.is_file(), row_index_name=ROW
-            )
+            scan = pl.scan_parquet(self.files or path, hive_partitioning=False, glob=False, row_index_name=ROW)
             schema = scan.collect_schema()
             spelled = _spelled(scan, schema)
             self.scan = scan.with_columns(spelled) if spelled else scan
@@ -85,10 +84,13 @@ class ParquetRows:
                 raise LoadError(f"{self.path}: row {row[ROW]}: {err}") from err
 
 
-def _parts(path: Path) -> list[Path]:
-    """The files of a folder, but for those whose name begins with `_` or `.`, as engines write beside their parts."""
+def _files(path: Path) -> list[Path]:
+    """The file, those of the pattern, or those of the folder, but for what engines write beside: `_SUCCESS`, `.crc`."""
+    if path.is_file():
+        return [path]
     if not path.is_dir():
-        return []
+        names = glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no pattern that begins at the root
+        return sorted(found for name in names if (found := Path(name)).is_file())
     return sorted(
         p for p in path.rglob("*") if p.is_file() and not any(n[0] in "_." for n in p.relative_to(path).parts)
     )
