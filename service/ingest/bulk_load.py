@@ -28,7 +28,7 @@ from service.store.feature_store import FeatureStore
 
 T = TypeVar("T")
 
-_ROWS_A_BLOCK = 150_000
+_ROWS_A_BLOCK = 250_000
 _FEATURES_A_BLOCK = 50_000
 _FEATURES_AT_ONCE = 1000
 _TAG = " tag"

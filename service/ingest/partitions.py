@@ -16,7 +16,7 @@ import polars as pl
 
 from service.errors import LoadError
 
-ROWS_A_PART = 150_000
+ROWS_A_PART = 200_000
 _STATE = "state.json"
 _PART = " part"
 
