@@ -47,8 +47,8 @@ async def load_behaviours(
 
     Columns `user`, `item`, `ts` (Unix seconds, or a Parquet time, which is UTC where it names no zone); if there is a
     `type` (click or impression) or a `label` (1 or 0), only its clicks count. As of events, clicks more than 300 s
-    ahead of now are not taken, and are counted on stderr. Without an `event_id` a click is known by its user, item,
-    time and how many such stand before it, so loading a file again changes nothing. Further columns are the item's
+    ahead of now are not taken, and are counted on stderr. A click is known by its user, item, time, and `event_id`, or
+    without that by how many such stand before it, so loading a file again changes nothing. Further columns are the item's
     features at that time; the others are taken as stored now.
 
     All rows are checked before the first is sent. `resume` goes on with an interrupted load of the same file into the
@@ -121,7 +121,7 @@ class _Loading:
         ordered = self._ordered(clicks)
         counts = ordered["user"].rle().struct.field("len").to_numpy()
         from_end = np.repeat(np.cumsum(counts), counts) - np.arange(ordered.height)
-        return ordered.filter(from_end <= self._store.max_clicks)
+        return ordered.filter(from_end <= self._store.max_clicks).select(clicks.columns)
 
     def end(self) -> int:
         """How many clicks are new. Raises LoadError where users were left out."""
@@ -138,9 +138,7 @@ class _Loading:
             return clicks.sort("user", "ts", "item", maintain_order=True)
         tags = pl.Series(_TAG, [record_tag(event_id) for event_id in clicks["event_id"].to_list()], dtype=pl.Binary)
         ordered = clicks.with_columns(tags).sort("user", "ts", "item", _TAG, maintain_order=True)
-        for known_by in (["user", "event_id"], ["user", "ts", "item", _TAG]):
-            ordered = ordered.unique(known_by, keep="first", maintain_order=True)
-        return ordered
+        return ordered.unique(["user", "ts", "item", _TAG], keep="first", maintain_order=True)
 
     def _table(self, clicks: pl.DataFrame) -> ClickTable:
         users = clicks["user"].rle()

@@ -46,17 +46,18 @@ class Partitions:
     def add(self, clicks: pl.DataFrame) -> None:
         parts = clicks.with_columns((pl.col("user").hash(seed=0) % len(self._sizes)).cast(pl.Int64).alias(_PART))
         for (part,), piece in parts.partition_by(_PART, include_key=False, as_dict=True).items():
-            folder = self._part(part)
-            folder.mkdir(exist_ok=True)
-            piece.write_ipc(folder / f"{self._num_pieces:06d}.arrow")
+            with _writing(self._folder):
+                self._part(part).mkdir(exist_ok=True)
+                piece.write_ipc(self._part(part) / f"{self._num_pieces:06d}.arrow")
             self._sizes[part] += piece.height
         self._num_pieces += 1
 
     def complete(self) -> None:
         """Says that all was added: from here on the load can go on after an interruption."""
         unfinished = self._folder / "unfinished"
-        unfinished.write_text(json.dumps(self._sizes))
-        unfinished.rename(self._folder / _STATE)
+        with _writing(self._folder):
+            unfinished.write_text(json.dumps(self._sizes))
+            unfinished.rename(self._folder / _STATE)
         self.is_complete = True
 
     def parts(self, shrink: Callable[[pl.DataFrame], pl.DataFrame]) -> Iterator[tuple[pl.DataFrame, int]]:
@@ -101,8 +102,7 @@ def opened(folder: Path, num_clicks: int, *, resume: bool) -> Iterator[Partition
             _empty(folder)
         partitions = Partitions(folder, num_clicks)
         try:
-            with _writing(folder):
-                yield partitions
+            yield partitions
         except BaseException:
             if not partitions.is_complete:
                 shutil.rmtree(folder)
