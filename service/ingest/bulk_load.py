@@ -48,8 +48,8 @@ async def load_behaviours(
     Columns `user`, `item`, `ts` (Unix seconds, or a Parquet time, which is UTC where it names no zone); if there is a
     `type` (click or impression) or a `label` (1 or 0), only its clicks count. As of events, clicks more than 300 s
     ahead of now are not taken, and are counted on stderr. A click is known by its user, item, time, and `event_id`, or
-    without that by how many such stand before it, so loading a file again changes nothing. Further columns are the item's
-    features at that time; the others are taken as stored now.
+    without that by how many such stand before it, so loading a file again changes nothing. Further columns are features
+    of the click; those of its item that the file does not bring are taken as stored now.
 
     All rows are checked before the first is sent. `resume` goes on with an interrupted load of the same file into the
     store of that name. At most `max_per_s` clicks a second are sent.
