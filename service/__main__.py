@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,9 @@ import uvloop
 
 from models.artifact.errors import ArtifactError
 from service import settings
+from service.errors import LoadError
 from service.experiments import assignment
 from service.experiments.assignment import ExperimentError
-from service.ingest import bulk_load
-from service.ingest.bulk_load import LoadError
 from service.observability import json_log, multiprocess
 from service.process import supervisor
 from service.process.supervisor import Host, WorkerError
@@ -52,10 +52,20 @@ async def _run(arguments: argparse.Namespace) -> None:
         host = Host(command=WORKER, reload=lambda: _serve_settings(arguments), ended=multiprocess.leave)
         await supervisor.serve(_serve_settings(arguments), host, serve_here)
         return
-    store = redis_store.opened(settings.load(arguments.config), write_timeout_s=LOADING_TIMEOUT_S)
+    from service.ingest import bulk_load  # and polars, which a service needs not
+
+    loaded = settings.load(arguments.config)
+    store = redis_store.opened(loaded, write_timeout_s=LOADING_TIMEOUT_S)
     try:
         if arguments.command == "load-behaviours":
-            print(f"{await bulk_load.load_behaviours(arguments.file, store)} new clicks")
+            new = await bulk_load.load_behaviours(
+                arguments.file,
+                store,
+                store_name=f"{loaded.redis_url} {loaded.redis_prefix}",
+                resume=arguments.resume,
+                max_per_s=arguments.max_per_second,
+            )
+            print(f"{new} new clicks")
         else:
             print(f"{await bulk_load.load_features(arguments.kind, arguments.file, store)} {arguments.kind}")
     finally:
@@ -99,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--workers", type=int, help="processes, one a core; 0, the default, is as many as there are")
     serve.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)  # one of those, told all on stdin
     behaviours = commands.add_parser("load-behaviours", help="past clicks from Parquet: columns user, item, ts")
+    behaviours.add_argument("--resume", action="store_true", help="go on with a load of this file that was interrupted")
+    behaviours.add_argument(
+        "--max-per-second", type=_rate, metavar="N", help="clicks a second, to leave more of the store to others"
+    )
     features = commands.add_parser("load-features", help="users' or items' raw features from Parquet")
     features.add_argument("kind", choices=("users", "items"))
     for command in (behaviours, features):
@@ -107,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         text = "settings as YAML; CLICKSERVE_* variables win over it, options over both"
         command.add_argument("--config", type=Path, help=text)
     return parser
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return rate
 
 
 if __name__ == "__main__":

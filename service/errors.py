@@ -13,6 +13,10 @@ import msgspec
 MAX_ERRORS = 100  # of one answer: a client that sends a thousand bad candidates needs no list of them all
 
 
+class LoadError(ValueError):
+    """A file that cannot be loaded into the store: what was expected, what came, where."""
+
+
 class Reason(StrEnum):
     """Why a request is refused: the `reason` label of clickserve_rejected_total and of the log."""
 

@@ -1,1 +1,1 @@
-"""What comes in beside requests: events over HTTP, bulk_load from Parquet."""
+"""What comes in beside requests: events over HTTP; from Parquet bulk_load by parquet_rows, click_log, partitions."""

@@ -18,9 +18,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal, overload
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from models.features.history import Event
 from models.features.values import Row
@@ -32,7 +35,7 @@ LAYOUT = 2
 MAX_FEATURES_BYTES = 8192  # of one row, packed
 MAX_TS = 2**48 / 1e4  # in the year 2861
 TAG_BYTES = 6  # a thousand events of one user and day have two with one tag once in a billion days
-_RECORD_TAG_BYTES = 3
+RECORD_TAG_BYTES = 3
 
 EventType = Literal["impression", "click"]
 
@@ -79,7 +82,7 @@ class Click:
 
     @property
     def rows(self) -> Rows:
-        return _present(self.item_features), _present(self.features), _present(self.context)
+        return present(self.item_features), present(self.features), present(self.context)
 
 
 def _check_ts(ts: float) -> None:
@@ -129,8 +132,13 @@ def _rows_of(packed: bytes, words: WordTable) -> Rows:
 
 def enriched(click: Click, item: Row | None) -> Click:
     """The click with its item's stored features, but for those that it brought itself."""
-    others = {name: value for name, value in (item or {}).items() if click.features.get(name) is None}
+    others = absent_in(click.features, item or {})
     return replace(click, item_features=others) if others else click
+
+
+def absent_in(features: Row, item: Row) -> Row:
+    """An item's features, but for those that its click brought itself."""
+    return {name: value for name, value in item.items() if features.get(name) is None}
 
 
 OrderKey = tuple[float, str, bytes]
@@ -138,12 +146,17 @@ OrderKey = tuple[float, str, bytes]
 
 def order(click: Click) -> OrderKey:
     """Where a click stands in its user's past."""
-    return click.ts, click.item, event_tag(click)[:_RECORD_TAG_BYTES]
+    return click.ts, click.item, record_tag(click.event_id)
 
 
 def event_tag(event: Click | Mark) -> bytes:
     """What stands for an event among those of one owner and day."""
     return _tag(event.type, event.event_id)
+
+
+def record_tag(event_id: str) -> bytes:
+    """What tells a click from others of its user, item and time."""
+    return _tag("click", event_id)[:RECORD_TAG_BYTES]
 
 
 @lru_cache(maxsize=4096)  # asked for three times of each event
@@ -160,7 +173,7 @@ _ROW: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(_Row)
 def pack_row(row: Row) -> bytes:
     """Raises ValueError for a row that is too large or holds what is no raw value."""
     try:
-        packed = msgspec.msgpack.encode(_present(row))
+        packed = msgspec.msgpack.encode(present(row))
         _ROW.decode(packed)
     except (TypeError, OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as err:
         raise ValueError(f"features are strings, numbers of 64 bits, booleans and lists of them ({err})") from err
@@ -180,7 +193,7 @@ def unpack_row(packed: bytes | None) -> Row | None:
         return None
 
 
-def _present(row: Row) -> Row:
+def present(row: Row) -> Row:
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -192,18 +205,53 @@ _TS = struct.Struct(">Q")
 _LONG = 255  # in place of a size of one byte: two follow
 _TEXT, _NUMBER, _LONG_TEXT = 22, 22, 31
 _TS_BYTES = 6
-_FRONT_BYTES = 1 + _TS_BYTES + _RECORD_TAG_BYTES  # of a record behind its size, up to the item
+_FRONT_BYTES = 1 + _TS_BYTES + RECORD_TAG_BYTES  # of a record behind its size, up to the item
 EMPTY_HISTORY = _HEADER.pack(LAYOUT, 0, 0, 0)
 
 
 def pack_click(click: Click, words: WordTable) -> bytes:
     """The click's record."""
-    return _record(click.ts, event_tag(click)[:_RECORD_TAG_BYTES], click.item, words.pack(click.rows))
+    return _record(click.ts, record_tag(click.event_id), click.item, words.pack(click.rows))
+
+
+def pack_records(
+    *,
+    ts: NDArray[np.int64],
+    tags: NDArray[np.uint8],
+    items: Sequence[str],
+    item_positions: NDArray[np.int64],
+    features: Sequence[bytes],
+    features_positions: NDArray[np.int64],
+) -> tuple[list[bytes], NDArray[np.int64]]:
+    """The records of many clicks, each as pack_click makes it: their pieces, three a click, and their sizes.
+
+    Times are in tenths of a millisecond; each item and each click's features stand in a list of the distinct ones.
+    """
+    packed_items = [_packed_item(item) for item in items]
+    forms = np.frombuffer(b"".join(form for form, _ in packed_items), np.uint8)
+    texts = [text for _, text in packed_items]
+    sizes = 1 + _FRONT_BYTES + _lengths(texts)[item_positions] + _lengths(features)[features_positions]
+    is_long = sizes >= _LONG
+    heads = np.empty((len(ts), 1 + _FRONT_BYTES), np.uint8)
+    heads[:, 0] = np.where(is_long, _LONG, sizes)
+    heads[:, 1] = forms[item_positions]
+    heads[:, 2 : 2 + _TS_BYTES] = ts.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 2:]
+    heads[:, -RECORD_TAG_BYTES:] = tags
+    fronts: list[bytes] = heads.view(f"V{heads.shape[1]}").ravel().tolist()
+    for click in np.flatnonzero(is_long).tolist():
+        front = fronts[click]
+        fronts[click] = front[:1] + _U16.pack(sizes[click] + 2) + front[1:]
+    item_texts, packed_features = map(texts.__getitem__, item_positions), map(features.__getitem__, features_positions)
+    return list(chain.from_iterable(zip(fronts, item_texts, packed_features, strict=True))), sizes + 2 * is_long
+
+
+def _lengths(texts: Sequence[bytes]) -> NDArray[np.int64]:
+    return np.fromiter(map(len, texts), np.int64, len(texts))
 
 
 def tombstone(at: float) -> bytes:
     """The history of a user who was deleted at `at`: empty, and takes no click of before."""
-    floor = _record(at, b"\xff" * _RECORD_TAG_BYTES, "", b"")
+    floor = _record(at, b"\xff" * RECORD_TAG_BYTES, "", b"")
     return _HEADER.pack(LAYOUT, 0, 0, len(floor)) + floor
 
 

@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from models.features.values import Row
+from service.store.click_table import ClickTable
 from service.store.codec import Click, ClickHistory, Mark
 from service.store.faults import Failure
 
@@ -53,6 +54,9 @@ OnFetched = Callable[[Fetched | StoreUnavailable], None]
 class FeatureStore(Protocol):
     """Raw values only: ids exist after `encode`. Every coroutine may raise StoreUnavailable."""
 
+    max_clicks: int
+    """Of a user: more are not kept."""
+
     def fetch_soon(
         self,
         user: str | None,
@@ -90,6 +94,14 @@ class FeatureStore(Protocol):
         The past of a user is the same for any order, repetition and grouping of appends: the newest clicks by
         (ts, item), as many as fit its bounds, in number and in bytes. So after an error, which may have stored a part,
         the whole call is simply made again. What is wrong with one user's keys fails that user's events alone.
+        """
+
+    async def merge(self, clicks: ClickTable, *, max_per_s: float | None = None) -> list[int | None]:
+        """Put many users' clicks into their pasts, as `append` would, but with nothing kept to know them by.
+
+        A click is known by its time, item and tag, as long as it is in the past. Returns for each user how many of the
+        clicks are new and among those kept; None for one whose past cannot be read, which is left as it is. At most
+        `max_per_s` clicks a second are sent.
         """
 
     async def delete_user(self, user: str, *, at: float) -> None:

@@ -3,8 +3,10 @@
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from models.features.values import Row
+from service.store.click_table import ClickTable
 from service.store.codec import (
     NO_WORDS,
     Click,
@@ -25,7 +27,7 @@ MAX_CHANGES = 10_000  # that are remembered
 
 @dataclass(kw_only=True, slots=True)
 class _Past:
-    clicks: list[Click] = field(default_factory=list)
+    clicks: list[tuple[OrderKey, Click]] = field(default_factory=list)
     floor: OrderKey | None = None  # what is not later is not taken
 
 
@@ -36,7 +38,7 @@ class MemoryStore(FeatureStore):
     """
 
     def __init__(self, *, max_clicks: int = 100, max_bytes: int = 32_768) -> None:
-        self._max_clicks = max_clicks
+        self.max_clicks = max_clicks
         self._max_bytes = max_bytes
         self._users: dict[str, Row] = {}
         self._items: dict[str, bytes] = {}
@@ -56,7 +58,7 @@ class MemoryStore(FeatureStore):
         timeout_s: float | None = None,  # noqa: ARG002 - it answers at once
     ) -> None:
         past = self._pasts.get(user or "", _Past())
-        earlier = [c for c in past.clicks if c.ts < before]
+        earlier = [click for _, click in past.clicks if click.ts < before]
         last = earlier[max(len(earlier) - limit, 0) :]
         on_fetched(
             Fetched(
@@ -73,26 +75,49 @@ class MemoryStore(FeatureStore):
         for event in events:
             known = self._known.setdefault(event.owner, set())
             tag = event_tag(event)
-            outcomes.append(Outcome.KNOWN if tag in known else Outcome.NEW)
-            if tag not in known:
-                known.add(tag)
-                if isinstance(event, Click):
-                    self._insert(enriched(event, unpack_row(self._items.get(event.item))))
+            if tag in known:
+                outcomes.append(Outcome.KNOWN)
+                continue
+            known.add(tag)
+            is_new = True
+            if isinstance(event, Click):
+                is_new = self._insert(order(event), enriched(event, unpack_row(self._items.get(event.item))))
+            outcomes.append(Outcome(is_new))
         return outcomes
 
-    def _insert(self, click: Click) -> None:
+    async def merge(self, clicks: ClickTable, *, max_per_s: float | None = None) -> list[int | None]:  # noqa: ARG002
+        rows = clicks.rows([unpack_row(self._items.get(item)) for item in clicks.items.values])
+        num_new: list[int | None] = []
+        begin = 0
+        for user, end in zip(clicks.users, clicks.ends.tolist(), strict=True):
+            before = {key for key, _ in self._pasts.get(user, _Past()).clicks}
+            for n in range(begin, end):
+                item, ts = clicks.items[n], int(clicks.ts[n]) / 1e4
+                item_features, features, _ = rows[n]
+                click = Click(event_id="", user=user, item=item, ts=ts, features=features, item_features=item_features)
+                self._insert((ts, item, clicks.tags[n].tobytes()), click)
+            num_new.append(len({key for key, _ in self._pasts[user].clicks} - before))
+            begin = end
+        return num_new
+
+    def _insert(self, key: OrderKey, click: Click) -> bool:
+        """Whether the click was not there."""
         past = self._pasts.setdefault(click.user, _Past())
-        if past.floor is not None and order(click) <= past.floor:
-            return
-        bisect.insort(past.clicks, click, key=order)
-        del past.clicks[: -self._max_clicks]
+        if past.floor is not None and key <= past.floor:
+            return True
+        at = bisect.bisect_left(past.clicks, key, key=itemgetter(0))
+        if at < len(past.clicks) and past.clicks[at][0] == key:
+            return False
+        past.clicks.insert(at, (key, click))
+        del past.clicks[: -self.max_clicks]
         dropped = None
-        while sum(len(pack_click(c, NO_WORDS)) for c in past.clicks) > self._max_bytes:
-            dropped = past.clicks.pop(0)
+        while sum(len(pack_click(c, NO_WORDS)) for _, c in past.clicks) > self._max_bytes:
+            dropped, _ = past.clicks.pop(0)
         if dropped is not None:
-            past.floor = order(dropped)
-        elif len(past.clicks) == self._max_clicks:
+            past.floor = dropped
+        elif len(past.clicks) == self.max_clicks:
             past.floor = None
+        return True
 
     async def delete_user(self, user: str, *, at: float) -> None:
         self._users.pop(user, None)

@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import math
+import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +17,7 @@ import msgspec
 from models.features.values import Row
 from service.settings import Settings, SettingsError
 from service.store.circuit_breaker import CircuitBreaker
+from service.store.click_table import ClickTable, Column, UserRecords
 from service.store.codec import (
     NO_HISTORY,
     Click,
@@ -42,14 +45,16 @@ from service.store.feature_store import (
 from service.store.keys import DAY_S, KeySpace, day_of
 from service.store.redis_connection import OnReply, ReplyError, packed_command
 from service.store.redis_router import RedisRouter, Topology
-from service.store.words import UnknownWordError, WordTable
+from service.store.words import Rows, UnknownWordError, WordTable
 
-_APPEND = Path(__file__).with_name("append.lua").read_text(encoding="utf-8")
-_APPEND_SHA = hashlib.sha1(_APPEND.encode(), usedforsecurity=False).hexdigest()
 EVENTS_A_SCRIPT = 32  # nothing else is answered while one runs
 ITEMS_A_CHANGE = 1000
 MAX_CHANGES = 1000  # that the stream holds, or a few more
 MAX_CHANGES_READ = 500  # in one go: well before they are trimmed
+USERS_A_MERGE = 32
+BYTES_A_MERGE = 50_000
+MERGES_AT_ONCE = 4  # the server works while others are on their way; live traffic waits for these at most
+ITEMS_AT_ONCE = 1000
 MAX_READABLE = 100_000  # features of clicks that are known to have no unknown word
 Durability = Literal["memory", "disk", "replica"]
 BREAKER_OPEN = "the store has stopped answering and is being probed"
@@ -88,6 +93,18 @@ def opened(
     )
 
 
+class _Script:
+    """A Lua script that is made of files, one behind the other."""
+
+    def __init__(self, *files: str) -> None:
+        self.text = "".join(Path(__file__).with_name(file).read_text(encoding="utf-8") for file in files)
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+_APPEND = _Script("past.lua", "append.lua")
+_MERGE = _Script("past.lua", "merge.lua")
+
+
 class RedisStore(FeatureStore):
     """A user's clicks, their features and the items' as values of their own: see keys.py, codec.py and words.py.
 
@@ -111,6 +128,7 @@ class RedisStore(FeatureStore):
         self._writes = writes
         self._keys = keys
         self._limits = limits
+        self.max_clicks = limits.max_clicks
         self._words = WordTable()
         self._readable: set[bytes] = set()
         self._awaiting_words: list[OnReply] = []
@@ -204,12 +222,16 @@ class RedisStore(FeatureStore):
         stored: list[Click | Mark] = list(events)
         clicks = [position for position, event in enumerate(events) if isinstance(event, Click)]
         if clicks:
-            items = await self._items_of([events[p] for p in clicks])  # type: ignore[misc]
+            items, _ = await asyncio.gather(
+                self._item_rows({event.item for event in events if isinstance(event, Click)}), self._put_lost_words()
+            )
+            rows = []
             for position in clicks:
                 click = events[position]
                 assert isinstance(click, Click)
-                stored[position] = enriched(click, items.get(click.item))
-            await self._add_words([stored[p] for p in clicks])  # type: ignore[misc]
+                stored[position] = click = enriched(click, items.get(click.item))
+                rows.append(click.rows)
+            await self._add_words(rows)
         positions = sorted(range(len(stored)), key=lambda p: _script_order(stored[p]))
         by_slot: dict[int, list[int]] = defaultdict(list)
         for position in positions:
@@ -219,29 +241,15 @@ class RedisStore(FeatureStore):
             for group in by_slot.values()
             for start in range(0, len(group), EVENTS_A_SCRIPT)
         ]
-        answers = await self._run_append([[stored[p] for p in call] for call in calls])
+        arguments = [self._append_arguments([stored[p] for p in call]) for call in calls]
+        answers = await self._run(_APPEND, arguments)
+        if self._durability != "memory":
+            await self._wait_until_durable({self._writes.slot(key): key for key, _ in arguments}.values())
         outcomes = [Outcome.KNOWN] * len(stored)
         for call, answer in zip(calls, answers, strict=True):
             for position, outcome in zip(call, answer, strict=True):
                 outcomes[position] = Outcome(outcome)
         return outcomes
-
-    async def _run_append(self, calls: Sequence[Sequence[Click | Mark]]) -> list[Sequence[int]]:
-        """The script's answer to each group of events."""
-        scripts = [self._append_arguments(events) for events in calls]
-        by_hash = [(key, packed_command(b"EVALSHA", [_APPEND_SHA, *parts])) for key, parts in scripts]
-        replies = await self._writes.replies(by_hash)
-        again = [i for i, reply in enumerate(replies) if _has_no_script(reply)]
-        if again:
-            in_full = [(scripts[i][0], packed_command(b"EVAL", [_APPEND, *scripts[i][1]])) for i in again]
-            for i, reply in zip(again, await self._writes.replies(in_full), strict=True):
-                replies[i] = reply
-        answers = [_value(reply) for reply in replies]
-        if self._faults.standing:
-            self._faults.written()
-        if self._durability != "memory":
-            await self._wait_until_durable({self._writes.slot(key): key for key, _ in scripts}.values())
-        return answers
 
     async def _wait_until_durable(self, keys: Collection[str]) -> None:
         """Behind the writes on the same connections. Raises StoreUnavailable where it takes too long."""
@@ -270,24 +278,91 @@ class RedisStore(FeatureStore):
                 arguments += ["0", b""]
         return next(iter(keys)), [str(len(keys)), *keys, *arguments]
 
-    async def _items_of(self, clicks: Sequence[Click]) -> dict[str, Row | None]:
-        items = list({click.item for click in clicks})
-        num_words = self._writes.ask(self._keys.words, packed_command(b"HLEN", [self._keys.words]))
-        values, stored_words = await asyncio.gather(
-            self._writes.mget([self._keys.item(item) for item in items]), num_words
-        )
-        if stored_words < len(self._words):  # they were lost: a server came back without its last writes, or empty
-            await self._put_words(self._words.words)
-        return {item: unpack_row(value) for item, value in zip(items, values, strict=True)}
+    async def merge(self, clicks: ClickTable, *, max_per_s: float | None = None) -> list[int | None]:
+        clicks = clicks.newest(self.max_clicks)
+        items = clicks.items.values
+        stored = await self._item_rows(items)
+        await self._put_lost_words()
+        rows = clicks.rows([stored[item] for item in items])
+        packed, candidates = self._words.pack_many(rows.values)
+        while await self._add_words(candidates):
+            packed, candidates = self._words.pack_many(rows.values)
+        features = Column(values=packed, positions=rows.positions)
+        calls = self._merge_calls(clicks.records(features))
+        num_new: dict[str, int | None] = {}
+        num_sent, started = 0, time.monotonic()
+        while some := list(islice(calls, MERGES_AT_ONCE)):
+            answers = await self._run(_MERGE, [self._merge_arguments(call) for call in some])
+            for each, answer in zip(chain(*some), chain(*answers), strict=True):
+                num_new[each.user] = answer if answer >= 0 else None
+                num_sent += each.num_clicks
+            if max_per_s is not None:
+                await asyncio.sleep(started + num_sent / max_per_s - time.monotonic())
+        return [num_new[user] for user in clicks.users]
 
-    async def _add_words(self, clicks: Sequence[Click]) -> None:
-        """Gives the words of these clicks their codes: those of their values, then of their shapes."""
-        for _ in range(2):
+    def _merge_calls(self, records: Iterable[UserRecords]) -> Iterator[list[UserRecords]]:
+        """Groups of users in one slot, so small that nobody waits long for one."""
+        groups: dict[int, list[UserRecords]] = defaultdict(list)
+        num_bytes: dict[int, int] = defaultdict(int)
+        for each in records:
+            slot = self._writes.slot(self._keys.behaviours(each.user))
+            if groups[slot] and num_bytes[slot] + len(each.records) > BYTES_A_MERGE:
+                yield groups.pop(slot)
+                num_bytes[slot] = 0
+            groups[slot].append(each)
+            num_bytes[slot] += len(each.records)
+            if len(groups[slot]) == USERS_A_MERGE:
+                yield groups.pop(slot)
+                num_bytes[slot] = 0
+        yield from groups.values()
+
+    def _merge_arguments(self, users: Sequence[UserRecords]) -> tuple[str, list[str | bytes]]:
+        keys = [self._keys.behaviours(each.user) for each in users]
+        limits = self._limits
+        arguments: list[str | bytes] = [str(len(keys)), *keys]
+        arguments += [str(n) for n in (limits.max_clicks, limits.max_bytes, math.ceil(limits.behaviours_s))]
+        for each in users:
+            arguments += [each.records, str(each.num_clicks), str(each.last_size)]
+        return keys[0], arguments
+
+    async def _run(self, script: _Script, calls: Sequence[tuple[str, list[str | bytes]]]) -> list[Sequence[int]]:
+        """The script's answer to each call: one of its keys, and what follows the script."""
+        by_hash = [(key, packed_command(b"EVALSHA", [script.sha, *parts])) for key, parts in calls]
+        replies = await self._writes.replies(by_hash)
+        again = [i for i, reply in enumerate(replies) if _has_no_script(reply)]
+        if again:
+            in_full = [(calls[i][0], packed_command(b"EVAL", [script.text, *calls[i][1]])) for i in again]
+            for i, reply in zip(again, await self._writes.replies(in_full), strict=True):
+                replies[i] = reply
+        answers = [_value(reply) for reply in replies]
+        if self._faults.standing:
+            self._faults.written()
+        return answers
+
+    async def _item_rows(self, items: Collection[str]) -> dict[str, Row | None]:
+        names = list(items)
+        values: list[bytes | None] = []
+        for start in range(0, len(names), ITEMS_AT_ONCE):
+            values += await self._writes.mget([self._keys.item(n) for n in names[start : start + ITEMS_AT_ONCE]])
+        return {item: unpack_row(value) for item, value in zip(names, values, strict=True)}
+
+    async def _put_lost_words(self) -> None:
+        """Words may be lost: a server came back without its last writes, or empty."""
+        key = self._keys.words
+        if await self._writes.ask(key, packed_command(b"HLEN", [key])) < len(self._words):
+            await self._put_words(self._words.words)
+
+    async def _add_words(self, features: Sequence[Rows]) -> bool:
+        """Gives the words of clicks' features their codes: those of their values, then of their shapes.
+
+        Whether there were new ones.
+        """
+        for is_again in (False, True):
             new: dict[bytes, bytes] = {}
-            for click in clicks:
-                new.update(self._words.new_words(click.rows))
+            for rows in features:
+                new.update(self._words.new_words(rows))
             if not new:
-                return
+                return is_again
             codes = list(new)
             stored = await self._words_at(codes)
             absent = {code: new[code] for code in codes if stored[code] is None}
@@ -296,6 +371,7 @@ class RedisStore(FeatureStore):
                 stored = await self._words_at(codes)
             self._words.add({code: word for code, word in stored.items() if word is not None})
             self._words.add_collided(word for code, word in new.items() if stored[code] != word)
+        return True
 
     async def _words_at(self, codes: Sequence[bytes]) -> dict[bytes, bytes | None]:
         words = await self._writes.ask(self._keys.words, packed_command(b"HMGET", [self._keys.words, *codes]))

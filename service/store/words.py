@@ -17,6 +17,7 @@ from models.features.values import Row, Value
 MAX_WORDS = 16_384  # of 65,535 codes: beyond it a new word would too often meet another one's code
 MAX_SHAPES = 4096  # beyond those
 MAX_WORDS_OF_A_FEATURE = 1024  # a feature of more values, such as an address, would fill the table
+MAX_REMEMBERED = 65_536  # values, with how they are packed
 WORD_BYTES = range(3, 65)  # packed; what is shorter takes no more room than its code
 SPELLED = b"\x00\x00"  # in place of a shape's code: the features follow in full
 CODE_BYTES = 2
@@ -24,7 +25,7 @@ NUM_ROWS = 3
 
 Rows = tuple[Row, Row, Row]
 """A click's features: its item's, the event's own, and its context."""
-Shape = list[list[tuple[str, bool]]]
+Shape = tuple[tuple[tuple[str, bool], ...], ...]
 """The names of each row's features, and whether the value is a word."""
 NO_ROWS: Rows = ({}, {}, {})
 
@@ -46,7 +47,10 @@ class WordTable:
     def __init__(self) -> None:
         self._words: dict[bytes, bytes] = {}
         self._collided: set[bytes] = set()
-        self._num_of_feature: dict[str, int] = {}
+        self._words_of_feature: dict[str, set[bytes]] = {}
+        self._packed: dict[tuple[type, Value], tuple[bytes, bool]] = {}
+        self._shape_codes: dict[Shape, bytes | None] = {}
+        self._num_forgotten = 0  # of values and shapes: they were packed, and how was not remembered
         self._values: dict[bytes, Value] = {}  # unpacked, by code
         self._shapes: dict[bytes, Shape] = {}
 
@@ -61,6 +65,8 @@ class WordTable:
     def add(self, words: Mapping[bytes, bytes]) -> None:
         """Words as the store has them, by code."""
         self._words.update(words)
+        self._packed.clear()
+        self._shape_codes.clear()
 
     def add_collided(self, words: Iterable[bytes]) -> None:
         """Words whose code another one has."""
@@ -76,37 +82,58 @@ class WordTable:
         found: dict[bytes, bytes] = {}
         for row in rows:
             for name, value in row.items():
-                word = _word(value)
-                if word is None or word in self._collided or self._is_known(word):
+                if self._pack_value(value)[1]:
                     continue
-                number = self._num_of_feature.get(name, 0)
-                if number < MAX_WORDS_OF_A_FEATURE and len(self._words) < MAX_WORDS:
-                    self._num_of_feature[name] = number + 1
+                word = _word(value)
+                if word is None or word in self._collided:
+                    continue
+                words = self._words_of_feature.setdefault(name, set())
+                if word in words or (len(words) < MAX_WORDS_OF_A_FEATURE and len(self._words) < MAX_WORDS):
+                    words.add(word)
                     found[code_of(word)] = word
         if found:
             return found
-        shape = _encode(self._shape(rows))
-        if self._is_known(shape) or shape in self._collided or len(self._words) >= MAX_WORDS + MAX_SHAPES:
+        shape = tuple(tuple((name, self._pack_value(row[name])[1]) for name in sorted(row)) for row in rows)
+        if self._shape_code(shape) is not None or len(self._words) >= MAX_WORDS + MAX_SHAPES:
             return {}
-        return {code_of(shape): shape}
+        word = _encode(shape)
+        return {code_of(word): word} if word not in self._collided else {}
 
     def pack(self, rows: Rows) -> bytes:
         """A click's features, with codes for the words that are known. Empty where there are none."""
         if not any(rows):
             return b""
-        shape = self._shape(rows)
-        shape_word = _encode(shape)
-        if not self._is_known(shape_word):
-            return SPELLED + _encode(rows)
+        shape: list[tuple[tuple[str, bool], ...]] = []
         codes: list[bytes] = []
-        values: list[Value] = []
-        for row, entries in zip(rows, shape, strict=True):
-            for name, is_word in entries:
+        values: list[msgspec.Raw] = []
+        for row in rows:
+            entries: list[tuple[str, bool]] = []
+            for name in sorted(row):
+                packed, is_word = self._pack_value(row[name])
+                entries.append((name, is_word))
                 if is_word:
-                    codes.append(code_of(_encode(row[name])))
+                    codes.append(packed)
                 else:
-                    values.append(row[name])
-        return b"".join([code_of(shape_word), *codes, _encode(values) if values else b""])
+                    values.append(msgspec.Raw(packed))
+            shape.append(tuple(entries))
+        code = self._shape_code(tuple(shape))
+        if code is None:
+            return SPELLED + _encode(rows)
+        return b"".join([code, *codes, _encode(values) if values else b""])
+
+    def pack_many(self, features: Iterable[Rows]) -> tuple[list[bytes], list[Rows]]:
+        """The features of many clicks packed, and those among them that may have new words.
+
+        The others have nothing that was not packed since a word was added.
+        """
+        packed: list[bytes] = []
+        candidates: list[Rows] = []
+        for rows in features:
+            num_forgotten = self._num_forgotten
+            packed.append(self.pack(rows))
+            if self._num_forgotten > num_forgotten:
+                candidates.append(rows)
+        return packed, candidates
 
     def unpack(self, packed: bytes) -> Rows:
         """Raises UnknownWordError, and ValueError for what is no click's features."""
@@ -128,12 +155,29 @@ class WordTable:
         found = [{name: next(words if is_word else others) for name, is_word in entries} for entries in shape]
         return found[0], found[1], found[2]
 
-    def _shape(self, rows: Rows) -> Shape:
-        return [[(name, self._is_word(row[name])) for name in sorted(row)] for row in rows]
-
-    def _is_word(self, value: Value) -> bool:
+    def _pack_value(self, value: Value) -> tuple[bytes, bool]:
+        """A value's code and True, or where it is no known word, its packed form and False."""
+        is_remembered = type(value) in (str, int, float) and value  # 0.0 and -0.0 are one key, and two values
+        if is_remembered and (found := self._packed.get((type(value), value))) is not None:
+            return found
         word = _word(value)
-        return word is not None and self._is_known(word)
+        packed = (code_of(word), True) if word is not None and self._is_known(word) else (_encode(value), False)
+        if is_remembered:
+            self._num_forgotten += 1
+            if len(self._packed) >= MAX_REMEMBERED:
+                self._packed.clear()
+            self._packed[type(value), value] = packed
+        return packed
+
+    def _shape_code(self, shape: Shape) -> bytes | None:
+        """None where it is no known word."""
+        if shape not in self._shape_codes:
+            self._num_forgotten += 1
+            if len(self._shape_codes) >= MAX_REMEMBERED:
+                self._shape_codes.clear()
+            word = _encode(shape)
+            self._shape_codes[shape] = code_of(word) if self._is_known(word) else None
+        return self._shape_codes[shape]
 
     def _is_known(self, word: bytes) -> bool:
         return self._words.get(code_of(word)) == word
