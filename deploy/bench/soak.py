@@ -6,8 +6,8 @@ A service of two workers takes calls of ten clicks, which are sent again until t
 seconds something gets SIGKILL: a worker, which the supervisor replaces, or the store. `aof` is one server that appends
 to its file and is started again in its folder; `cluster` is a primary of three with a replica, for users of its slots,
 where a 202 waits for the replica (`event_durability: replica`); it comes back as a replica after the takeover. At the
-end each user's stored clicks are compared with what was answered. OUT gets soak-STORE.md and soak-STORE.json. Exits 3
-if a click is lost or doubled.
+end each user's stored clicks are compared with what was answered. OUT gets soak.md and soak.json. Exits 3 if a click is
+lost or doubled.
 """
 
 import argparse
@@ -214,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = asyncio.run(soak(url, kill_store, server, users, options.minutes * 60))
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n"
     title = f"# A soak on {'one server' if options.store == 'aof' else 'a Cluster'}\n\n"
-    (options.out / f"soak-{options.store}.md").write_text(f"{title}Kills at random while clicks are sent.\n\n{text}")
-    (options.out / f"soak-{options.store}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (options.out / "soak.md").write_text(f"{title}Kills at random while clicks are sent.\n\n{text}")
+    (options.out / "soak.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(text)
     return 3 if facts["lost"] or facts["doubled"] or facts["never sent"] else 0
 
