@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,7 +15,6 @@ import msgspec
 
 from models.features.values import Row
 from service.settings import Settings, SettingsError
-from service.store.circuit_breaker import CircuitBreaker
 from service.store.click_table import ClickTable, Column, UserRecords
 from service.store.codec import (
     NO_HISTORY,
@@ -43,8 +41,8 @@ from service.store.feature_store import (
     StoreUnavailable,
 )
 from service.store.keys import DAY_S, KeySpace, day_of
+from service.store.redis_client import RedisClient, unavailable, value_of
 from service.store.redis_connection import OnReply, ReplyError, packed_command
-from service.store.redis_router import RedisRouter, Topology
 from service.store.words import Rows, UnknownWordError, WordTable
 
 EVENTS_A_SCRIPT = 32  # nothing else is answered while one runs
@@ -57,7 +55,6 @@ MERGES_AT_ONCE = 4  # the server works while others are on their way; live traff
 ITEMS_AT_ONCE = 1000
 MAX_READABLE = 100_000  # features of clicks that are known to have no unknown word
 Durability = Literal["memory", "disk", "replica"]
-BREAKER_OPEN = "the store has stopped answering and is being probed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +111,8 @@ class RedisStore(FeatureStore):
 
     def __init__(
         self,
-        reads: "_Side",
-        writes: "_Side",
+        reads: "RedisClient",
+        writes: "RedisClient",
         *,
         keys: KeySpace,
         limits: Limits,
@@ -148,10 +145,10 @@ class RedisStore(FeatureStore):
         """Connects on first use. Raises SettingsError for a URL that is none. `faults` hears of what goes wrong."""
         faults = faults or FaultState(lambda _fault, _stands: None, lambda _fault: None)
         keys = KeySpace(prefix)
-        reads = _Side(url, timeout_s=timeout_s, probe_key=keys.words, faults=faults)
+        reads = RedisClient(url, timeout_s=timeout_s, probe_key=keys.words, faults=faults)
         write_timeout_s = write_timeout_s or timeout_s
         shared = reads.router.topology
-        writes = _Side(url, timeout_s=write_timeout_s, probe_key=keys.words, faults=faults, topology=shared)
+        writes = RedisClient(url, timeout_s=write_timeout_s, probe_key=keys.words, faults=faults, topology=shared)
         return cls(reads, writes, keys=keys, limits=limits or Limits(), faults=faults, durability=durability)
 
     # --- reading ---
@@ -334,7 +331,7 @@ class RedisStore(FeatureStore):
             in_full = [(calls[i][0], packed_command(b"EVAL", [script.text, *calls[i][1]])) for i in again]
             for i, reply in zip(again, await self._writes.replies(in_full), strict=True):
                 replies[i] = reply
-        answers = [_value(reply) for reply in replies]
+        answers = [value_of(reply) for reply in replies]
         if self._faults.standing:
             self._faults.written()
         return answers
@@ -443,117 +440,6 @@ class RedisStore(FeatureStore):
             await side.aclose()
 
 
-class _Side:
-    """The way to the servers of those who wait equally long, and its circuit breaker."""
-
-    def __init__(
-        self, url: str, *, timeout_s: float, probe_key: str, faults: FaultState, topology: Topology | None = None
-    ) -> None:
-        self._probe_key = probe_key.encode()
-        self.timeout_s = timeout_s
-        self._faults = faults
-        self.breaker = CircuitBreaker(self._probe)
-        self.router = RedisRouter(
-            url, timeout_s=timeout_s, on_outcome=self._record, on_failure=faults.failed, topology=topology
-        )
-
-    def _record(self, error: Exception | None) -> None:
-        self.breaker.record(error)
-        if error is None and self._faults.standing:
-            self._faults.answered()
-
-    def slot(self, key: str) -> int:
-        return self.router.slot(key.encode())
-
-    def send(self, key: str, content: bytes, on_reply: OnReply, timeout_s: float | None) -> None:
-        if self.breaker.is_open:
-            on_reply(StoreUnavailable(BREAKER_OPEN))
-        else:
-            self.router.send(key.encode(), content, on_reply, timeout_s=timeout_s)
-
-    def send_mget(self, keys: Sequence[str], on_values: OnReply, *, timeout_s: float | None = None) -> None:
-        """The values in the order of the keys, in one command for each slot; or the first exception."""
-        by_slot: dict[int, list[int]] = defaultdict(list)
-        for position, key in enumerate(keys):
-            by_slot[self.slot(key)].append(position)
-        if len(by_slot) == 1:
-            self.send(keys[0], packed_command(b"MGET", keys), on_values, timeout_s)
-            return
-        values: list[Any] = [None] * len(keys)
-        outstanding, failure = len(by_slot), None
-
-        def on_some(positions: Sequence[int], reply: Any) -> None:
-            nonlocal outstanding, failure
-            outstanding -= 1
-            if isinstance(reply, Exception):
-                failure = failure or reply
-            else:
-                for position, value in zip(positions, reply, strict=True):
-                    values[position] = value
-            if not outstanding:
-                on_values(values if failure is None else failure)
-
-        for positions in by_slot.values():
-            some = [keys[p] for p in positions]
-            content = packed_command(b"MGET", some)
-            self.send(some[0], content, partial(on_some, positions), timeout_s)
-
-    async def mget(self, keys: Sequence[str]) -> Sequence[bytes | None]:
-        """Raises StoreUnavailable, as all that follow."""
-        outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def on_values(values: Any) -> None:
-            if not outcome.done():  # else the caller has gone
-                outcome.set_result(values)
-
-        self.send_mget(keys, on_values)
-        values: Sequence[bytes | None] = _value(await outcome)
-        return values
-
-    async def ask(self, key: str, content: bytes) -> Any:
-        (reply,) = await self.ask_all([(key, content)])
-        return reply
-
-    async def ask_all(self, commands: Sequence[tuple[str, bytes]]) -> list[Any]:
-        """The replies to commands by their key, sent in one go."""
-        return [_value(reply) for reply in await self.replies(commands)]
-
-    async def replies(self, commands: Sequence[tuple[str, bytes]]) -> list[Any]:
-        """The same, with what went wrong with one command in place of its reply."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        replies: list[Any] = [None] * len(commands)
-        outstanding = len(commands)
-
-        def on_reply(position: int, reply: Any) -> None:
-            nonlocal outstanding
-            replies[position] = reply
-            outstanding -= 1
-            if not outstanding and not done.done():
-                done.set_result(None)
-
-        for position, (key, content) in enumerate(commands):
-            self.send(key, content, partial(on_reply, position), None)
-        if commands:
-            await done
-        return replies
-
-    async def _probe(self) -> None:
-        await self.router.probe(self._probe_key)
-
-    async def aclose(self) -> None:
-        await self.breaker.aclose()
-        await self.router.aclose()
-
-
-def unavailable(err: Exception) -> StoreUnavailable:
-    """What kept the store from answering, in a sentence: it refused, or it did not answer."""
-    if isinstance(err, StoreUnavailable):
-        return err
-    if isinstance(err, OSError):
-        return StoreUnavailable(f"no answer from the store: {type(err).__name__}: {err}")
-    return StoreUnavailable(f"the store refused: {err}")
-
-
 def _fetched(reply: Any, fetched: Fetched) -> Fetched | StoreUnavailable:
     return unavailable(reply) if isinstance(reply, Exception) else fetched
 
@@ -561,12 +447,6 @@ def _fetched(reply: Any, fetched: Fetched) -> Fetched | StoreUnavailable:
 def _script_order(event: Click | Mark) -> tuple[Any, ...]:
     """One owner's events together, and clicks in the order of a past."""
     return (event.owner, *order(event)) if isinstance(event, Click) else (event.owner, event.ts, "", b"")
-
-
-def _value(reply: Any) -> Any:
-    if isinstance(reply, Exception):
-        raise unavailable(reply)
-    return reply
 
 
 def _stream_position(entry: str) -> tuple[int, int]:
