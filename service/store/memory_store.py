@@ -86,6 +86,7 @@ class MemoryStore(FeatureStore):
         return outcomes
 
     async def merge(self, clicks: ClickTable, *, max_per_s: float | None = None) -> list[int | None]:  # noqa: ARG002
+        clicks = clicks.newest(self.max_clicks)
         rows = clicks.rows([unpack_row(self._items.get(item)) for item in clicks.items.values])
         num_new: list[int | None] = []
         begin = 0
