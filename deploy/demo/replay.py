@@ -116,6 +116,9 @@ async def _send_events(client: httpx.AsyncClient, events: list[dict[str, Any]]) 
             break
         await asyncio.sleep(float(response.headers["Retry-After"]))
     response.raise_for_status()
+    rejected = response.json()["rejected"]
+    if rejected:  # or the next requests would be scored without them
+        sys.exit(f"error: {len(rejected)} events were rejected, the first because of {rejected[0]['reason']}")
 
 
 def _predict_body(request: Sequence[Mapping[str, Any]], context: Sequence[str]) -> dict[str, Any]:

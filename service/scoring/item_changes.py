@@ -32,7 +32,8 @@ class ItemChangeFollower:
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Polls while it is open."""
+        """Polls while it is open, and once before: what is scored from now on is cached."""
+        await self.poll()
         polling = asyncio.create_task(self._poll_for_ever())
         try:
             yield
@@ -41,11 +42,11 @@ class ItemChangeFollower:
 
     async def _poll_for_ever(self) -> None:
         while True:
+            await asyncio.sleep(self._poll_s * self._jitter.uniform(0.8, 1.2))
             try:
                 await self.poll()
             except Exception:  # or this worker would serve old features for as long as they are kept
                 log.exception("poll of item changes failed")
-            await asyncio.sleep(self._poll_s * self._jitter.uniform(0.8, 1.2))
 
     async def poll(self) -> None:
         """Looks once what has changed."""

@@ -70,7 +70,7 @@ class Click:
 
     def __post_init__(self) -> None:
         _check_ts(self.ts)
-        object.__setattr__(self, "ts", round(self.ts * 1e4) / 1e4)
+        object.__setattr__(self, "ts", rounded(self.ts))
 
     @property
     def type(self) -> EventType:
@@ -83,6 +83,11 @@ class Click:
     @property
     def rows(self) -> Rows:
         return present(self.item_features), present(self.features), present(self.context)
+
+
+def rounded(ts: float) -> float:
+    """As the store holds times; also the time of a request, or a click of the same moment would be one of before."""
+    return round(ts * 1e4) / 1e4 if ts < MAX_TS else ts
 
 
 def _check_ts(ts: float) -> None:
@@ -278,7 +283,7 @@ def unpack_history(packed: bytes | None, *, before: float, limit: int, words: Wo
     if packed is None:
         return NO_HISTORY
     try:
-        items, times, features = _unpack_history(packed, before, limit)
+        items, times, features = _unpack_history(packed, rounded(before), limit)
     except (ValueError, IndexError, struct.error) as err:
         log.warning("unreadable behaviours", extra={"error": str(err), "bytes": len(packed)})
         return NO_HISTORY

@@ -18,6 +18,7 @@ from service.store.codec import (
     order,
     pack_click,
     pack_row,
+    rounded,
     unpack_row,
 )
 from service.store.feature_store import FeatureStore, Fetched, ItemChanges, OnFetched, Outcome
@@ -58,7 +59,7 @@ class MemoryStore(FeatureStore):
         timeout_s: float | None = None,  # noqa: ARG002 - it answers at once
     ) -> None:
         past = self._pasts.get(user or "", _Past())
-        earlier = [click for _, click in past.clicks if click.ts < before]
+        earlier = [click for _, click in past.clicks if click.ts < rounded(before)]
         last = earlier[max(len(earlier) - limit, 0) :]
         on_fetched(
             Fetched(

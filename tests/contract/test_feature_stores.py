@@ -102,6 +102,14 @@ async def test_only_clicks_strictly_before_count_and_the_last_ones_of_those(stor
     assert await past(store, before=1) == []
 
 
+async def test_a_click_of_the_very_moment_is_not_one_of_before(store: FeatureStore):
+    moment = 1_795_000_000.123_456  # the store holds tenths of a millisecond
+    await store.append([click(1, ts=moment)])
+
+    assert await past(store, before=moment) == []
+    assert len(await past(store, before=moment + 1e-3)) == 1
+
+
 async def test_users_do_not_see_each_other(store: FeatureStore):
     new = await store.append([click(1, user="u1"), click(1, user="u2", item="ad2"), click(2, user="u1")])
 

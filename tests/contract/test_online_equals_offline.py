@@ -53,7 +53,7 @@ def trained(tmp_path_factory) -> Path:
 @contextmanager
 def serving(trained: Path, redis_url: str) -> Iterator[str]:
     # A test is in no hurry: on a busy machine the service must not answer without the store.
-    patient = {"workers": 1, "store_timeout_ms": 5000, "timeout_ms": 20_000}
+    patient = {"workers": 1, "store_timeout_ms": 5000, "timeout_ms": 20_000, "keep_behaviours_days": 36_500}
     with started(trained, trained / "artifacts", experiment=EXPERIMENT, redis_url=redis_url, **patient) as service:
         yield service.opened().url
 

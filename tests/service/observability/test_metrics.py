@@ -13,6 +13,7 @@ from service.errors import Degraded, Reason
 from service.observability.instruments import OTHER
 from service.observability.json_log import JsonFormatter
 from service.observability.metrics import NO_ARM, STAGES, STORE_OPS, Metrics
+from service.store.faults import Fault
 from tests.service.conftest import Running, Start
 
 # contract section 4, but for what later issues record
@@ -27,6 +28,8 @@ NAMES = {
     "clickserve_degraded": {"reason"},
     "clickserve_store_seconds": {"op"},
     "clickserve_store_errors": {"op"},
+    "clickserve_store_failures": {"cause"},
+    "clickserve_store_state": {"cause"},
     "clickserve_unknown_values": {"field"},
     "clickserve_predicted_ctr": {"arm"},
     "clickserve_impressions": {"arm"},
@@ -53,6 +56,7 @@ async def test_every_series_whose_labels_are_known_starts_at_zero(service: Runni
         "reason": set(Reason) | set(Degraded),
         "stage": set(STAGES),
         "op": set(STORE_OPS),
+        "cause": set(Fault),
         "arm": {"one", "two", NO_ARM},
         "route": {"/predict", "/explain", "/events", "/healthz", "/readyz", "/metrics", "/models", OTHER},
         "field": {"item_id", OTHER},

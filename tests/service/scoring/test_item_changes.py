@@ -1,7 +1,6 @@
 """Changed features of an ad are served by whoever kept the old ones, and nothing else is read again."""
 
 from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +13,10 @@ Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 
 class Recorder:
+    """A model, of whose inputs it notes what is expired."""
+
     def __init__(self) -> None:
+        self.inputs = self
         self.expired: list[list[str] | None] = []
 
     def expire_items(self, items: list[str] | None) -> None:
@@ -32,8 +34,7 @@ class Store(MemoryStore):
 
 async def test_what_changed_is_expired_once_and_everything_after_the_store_was_away() -> None:
     store, recorder = Store(), Recorder()
-    model = SimpleNamespace(inputs=recorder)
-    follower = ItemChangeFollower(store=store, models=lambda: [model])  # type: ignore[list-item]
+    follower = ItemChangeFollower(store=store, models=lambda: [recorder])  # type: ignore[list-item]
     await store.put_items({"before": {}})
 
     await follower.poll()
