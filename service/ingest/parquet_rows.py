@@ -25,8 +25,8 @@ class ParquetRows:
         with self.reading():
             scan = pl.scan_parquet(self.files or path, hive_partitioning=False, glob=False, row_index_name=ROW)
             schema = scan.collect_schema()
-            spelled = _spelled(scan, schema)
-            self.scan = scan.with_columns(spelled) if spelled else scan
+            id_columns = _spelled(scan, schema)
+            self.scan = scan.with_columns(id_columns) if id_columns else scan
             """All rows, for questions about the whole."""
             self.num_rows = int(scan.select(pl.len()).collect(engine="streaming").item())
             self.schema = {name: dtype for name, dtype in self.scan.collect_schema().items() if name != ROW}

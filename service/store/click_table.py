@@ -59,10 +59,10 @@ class ClickTable:
         counts = np.diff(self.ends, prepend=0)
         if not len(counts) or counts.max() <= limit:
             return self
-        kept = np.flatnonzero(np.repeat(self.ends, counts) - np.arange(len(self)) <= limit)
+        newest = np.flatnonzero(np.repeat(self.ends, counts) - np.arange(len(self)) <= limit)
         return replace(
-            self, ends=np.cumsum(np.minimum(counts, limit)), items=self.items.take(kept), ts=self.ts[kept],
-            tags=self.tags[kept], features=self.features.take(kept),
+            self, ends=np.cumsum(np.minimum(counts, limit)), items=self.items.take(newest), ts=self.ts[newest],
+            tags=self.tags[newest], features=self.features.take(newest),
         )  # fmt: skip
 
     def rows(self, item_rows: Sequence[Row | None]) -> Column[Rows]:

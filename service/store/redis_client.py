@@ -11,6 +11,7 @@ from service.store.faults import FaultState
 from service.store.feature_store import StoreUnavailable
 from service.store.redis_connection import OnReply, packed_command
 from service.store.redis_router import RedisRouter, Topology
+from service.store.redis_url import ServerKind
 
 BREAKER_OPEN = "the store has stopped answering and is being probed"
 
@@ -28,6 +29,7 @@ class RedisClient:
         self.router = RedisRouter(
             url, timeout_s=timeout_s, on_outcome=self._record, on_failure=faults.failed, topology=topology
         )
+        self._has_slots = self.router.state.kind is ServerKind.CLUSTER
 
     def _record(self, error: Exception | None) -> None:
         self.breaker.record(error)
@@ -45,12 +47,12 @@ class RedisClient:
 
     def send_mget(self, keys: Sequence[str], on_values: OnReply, *, timeout_s: float | None = None) -> None:
         """The values in the order of the keys, in one command for each slot; or the first exception."""
+        if not self._has_slots:
+            self.send(keys[0], packed_command(b"MGET", keys), on_values, timeout_s)
+            return
         by_slot: dict[int, list[int]] = defaultdict(list)
         for position, key in enumerate(keys):
             by_slot[self.slot(key)].append(position)
-        if len(by_slot) == 1:
-            self.send(keys[0], packed_command(b"MGET", keys), on_values, timeout_s)
-            return
         values: list[Any] = [None] * len(keys)
         outstanding, failure = len(by_slot), None
 

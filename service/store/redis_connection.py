@@ -355,10 +355,10 @@ async def _expect_primary(wire: _Wire) -> None:
 
 def packed_command(name: bytes, arguments: Sequence[str | bytes]) -> bytes:
     """A command as it goes over the connection."""
-    return cast("bytes", hiredis.pack_command(cast("Any", (name, *arguments))))
+    return packed(name, *arguments)
 
 
-def packed(*parts: bytes) -> bytes:
+def packed(*parts: str | bytes) -> bytes:
     return cast("bytes", hiredis.pack_command(cast("Any", parts)))  # its stub knows no tuple of several
 
 

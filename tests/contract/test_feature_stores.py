@@ -103,7 +103,7 @@ async def test_only_clicks_strictly_before_count_and_the_last_ones_of_those(stor
 
 
 async def test_a_click_of_the_very_moment_is_not_one_of_before(store: FeatureStore):
-    moment = 1_795_000_000.123_456  # the store holds tenths of a millisecond
+    moment = 1_795_000_000.123_44  # the store holds tenths of a millisecond: this is later than what it holds
     await store.append([click(1, ts=moment)])
 
     assert await past(store, before=moment) == []

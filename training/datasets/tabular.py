@@ -178,15 +178,15 @@ def _with_history(rows: pl.LazyFrame, description: Description, log: Table) -> t
         row = rows.select(pl.when(unequal).then(ROW).min()).collect(engine="streaming").item()
         if row is not None:
             raise log.fail(row, use.column, f"as many values as there are in column {form.items}")
-    kept = {**{name: TYPES[use.role] for name, use in uses.items()}, PAST_TS: TYPES["times"]}
-    struct = pl.Struct({**kept, _DROPPED: pl.Int64})
+    types = {**{name: TYPES[use.role] for name, use in uses.items()}, PAST_TS: TYPES["times"]}
+    struct = pl.Struct({**types, _DROPPED: pl.Int64})
 
     def in_order(series: pl.Series) -> pl.Series:
-        return pl.Series([_past(row, tuple(kept), description.history_length) for row in series], dtype=struct)
+        return pl.Series([_past(row, tuple(types), description.history_length) for row in series], dtype=struct)
 
     past = pl.struct("ts", *uses).map_batches(in_order, return_dtype=struct, is_elementwise=True)
     rows = rows.with_columns(past.alias(_DROPPED)).with_columns(
-        *(pl.col(_DROPPED).struct.field(name) for name in kept), pl.col(_DROPPED).struct.field(_DROPPED)
+        *(pl.col(_DROPPED).struct.field(name) for name in types), pl.col(_DROPPED).struct.field(_DROPPED)
     )
     num = rows.select(pl.col(_DROPPED).sum()).collect(engine="streaming").item()
     return rows.drop(_DROPPED), {"past items that were not earlier than their row": int(num)}
